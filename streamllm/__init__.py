@@ -1,0 +1,1 @@
+"""streamllm: language models that talk for ever in constant memory."""

@@ -1,0 +1,1 @@
+"""Scores of a long text under the four ways of attending to it."""

@@ -1,0 +1,1 @@
+"""How the outside spells it: hub names, config.json, safetensors, tensor names."""
