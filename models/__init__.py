@@ -1,0 +1,11 @@
+"""What is computed: one file per architecture, read top to bottom, and the parts they share."""
+
+from streamllm.models import llama
+from streamllm.models.step import Geometry, Plan, Step
+
+__all__ = ["ARCHITECTURES", "Geometry", "Plan", "Step"]
+
+# model_type of config.json -> (Config, Model)
+ARCHITECTURES = {
+    "llama": (llama.Config, llama.Model),
+}

@@ -1,0 +1,299 @@
+"""SinkCache: the keys and values of a stream without end, in constant memory.
+
+Attention sinks and a window of recent tokens, after Xiao et al., Efficient Streaming Language Models with
+Attention Sinks (arXiv 2309.17453). `start_size=4, recent_size=2000` of the authors' code, which evicts after
+the forward, is `sinks=4, window=2001` here.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from streamllm.models.step import Geometry, Plan, Step
+
+DEFAULT_WINDOW = 1020
+
+
+class SinkCache:
+    """A rolling cache for `batch_size` streams: each token sees the first `sinks` tokens and the last `window`.
+
+    The window counts the token itself. `sinks=0` is plain window attention; a window as long as the text is
+    dense attention. `window=None` takes 1020, or what fits into the model's trained length beside the sinks.
+    A forward of many tokens is computed in chunks of at most `chunk`, with the same result as one by one.
+    `origin` is the place of the first token in the text: no result depends on it.
+
+    The cache is handed to the model's forward, which moves it on: `model(tokens, cache)`. Its tensors have
+    the model's type and device, [B, G, S + W, D] for keys and for values of each layer (S + w where the
+    layer's own sliding window w is shorter than W).
+
+    Raises ValueError for sinks < 0, window < 1, batch_size < 1, chunk < 1 or origin < 0. Warns when
+    sinks + window is longer than the model was trained for.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        sinks: int = 4,
+        window: int | None = None,
+        batch_size: int = 1,
+        chunk: int = 512,
+        origin: int = 0,
+    ) -> None:
+        geometry = model.geometry
+        assert isinstance(geometry, Geometry)
+        trained = geometry.trained_length
+        _at_least(0, sinks=sinks)
+        if window is None:
+            window = DEFAULT_WINDOW if trained is None else min(DEFAULT_WINDOW, trained - sinks)
+            if window < 1:
+                raise ValueError(
+                    f"{sinks} sinks leave no room for a window: the model was trained for {trained} tokens; "
+                    f"give fewer sinks, or a window"
+                )
+        _at_least(1, window=window, batch_size=batch_size, chunk=chunk)
+        _at_least(0, origin=origin)
+        if trained is not None and sinks + window > trained:
+            warnings.warn(
+                f"sinks + window = {sinks + window} is longer than the {trained} tokens the model was trained "
+                f"for: expect it to break; give window={max(1, trained - sinks)} or less",
+                stacklevel=2,
+            )
+        self.sinks, self.window, self.origin = sinks, window, origin
+        self.batch_size, self.chunk = batch_size, chunk
+        weight = next(model.parameters())
+        self.dtype, self.device = weight.dtype, weight.device
+        self._seen = [0] * batch_size
+        windows = [window if own is None else min(window, own) for own in geometry.windows]
+        self._rings = {own: ring for own, ring in zip(geometry.windows, windows, strict=True)}
+        self._layers = [
+            _Ring(
+                torch.zeros(2, batch_size, geometry.kv_heads, sinks + ring, geometry.head_dim,
+                            dtype=self.dtype, device=self.device).unbind()
+            )
+            for ring in windows
+        ]  # fmt: skip
+        self._own_windows = geometry.windows
+
+    @property
+    def seen(self) -> Tensor:
+        """How many tokens each stream has taken in: int64 [B], on the CPU."""
+        return torch.tensor(self._seen)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys and values held, from the first token to the last."""
+        return sum(layer.keys.nbytes + layer.values.nbytes for layer in self._layers)
+
+    def reset(self, rows: Sequence[int] | Tensor | None = None) -> None:
+        """Forget the streams in `rows` (None: all), which start again from nothing."""
+        chosen = list(range(self.batch_size)) if rows is None else [int(row) for row in rows]
+        if not all(0 <= row < self.batch_size for row in chosen):
+            raise ValueError(f"rows must be in 0 … {self.batch_size - 1}, not {chosen}")
+        for row in chosen:
+            self._seen[row] = 0
+        for layer in self._layers:
+            layer.keys[chosen] = 0
+            layer.values[chosen] = 0
+
+    def __repr__(self) -> str:
+        seen = self._seen[0] if len(set(self._seen)) == 1 else self._seen
+        return (
+            f"SinkCache(sinks={self.sinks}, window={self.window}, batch_size={self.batch_size}, "
+            f"chunk={self.chunk}, seen={seen}, {self.nbytes / 1e6:.1f} MB of {self.dtype} on {self.device})"
+        )
+
+    # What a forward asks for (models/step.py: Cache)
+
+    def plan(self, length: int, lengths: Sequence[int] | None = None) -> Plan:
+        """Where `length` new tokens per row will stand; `lengths` [B] of them are real. Changes nothing."""
+        lockstep = lengths is None and len(set(self._seen)) == 1
+        seen = self._seen[:1] if lockstep else self._seen
+        counts = [length] * len(seen) if lengths is None else list(lengths)
+        alone = length == 1 and all(counts)  # one token for every row: it may take its slot at once
+        makers = _plan_one if alone else _plan_chunk
+        planned = {
+            own: makers(self.sinks, ring, self.origin, seen, counts, length, self.device)
+            for own, ring in self._rings.items()
+        }
+        for own, layer in zip(self._own_windows, self._layers, strict=True):
+            layer.moves = planned[own][1]
+        advance = [length] * self.batch_size if lengths is None else counts
+        steps = {own: step for own, (step, _) in planned.items()}
+        return _SinkPlan(steps, self._layers, advance)
+
+    def commit(self, plan: Plan) -> None:
+        """Keep what the forward computed, and move on."""
+        assert isinstance(plan, _SinkPlan)
+        try:
+            for layer in self._layers:
+                layer.keep()
+        except BaseException:  # Ctrl-C between two layers: writing again is harmless, half a chunk is not
+            for layer in self._layers:
+                layer.keep()
+            self._advance(plan)
+            raise
+        self._advance(plan)
+
+    def _advance(self, plan: _SinkPlan) -> None:
+        self._seen = [seen + count for seen, count in zip(self._seen, plan.advance, strict=True)]
+        for layer in self._layers:
+            layer.fresh = None
+
+
+@dataclass(frozen=True, eq=False)
+class _SinkPlan(Plan):
+    advance: Sequence[int]  # how many tokens each row takes in
+
+
+@dataclass(frozen=True, eq=False)
+class _Moves:
+    """Which new tokens go to which slots, as index tensors of equal length: [rows, tokens, slots].
+
+    Rows are None where all rows of the batch do the same.
+    """
+
+    held: int  # slots in use, which a forward looks at
+    early: tuple[Tensor | None, Tensor, Tensor] | None  # sinks, which take their slots before attention
+    late: tuple[Tensor | None, Tensor, Tensor] | None  # recent tokens, when the chunk is committed
+
+
+class _Ring:
+    """The keys and values of one layer: slots 0 … S-1 for the sinks, W more taken in turn."""
+
+    def __init__(self, storage: tuple[Tensor, Tensor]) -> None:
+        self.keys, self.values = storage  # [B, G, S + W, D] each
+        self.moves = _Moves(0, None, None)
+        self.fresh: tuple[Tensor, Tensor] | None = None  # a chunk's own, until it is committed
+
+    def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        moves = self.moves
+        if moves.early is not None:
+            self._write(moves.early, k, v)
+        held_keys, held_values = self.keys[:, :, : moves.held], self.values[:, :, : moves.held]
+        if moves.late is None:
+            return held_keys, held_values
+        self.fresh = k, v
+        return torch.cat((held_keys, k), 2), torch.cat((held_values, v), 2)
+
+    def keep(self) -> None:
+        if self.fresh is not None and self.moves.late is not None:
+            self._write(self.moves.late, *self.fresh)
+
+    def _write(self, move: tuple[Tensor | None, Tensor, Tensor], k: Tensor, v: Tensor) -> None:
+        rows, tokens, slots = move
+        for ring, new in ((self.keys, k), (self.values, v)):
+            if rows is not None:
+                ring[rows, :, slots] = new[rows, :, tokens]
+            elif len(tokens) == new.shape[2]:
+                ring.index_copy_(2, slots, new)
+            else:
+                ring.index_copy_(2, slots, new.index_select(2, tokens))
+
+
+def _plan_one(
+    sinks: int, window: int, origin: int, seen: Sequence[int], counts: Sequence[int], length: int,
+    device: torch.device,
+) -> tuple[Step, _Moves]:  # fmt: skip
+    """One token per row. It takes the slot of the key that it no longer sees, then meets what is held.
+
+    S = 2, W = 3, t = 9: slot 2 + (9 - 2) % 3 = 3, where token 6 stood; see `Step`.
+    """
+    total = sinks + window
+    held = min(max(seen) + 1, total)
+    places = torch.tensor(seen)[:, None]  # [R, 1]
+    slots = torch.where(places < sinks, places, sinks + (places - sinks) % window)
+    keys = _held_places(sinks, window, places + 1, held)
+    full = min(seen) + 1 >= held
+    step = _step(sinks, window, origin, places, slots, keys, None if full else keys[:, None] >= 0, device)
+    rows = None if len(seen) == 1 else torch.arange(len(seen), device=device)
+    here = torch.zeros(len(seen), dtype=torch.int64, device=device)
+    return step, _Moves(held, (rows, here, step.slots[:, 0]), None)
+
+
+def _plan_chunk(
+    sinks: int, window: int, origin: int, seen: Sequence[int], counts: Sequence[int], length: int,
+    device: torch.device,
+) -> tuple[Step, _Moves]:  # fmt: skip
+    """T tokens per row, of which `counts` are real: they meet the slots held and, behind them, each other.
+
+    New sinks take their slots at once (nothing stood there, so nothing is lost if the forward fails), and are
+    hidden among the chunk's own keys. New recent tokens take theirs when the chunk is committed: until then
+    its earlier queries need what they will overwrite.
+
+    S = 2, W = 3, 4 tokens on an empty cache: held is 2, the keys are the slots 0 1 and the tokens 0 1 2 3;
+    tokens 0 and 1 are written first and hidden behind, so token 3 sees keys at the places 0 1 - - 2 3.
+    """
+    total = sinks + window
+    ends = [start + count for start, count in zip(seen, counts, strict=True)]
+    held = max(min(max(seen), total), min(max(ends), sinks))
+    start = torch.tensor(seen)[:, None]  # [R, 1]
+    places = start + torch.arange(length)  # [R, T]
+    real = torch.arange(length) < torch.tensor(counts)[:, None]
+    slots = torch.where(places < sinks, places, sinks + (places - sinks) % window)
+    early = real & (places < sinks)
+    late = real & (places >= sinks) & (places >= torch.tensor(ends)[:, None] - window)
+
+    stored = _held_places(sinks, window, start, held)
+    slot = torch.arange(held)
+    stored = torch.where((slot < sinks) & (slot < torch.tensor(ends)[:, None]), slot, stored)
+    keys = torch.cat((stored, torch.where(early, -1, places)), 1)  # [R, held + T]
+    key, query = keys[:, None, :], places[:, :, None]
+    visible = (key >= 0) & (key <= query) & ((key < sinks) | (key > query - window))
+    step = _step(sinks, window, origin, places, slots, keys, visible, device)
+    lockstep = len(seen) == 1
+    return step, _Moves(held, _move(early, slots, lockstep, device), _move(late, slots, lockstep, device, True))
+
+
+def _held_places(sinks: int, window: int, seen: Tensor, held: int) -> Tensor:
+    """Which token each of the first `held` slots has, after `seen` [R, 1] tokens: [R, held]; -1 for none."""
+    slot = torch.arange(held)
+    recent = seen - 1 - (seen - 1 - slot) % window
+    return torch.where(slot >= seen, -1, torch.where(slot < sinks, slot, recent))
+
+
+def _step(
+    sinks: int, window: int, origin: int, places: Tensor, slots: Tensor, keys: Tensor,
+    visible: Tensor | None, device: torch.device,
+) -> Step:  # fmt: skip
+    """The Step, from places [R, T] and keys [R, K] that count from 0."""
+    total = sinks + window
+    far = places.clamp(max=total - 1)
+    apart = sinks > 0 and (origin > 0 or bool((places[:, -1] >= total).any()))
+    columns = min(sinks, keys.shape[1]) if apart else 0  # the sinks come first among the keys
+    near = places + origin
+    own = torch.where(places < sinks, places, near) if origin else near
+    if origin:
+        column = torch.arange(keys.shape[1])
+        keys = torch.where(column < columns, keys, keys + origin)
+    return Step(
+        slots=slots.to(device),
+        near=near.to(device),
+        far=far.to(device),
+        own=own.to(device),
+        keys=keys.to(device),
+        visible=None if visible is None else visible.to(device),
+        sinks=columns,
+        span=total,
+    )
+
+
+def _move(
+    chosen: Tensor, slots: Tensor, lockstep: bool, device: torch.device, always: bool = False
+) -> tuple[Tensor | None, Tensor, Tensor] | None:
+    """The chosen [R, T] tokens and their slots as index tensors; None where there are none."""
+    rows, tokens = chosen.nonzero(as_tuple=True)
+    if not always and not len(tokens):
+        return None
+    where = slots[rows, tokens].to(device)
+    return None if lockstep else rows.to(device), tokens.to(device), where
+
+
+def _at_least(least: int, **given: int) -> None:
+    for name, value in given.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ValueError(f"{name} must be a whole number of at least {least}, not {value!r}")
