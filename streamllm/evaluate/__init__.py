@@ -1,5 +1,6 @@
-"""Scores of a long text under the four ways of attending to it."""
+"""Evidence: how well a model streams, where its attention goes, and what it remembers."""
 
+from streamllm.evaluate.inspect import Attention, Recommendation, attention, recommend
 from streamllm.evaluate.scoring import (
     MODES,
     Bucket,
@@ -11,4 +12,17 @@ from streamllm.evaluate.scoring import (
     save,
 )
 
-__all__ = ["MODES", "Bucket", "Comparison", "Result", "compare", "load", "perplexity", "save"]
+__all__ = [
+    "MODES",
+    "Attention",
+    "Bucket",
+    "Comparison",
+    "Recommendation",
+    "Result",
+    "attention",
+    "compare",
+    "load",
+    "perplexity",
+    "recommend",
+    "save",
+]
