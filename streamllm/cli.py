@@ -44,7 +44,7 @@ def cli() -> None:
     """
 
 
-class Forever(click.ParamType):
+class Forever(click.ParamType):  # type: ignore[type-arg]  # generic in newer versions only
     """A number of tokens, or "forever"."""
 
     name = "N|forever"
