@@ -68,6 +68,7 @@ class SinkCache:
         weight = next(model.parameters())
         self.dtype, self.device = weight.dtype, weight.device
         self._seen = [0] * batch_size
+        self._unwritten = False  # a chunk counts as seen, and perhaps not every layer has stored it
         windows = [window if own is None else min(window, own) for own in geometry.windows]
         self._rings = dict(zip(geometry.windows, windows, strict=True))
         self._layers = [
@@ -91,6 +92,7 @@ class SinkCache:
         chosen = list(range(self.batch_size)) if rows is None else [int(row) for row in rows]
         if not all(0 <= row < self.batch_size for row in chosen):
             raise ValueError(f"rows must be in 0 … {self.batch_size - 1}, not {chosen}")
+        self._write()
         for row in chosen:
             self._seen[row] = 0
         for layer in self._layers:
@@ -107,7 +109,8 @@ class SinkCache:
     # What a forward asks for (models/step.py: Cache)
 
     def plan(self, length: int, lengths: Sequence[int] | None = None) -> Plan:
-        """Where `length` new tokens per row will stand; `lengths` [B] of them are real. Changes nothing."""
+        """Where `length` new tokens per row will stand; `lengths` [B] of them are real. No row moves."""
+        self._write()
         lockstep = lengths is None and len(set(self._seen)) == 1
         seen = self._seen[:1] if lockstep else self._seen
         counts = [length] * len(seen) if lengths is None else list(lengths)
@@ -124,20 +127,21 @@ class SinkCache:
         return _SinkPlan(steps, self._layers, advance)
 
     def commit(self, plan: Plan) -> None:
-        """Keep what the forward computed, and move on."""
-        assert isinstance(plan, _SinkPlan)
-        try:
-            for layer in self._layers:
-                layer.keep()
-        except BaseException:  # Ctrl-C between two layers: writing again is harmless, half a chunk is not
-            for layer in self._layers:
-                layer.keep()
-            self._advance(plan)
-            raise
-        self._advance(plan)
+        """Keep what the forward computed, and move on.
 
-    def _advance(self, plan: _SinkPlan) -> None:
-        self._seen = [seen + count for seen, count in zip(self._seen, plan.advance, strict=True)]
+        The chunk counts as seen before it is stored. Where Ctrl-C or a lack of memory cuts the storing off,
+        whatever touches the store next ends it: to write again is harmless, half a chunk is not.
+        """
+        assert isinstance(plan, _SinkPlan)
+        seen = [seen + count for seen, count in zip(self._seen, plan.advance, strict=True)]
+        self._seen, self._unwritten = seen, True
+        self._write()
+
+    def _write(self) -> None:
+        if self._unwritten:
+            for layer in self._layers:
+                layer.keep()
+            self._unwritten = False
         for layer in self._layers:
             layer.fresh = None
 
