@@ -85,7 +85,7 @@ def test_a_ragged_batch_survives_interruptions_everywhere():
 @contextmanager
 def failing_write(monkeypatch, at, error):
     """The write number `at` into a layer of the cache raises `error`, and so do later ones until the end."""
-    write, writes = cache_module._Ring._write, 0
+    write, writes = cache_module._Ring.write, 0
 
     def failing(self, *moved):
         nonlocal writes
@@ -95,7 +95,7 @@ def failing_write(monkeypatch, at, error):
         write(self, *moved)
 
     with monkeypatch.context() as patch:
-        patch.setattr(cache_module._Ring, "_write", failing)
+        patch.setattr(cache_module._Ring, "write", failing)
         yield
 
 
