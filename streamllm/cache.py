@@ -17,6 +17,9 @@ from torch import Tensor, nn
 from streamllm.models.step import Plan, Step, geometry_of
 
 DEFAULT_WINDOW = 1020
+STRIDE = (
+    256  # slots: a ring that fills is met in steps of so many, because kernels are made anew for each size
+)
 
 
 class SinkCache:
@@ -211,7 +214,7 @@ def _plan_one(
     S = 2, W = 3, t = 9: slot 2 + (9 - 2) % 3 = 3, where token 6 stood; see `Step`.
     """
     total = sinks + window
-    held = min(max(seen) + 1, total)
+    held = min(-(-(max(seen) + 1) // STRIDE) * STRIDE, total)
     places = torch.tensor(seen)[:, None]  # [R, 1]
     slots = torch.where(places < sinks, places, sinks + (places - sinks) % window)
     keys = _held_places(sinks, window, places + 1, held)
