@@ -52,9 +52,7 @@ def _by_matmul(
     return (weights.view(B, G, H // G * T, K) @ values).view(B, H, T, D)
 
 
-def _fused(
-    q: Tensor, keys: Tensor, values: Tensor, step: Step, scale: float, bias: Tensor | None
-) -> Tensor:
+def _fused(q: Tensor, keys: Tensor, values: Tensor, step: Step, scale: float, bias: Tensor | None) -> Tensor:
     mask = None if step.visible is None or (step.causal and bias is None) else step.visible[:, None]
     if bias is not None:
         mask = bias if mask is None else bias.masked_fill(~mask, -torch.inf)

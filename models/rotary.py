@@ -27,7 +27,9 @@ class Rope:
     theta: float
     dim: int
     attention_factor: float = 1.0  # cosine and sine are multiplied by it, scores by its square
-    float32_angles: bool = False  # transformers' rounding, wrong by 1e-4 at 4,000 tokens: for parity runs only
+    float32_angles: bool = (
+        False  # transformers' rounding, wrong by 1e-4 at 4,000 tokens: for parity runs only
+    )
 
     def frequencies(self, span: int) -> Tensor:
         """Angles per place: float32 [ceil(dim/2)]. `span` is the length of the text, S + W with a cache."""

@@ -138,7 +138,7 @@ def forward_in_chunks(
     0 … T or without a cache, and for a batch that is not the cache's.
     """
     counts = _checked(model.geometry.vocab_size, tokens, cache, lengths, logits_to_keep)
-    batch, length = tokens.shape
+    length = tokens.shape[1]
     if cache is None:
         windows = model.geometry.windows
         steps = {window: Step.dense(length, window, tokens.device) for window in set(windows)}
@@ -158,13 +158,15 @@ def forward_in_chunks(
             kept.append(x[:, max(0, length - logits_to_keep - start) :])
         else:
             kept = [_last_rows(x, start, counts, logits_to_keep, kept[0] if kept else None)]
+        if stop == length:  # projected before the commit: a forward that fails has not happened
+            joined = kept[0] if len(kept) == 1 else torch.cat(kept, 1)
+            logits = joined if logits_to_keep is None else model.project(joined)
         cache.commit(plan)
-    joined = kept[0] if len(kept) == 1 else torch.cat(kept, 1)
-    return joined if logits_to_keep is None else model.project(joined)
+    return logits
 
 
 def _last_rows(x: Tensor, start: int, counts: Sequence[int], keep: int, before: Tensor | None) -> Tensor:
-    """The hidden states [B, keep, C] of each row's last real tokens, as far as the chunk x at `start` has them."""
+    """[B, keep, C] of each row's last real tokens, as far as the chunk x at `start` has them."""
     wanted = torch.tensor([[max(count - keep + i, 0) - start for i in range(keep)] for count in counts])
     inside = ((wanted >= 0) & (wanted < x.shape[1])).to(x.device)[:, :, None]
     rows = wanted.clamp(0, x.shape[1] - 1).to(x.device)[:, :, None].expand(-1, -1, x.shape[2])
@@ -198,7 +200,9 @@ def _checked(
         return None
     batch, length = tokens.shape
     if batch != cache.batch_size:
-        raise ValueError(f"the cache was made for a batch of {cache.batch_size}, the tokens have {batch} rows")
+        raise ValueError(
+            f"the cache was made for a batch of {cache.batch_size}, the tokens have {batch} rows"
+        )
     if lengths is None:
         return None
     counts = [int(count) for count in lengths]

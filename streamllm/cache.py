@@ -20,7 +20,7 @@ DEFAULT_WINDOW = 1020
 
 
 class SinkCache:
-    """A rolling cache for `batch_size` streams: each token sees the first `sinks` tokens and the last `window`.
+    """A rolling cache of `batch_size` streams: a token sees the first `sinks` tokens and the last `window`.
 
     The window counts the token itself. `sinks=0` is plain window attention; a window as long as the text is
     dense attention. `window=None` takes 1020, or what fits into the model's trained length beside the sinks.
@@ -59,8 +59,8 @@ class SinkCache:
         _at_least(0, origin=origin)
         if trained is not None and sinks + window > trained:
             warnings.warn(
-                f"sinks + window = {sinks + window} is longer than the {trained} tokens the model was trained "
-                f"for: expect it to break; give window={max(1, trained - sinks)} or less",
+                f"sinks + window = {sinks + window} is longer than the {trained} tokens "
+                f"the model was trained for: expect it to break; give window={max(1, trained - sinks)} or less",
                 stacklevel=2,
             )
         self.sinks, self.window, self.origin = sinks, window, origin
@@ -69,7 +69,7 @@ class SinkCache:
         self.dtype, self.device = weight.dtype, weight.device
         self._seen = [0] * batch_size
         windows = [window if own is None else min(window, own) for own in geometry.windows]
-        self._rings = {own: ring for own, ring in zip(geometry.windows, windows, strict=True)}
+        self._rings = dict(zip(geometry.windows, windows, strict=True))
         self._layers = [
             _Ring(
                 torch.zeros(2, batch_size, geometry.kv_heads, sinks + ring, geometry.head_dim,
@@ -246,7 +246,9 @@ def _plan_chunk(
     visible = (key >= 0) & (key <= query) & ((key < sinks) | (key > query - window))
     step = _step(sinks, window, origin, places, slots, keys, visible, device)
     lockstep = len(seen) == 1
-    return step, _Moves(held, _move(early, slots, lockstep, device), _move(late, slots, lockstep, device, True))
+    return step, _Moves(
+        held, _move(early, slots, lockstep, device), _move(late, slots, lockstep, device, True)
+    )
 
 
 def _held_places(sinks: int, window: int, seen: Tensor, held: int) -> Tensor:

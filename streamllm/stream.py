@@ -1,0 +1,131 @@
+"""Stream: text in, text out, for ever."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from torch import nn
+
+from streamllm.cache import SinkCache
+from streamllm.generate import Loop, settings
+from streamllm.sampling import GenerationConfig
+from streamllm.tokenizer import Tokenizer
+
+
+class Stream:
+    """A text that a model and its user write together, without end, in constant memory.
+
+    `sinks`, `window`, `chunk`: see `SinkCache`, which is `stream.cache`. Each `generate` goes on where the
+    text stands; after Ctrl-C, too.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Tokenizer,
+        sinks: int = 4,
+        window: int | None = None,
+        chunk: int = 512,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.cache = SinkCache(model, sinks=sinks, window=window, chunk=chunk)
+        self._loop = Loop(model, self.cache)
+        self._decoder = tokenizer.decoder()
+        self._started = False
+
+    @property
+    def seen(self) -> int:
+        """How many tokens the cache has taken in."""
+        return int(self.cache.seen[0])
+
+    def __repr__(self) -> str:
+        return f"Stream({self._loop.model.__class__.__module__.rpartition('.')[2]}, {self.cache!r})"
+
+    def feed(self, text: str) -> int:
+        """Let the model read a text without saying anything. Returns how many tokens it was."""
+        count = self._write(text)
+        self._loop.feed()
+        return count
+
+    def generate(
+        self,
+        text: str = "",
+        *,
+        max_new_tokens: int | None = None,
+        stop: str | Sequence[str] = (),
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        repetition_penalty: float | None = None,
+        eos: Sequence[int] | int | None = None,
+        seed: int | None = None,
+        generation_config: GenerationConfig | None = None,
+    ) -> Iterator[str]:
+        """What the model says after `text`, piece by piece, each piece whole characters.
+
+        Ends with one of the strings in `stop`, which is not said; else as `streamllm.generate`, where the
+        other arguments and errors are described. A piece may be empty while a character is not complete.
+        Raises ValueError for an empty text at the start of a stream whose tokenizer adds no BOS token.
+        """
+        config = settings(
+            self._loop.model,
+            generation_config,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            eos=eos,
+        )
+        stops = [stop] if isinstance(stop, str) else list(stop)
+        if "" in stops:
+            raise ValueError("a stop string must not be empty")
+        self._write(text)
+        return self._pieces(self._loop.run(config, max_new_tokens, seed), stops)
+
+    def reset(self) -> None:
+        """Forget everything and start a new text."""
+        self.cache.reset()
+        self._loop = Loop(self._loop.model, self.cache)
+        self._decoder = self.tokenizer.decoder()
+        self._started = False
+
+    def _write(self, text: str) -> int:
+        tokens = self.tokenizer.encode(text, add_special_tokens=not self._started)
+        if not tokens and not self._started:
+            raise ValueError(
+                "the prompt is empty and the tokenizer adds no BOS token: give some text to begin with"
+            )
+        self._loop.push(tokens)
+        self._started = True
+        for token in tokens:  # what follows a text is not decoded as if it began one
+            self._decoder.push(token)
+        return len(tokens)
+
+    def _pieces(self, tokens: Iterator[int], stops: Sequence[str]) -> Iterator[str]:
+        held = ""  # the end of what was said, while it may still become a stop string
+        for token in tokens:
+            held += self._decoder.push(token)
+            end = min((at for at in map(held.find, stops) if at >= 0), default=-1)
+            if end >= 0:
+                yield held[:end]
+                return
+            keep = _overlap(held, stops)
+            yield held[: len(held) - keep]
+            held = held[len(held) - keep :]
+        if held:
+            yield held
+
+
+def _overlap(text: str, stops: Sequence[str]) -> int:
+    """How many characters at the end of `text` may be the beginning of a stop string."""
+    return max(
+        (
+            length
+            for stop in stops
+            for length in range(1, min(len(stop), len(text) + 1))
+            if text.endswith(stop[:length])
+        ),
+        default=0,
+    )
