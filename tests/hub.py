@@ -347,6 +347,7 @@ def client(hub: Hub | str, cache: Path, *, offline: bool = False) -> Iterator[No
         for key in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
             patch.delenv(key, raising=False)
         patch.setenv("NO_PROXY", "*")
+        patch.setenv("no_proxy", "*")
         patch.setattr(constants, "ENDPOINT", url)
         patch.setattr(
             constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}"
@@ -355,11 +356,13 @@ def client(hub: Hub | str, cache: Path, *, offline: bool = False) -> Iterator[No
         patch.setattr(constants, "HF_TOKEN_PATH", str(cache / "no-token"))
         patch.setattr(constants, "HF_HUB_OFFLINE", offline)
         patch.setattr("time.sleep", lambda seconds: None)
-        close_session()
-        try:
-            yield
-        finally:
+        if not _sessions:  # one made before NO_PROXY was set may go through a proxy
             close_session()
+            _sessions.append(True)
+        yield
+
+
+_sessions: list[bool] = []
 
 
 def environment(hub: Hub | None, home: Path, **more: str) -> dict[str, str]:
@@ -369,6 +372,6 @@ def environment(hub: Hub | None, home: Path, **more: str) -> dict[str, str]:
         for key, value in os.environ.items()
         if not key.startswith(("HF_", "HUGGING", "TRANSFORMERS"))
     }
-    kept |= {"HF_HOME": str(home), "NO_PROXY": "*", "HF_HUB_DISABLE_TELEMETRY": "1"}
+    kept |= {"HF_HOME": str(home), "NO_PROXY": "*", "no_proxy": "*", "HF_HUB_DISABLE_TELEMETRY": "1"}
     kept |= {"HF_ENDPOINT": hub.url} if hub else {"HF_HUB_OFFLINE": "1"}
     return kept | more
