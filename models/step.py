@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,7 +51,7 @@ class Step:
         places = torch.arange(length, device=device)[None]
         visible = places[:, None, :] <= places[:, :, None]
         banded = window is not None and window < length
-        if banded:
+        if window is not None and banded:
             visible = visible & (places[:, None, :] > places[:, :, None] - window)
         return Step(
             slots=places,
@@ -109,6 +109,17 @@ class Geometry:
     vocab_size: int  # V
     windows: tuple[int | None, ...]  # the model's own sliding window, per layer
     trained_length: int | None  # positions it was trained for; None: its encoding sets no end (ALiBi)
+
+
+def geometry_of(model: nn.Module) -> Geometry:
+    """The geometry of one of our models. Raises TypeError for a model of somebody else's."""
+    geometry = getattr(model, "geometry", None)
+    if not isinstance(geometry, Geometry):
+        raise TypeError(
+            f"{type(model).__module__}.{type(model).__name__} is not a model of this library; "
+            f"load the checkpoint with streamllm.load"
+        )
+    return geometry
 
 
 class Streamable(Protocol):

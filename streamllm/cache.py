@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from streamllm.models.step import Geometry, Plan, Step
+from streamllm.models.step import Plan, Step, geometry_of
 
 DEFAULT_WINDOW = 1020
 
@@ -44,8 +44,7 @@ class SinkCache:
         chunk: int = 512,
         origin: int = 0,
     ) -> None:
-        geometry = model.geometry
-        assert isinstance(geometry, Geometry)
+        geometry = geometry_of(model)
         trained = geometry.trained_length
         _at_least(0, sinks=sinks)
         if window is None:
@@ -60,7 +59,8 @@ class SinkCache:
         if trained is not None and sinks + window > trained:
             warnings.warn(
                 f"sinks + window = {sinks + window} is longer than the {trained} tokens "
-                f"the model was trained for: expect it to break; give window={max(1, trained - sinks)} or less",
+                f"the model was trained for: expect it to break; "
+                f"give window={max(1, trained - sinks)} or less",
                 stacklevel=2,
             )
         self.sinks, self.window, self.origin = sinks, window, origin
@@ -71,12 +71,9 @@ class SinkCache:
         windows = [window if own is None else min(window, own) for own in geometry.windows]
         self._rings = dict(zip(geometry.windows, windows, strict=True))
         self._layers = [
-            _Ring(
-                torch.zeros(2, batch_size, geometry.kv_heads, sinks + ring, geometry.head_dim,
-                            dtype=self.dtype, device=self.device).unbind()
-            )
+            _Ring((batch_size, geometry.kv_heads, sinks + ring, geometry.head_dim), self.dtype, self.device)
             for ring in windows
-        ]  # fmt: skip
+        ]
         self._own_windows = geometry.windows
 
     @property
@@ -165,8 +162,9 @@ class _Moves:
 class _Ring:
     """The keys and values of one layer: slots 0 … S-1 for the sinks, W more taken in turn."""
 
-    def __init__(self, storage: tuple[Tensor, Tensor]) -> None:
-        self.keys, self.values = storage  # [B, G, S + W, D] each
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+        self.keys = torch.zeros(shape, dtype=dtype, device=device)  # [B, G, S + W, D]
+        self.values = torch.zeros_like(self.keys)
         self.moves = _Moves(0, None, None)
         self.fresh: tuple[Tensor, Tensor] | None = None  # a chunk's own, until it is committed
 

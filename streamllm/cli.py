@@ -44,7 +44,7 @@ def cli() -> None:
     """
 
 
-class Forever(click.ParamType):
+class Forever(click.ParamType):  # type: ignore[type-arg]  # generic in newer versions only
     """A number of tokens, or "forever"."""
 
     name = "N|forever"
@@ -89,7 +89,13 @@ class Forever(click.ParamType):
     help="Tokens of the prompt read at once.",
 )
 @click.option(
-    "--max-new-tokens", "-n", type=Forever(), default="200", show_default=True, help="When to stop."
+    "--max-new-tokens",
+    "-n",
+    type=Forever(),
+    metavar="N|forever",
+    default="200",
+    show_default=True,
+    help="When to stop.",
 )
 @click.option(
     "--temperature", "-t", type=click.FloatRange(0), help="0 is greedy.  [default: the checkpoint's]"

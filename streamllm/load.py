@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from streamllm.sampling import GenerationConfig, read_generation_config
+from streamllm.sampling import GenerationConfig, attach, read_generation_config
 from streamllm.tokenizer import TOKENIZER_FILES, Tokenizer, load_tokenizer_files
 from streamllm.weights.checkpoint import Checkpoint
 from streamllm.weights.checkpoint import Source as Source
@@ -110,7 +110,7 @@ def _load_model(
 
         with tqdm(total=checkpoint.nbytes, unit="B", unit_scale=True, desc=f"loading {source.name}") as bar:
             model = checkpoint.load(dtype, place, report=bar.update)
-    model.generation_config = _generation_config(source, checkpoint.keys.get("eos_token_id"))
+    attach(model, _generation_config(source, checkpoint.keys.get("eos_token_id")))
     return model
 
 
