@@ -38,6 +38,8 @@ class Source(Protocol):
 
     @property
     def name(self) -> str: ...
+    @property
+    def offline(self) -> bool: ...  # nothing can be fetched: what is not found may be there all the same
     def file(self, relative: str) -> Path: ...
     def find(self, relative: str) -> Path | None: ...
     def has(self, relative: str) -> bool: ...
@@ -121,6 +123,8 @@ class Checkpoint:
         return sum(stored.nbytes for stored in self.tensors.values())
 
     def _no_weights(self) -> CheckpointError:
+        if self.source.offline:
+            self.source.file(SINGLE)  # is not in the cache, which is all that is known
         for other in ("pytorch_model.bin", "pytorch_model.bin.index.json"):
             if self.source.has(other):
                 return UnsupportedConfig(

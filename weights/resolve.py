@@ -94,11 +94,13 @@ def resolve(
 class Source:
     """The files of one revision of a checkpoint, fetched when they are asked for.
 
-    `name` is what the caller gave; `commit` the 40 digits of the hub's commit, None for a folder.
+    `name` is what the caller gave; `commit` the 40 digits of the hub's commit, None for a folder. `offline`
+    says that nothing can be fetched, so that what is not found may be on the hub all the same.
     """
 
     name: str
     commit: str | None
+    offline: bool
 
     def find(self, relative: str) -> Path | None:
         """The local path of the file `relative`, fetched if need be; None if this revision has no such file.
@@ -124,6 +126,7 @@ class _Folder(Source):
     def __init__(self, name: str, folder: Path) -> None:
         self.name = name
         self.commit = None
+        self.offline = False
         self._folder = folder
         root = Path(os.path.realpath(folder))
         self._roots = (root, *_blobs(root))
@@ -181,6 +184,7 @@ class _Hub(Source):
         self._offline_by = (
             "local_files_only" if local_files_only else "HF_HUB_OFFLINE" if constants.HF_HUB_OFFLINE else None
         )
+        self.offline = self._offline_by is not None
         self._token = token
         self._progress = progress
         self._cache = Path(constants.HF_HUB_CACHE)
