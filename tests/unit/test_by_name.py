@@ -6,11 +6,11 @@ import subprocess
 import sys
 
 import pytest
-import tiny
 import torch
-from hub import client, environment, serve
 
 import streamllm
+from tests import tiny
+from tests.hub import client, environment, serve
 
 PROGRAM = """
 import json, sys, torch, streamllm

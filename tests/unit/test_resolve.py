@@ -12,11 +12,11 @@ import sys
 import warnings
 
 import pytest
-from hub import client, environment, serve
 
 from streamllm.weights import resolve as module
 from streamllm.weights.errors import CheckpointError, CheckpointNotFound
 from streamllm.weights.resolve import resolve
+from tests.hub import client, environment, serve
 
 NAME = "org/tiny-llama"
 SHARDS = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
