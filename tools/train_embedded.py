@@ -1,7 +1,7 @@
 """Make the embedded checkpoint again from nothing: tokenizer, weights, configuration.
 
-The corpus is the standard library of the Python that runs this program, so nothing is downloaded, and one core
-is enough. The recipe, and why it has an auxiliary term, is told in the model card, weights/embedded/README.md.
+The corpus is the standard library of the Python that runs this program, so nothing is downloaded, and one
+core is enough. The recipe, and why it has an auxiliary term, is told in weights/embedded/README.md.
 """
 
 import json
