@@ -10,21 +10,26 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import click
 import torch
 from safetensors.torch import save_file
-from streamllm.models.llama import Block, Config, Model
-from streamllm.models.rotary import Rope, rotation
+from streamllm.models.llama import Block, Model
+from streamllm.models.rotary import rotation
 from streamllm.models.step import Forgetful, Plan, Step
+from streamllm.weights import llama
+from streamllm.weights.keys import Keys
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from streamllm.evaluate.corpus import training_texts
+import streamllm
+from streamllm.evaluate import Result, compare, perplexity
+from streamllm.evaluate.corpus import held_out_texts, training_texts
 
 BOS, EOS = 0, 1
 
@@ -56,24 +61,6 @@ class Recipe:
     sink_weight: float = 1.0
     sink_fade: float = 0.7  # the auxiliary term fades to nothing from this fraction of the training on
     sink_share: float = 0.25  # of the windows of a batch: enough to estimate a mean, and four times cheaper
-
-    def model_config(self) -> Config:
-        return Config(
-            vocab_size=self.vocabulary,
-            width=self.width,
-            mlp_width=self.mlp,
-            layers=self.layers,
-            heads=self.heads,
-            kv_heads=self.heads,
-            head_dim=self.head_dim,
-            rope=Rope(self.theta, self.head_dim),
-            trained_length=self.length,
-            norm_eps=self.norm_eps,
-            activation="silu",
-            attention_bias=False,
-            mlp_bias=False,
-            tied=True,
-        )
 
     def config(self) -> dict[str, Any]:
         """The config.json, in the layout of Hugging Face."""
@@ -326,29 +313,21 @@ def _restore(
     generator.set_state(state["generator"])
 
 
-# Our names of a Llama's parts -> those on disk.
-ON_DISK = {
-    "embed.": "model.embed_tokens.",
-    "norm.": "model.norm.",
-    "layers.": "model.layers.",
-    ".attention_norm.": ".input_layernorm.",
-    ".mlp_norm.": ".post_attention_layernorm.",
-    ".attention.": ".self_attn.",
-    **{f".{part}.weight": f".{part}_proj.weight" for part in ("q", "k", "v", "o", "gate", "up", "down")},
-}
-
-
-def hugging_face_name(name: str) -> str:
-    for ours, theirs in ON_DISK.items():
-        name = re.sub(("^" if ours[0] != "." else "") + re.escape(ours), theirs, name)
-    return name
+def names_on_disk(model: nn.Module) -> dict[str, str]:
+    """Each parameter's name in this library -> its name in a Hugging Face file. A tied head is named once."""
+    spelled = {ours: theirs for theirs, ours in llama.TENSORS.items() if isinstance(ours, str)}
+    names = {}
+    for name, _ in model.named_parameters():
+        layer = re.search(r"\d+", name)
+        names[name] = spelled[re.sub(r"\d+", "{}", name)].format(layer[0] if layer else None)
+    return names
 
 
 def write_checkpoint(out: Path, model: nn.Module, recipe: Recipe, tokenizer: Tokenizer) -> None:
     """config.json, model.safetensors (bfloat16), tokenizer.json and tokenizer_config.json."""
+    names = names_on_disk(model)
     tensors = {
-        hugging_face_name(name): tensor.detach().to(torch.bfloat16)
-        for name, tensor in model.named_parameters()  # a tied head is named once
+        names[name]: parameter.detach().to(torch.bfloat16) for name, parameter in model.named_parameters()
     }
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
     (out / "config.json").write_text(json.dumps(recipe.config(), indent=2) + "\n")
@@ -364,26 +343,103 @@ def write_checkpoint(out: Path, model: nn.Module, recipe: Recipe, tokenizer: Tok
     (out / "tokenizer_config.json").write_text(json.dumps(tokenizer_config, indent=2) + "\n")
 
 
+# ------------------------------------------------------------------------------------------------- evaluation
+
+COLUMNS = (1, 256, 512, 1024, 4096, 16384, 65536)  # positions where the columns of the table begin
+DENSE_TEXT = 16_384  # tokens; dense attention to all of the held-out text would take hours
+
+
+def measure(folder: Path, seed: int, positions: int) -> Iterator[str]:
+    """The numbers of the model card as lines of Markdown: held-out perplexity, in float32, by position."""
+    model = streamllm.load_model(folder, dtype=torch.float32, device="cpu")
+    stream = encode(Tokenizer.from_file(str(folder / "tokenizer.json")), held_out_texts())
+    stream = torch.cat((torch.tensor([BOS]), stream))
+    pieces = [torch.cat((stream[:1], piece)) for piece in torch.split(stream[1:], DENSE_TEXT - 1)]
+
+    def score(what: str, text: Tensor | list[Tensor], **how: Any) -> Result:
+        with tqdm(desc=what, unit="tok", unit_scale=True, leave=False) as bar:
+
+            def show(so_far: Result) -> None:
+                bar.total = so_far.total
+                bar.update(so_far.tokens - bar.n)
+
+            return perplexity(model, text, progress=show, **how)
+
+    yield f"{len(stream):,} held-out tokens, one stream; sinks + window = the trained length"
+    yield ""
+    edges = [f"{low:,}–{high - 1:,}" for low, high in pairwise(COLUMNS)]
+    yield f"| perplexity at position | {' | '.join(edges)} | {COLUMNS[-1]:,}– | all from {COLUMNS[1]} |"
+    yield "|---" * (len(COLUMNS) + 2) + "|"
+    for sinks in (4, 1, 0):
+        result = score(f"{sinks} sinks", stream, sinks=sinks)
+        yield _row(f"sinks {sinks}, window {result.window}", result)
+    yield _row(f"dense, texts of {DENSE_TEXT:,}", score("dense", pieces, mode="dense"))
+    yield ""
+    for sinks in (4, 0):
+        fresh, streamed = (
+            score(mode, stream, mode=mode, sinks=sinks, positions=positions, seed=seed)
+            for mode in ("recompute", "sinks")
+        )
+        yield (
+            f"at {positions:,} random positions, sinks {sinks}: "
+            f"re-computation {fresh.perplexity:.2f}, streaming {streamed.perplexity:.2f}"
+        )
+    gap = compare(model, stream, sinks=4, positions=positions, seed=seed)
+    eighths = ", ".join(f"{math.exp(part):.3f}" for part in gap.eighths)
+    yield f"streaming / re-computation, 4 sinks: {gap.ratio:.4f} ± {gap.error:.4f}"
+    yield f"in each eighth of the stream: {eighths}"
+
+
+def _row(name: str, result: Result) -> str:
+    cells = [_between(result, low, high) for low, high in pairwise((*COLUMNS, 1 << 62))]
+    return f"| {name} | {' | '.join(cells)} | **{_shown(result.beyond(COLUMNS[1]).perplexity)}** |"
+
+
+def _between(result: Result, start: int, stop: int) -> str:
+    chosen = [bucket for bucket in result.buckets if start <= bucket.start < stop]
+    tokens = sum(bucket.tokens for bucket in chosen)
+    return _shown(math.exp(sum(bucket.nll for bucket in chosen) / tokens)) if tokens else "–"
+
+
+def _shown(perplexity: float) -> str:
+    return f"{perplexity:,.1f}"
+
+
 @click.command(help=__doc__, context_settings={"show_default": True})
-@click.option(
-    "--out", type=click.Path(path_type=Path, file_okay=False), required=True, help="Folder to write into."
-)
+@click.option("--out", type=click.Path(path_type=Path, file_okay=False), required=True, help="Its folder.")
 @click.option("--tokens", default=50_000_000, help="Training tokens.")
-@click.option(
-    "--minutes", type=float, help="Stop (with the schedule complete) after this time, if it comes first."
-)
-@click.option("--seed", default=0, help="Of the weights and of the windows.")
+@click.option("--minutes", type=float, help="Shorten the schedule so that training ends after this time.")
+@click.option("--seed", default=0, help="Of the weights, the windows and the positions compared.")
 @click.option("--threads", default=1, help="Threads of torch; a model this small gains little from more.")
 @click.option("--compile/--no-compile", "compiled", default=True, help="torch.compile: twice as fast.")
-def main(out: Path, tokens: int, minutes: float | None, seed: int, threads: int, compiled: bool) -> None:
+@click.option("--measure-only", is_flag=True, help="Do not train: measure the checkpoint that is in --out.")
+@click.option("--positions", default=8000, help="Random positions to compare with re-computation.")
+def main(
+    out: Path,
+    tokens: int,
+    minutes: float | None,
+    seed: int,
+    threads: int,
+    compiled: bool,
+    measure_only: bool,
+    positions: int,
+) -> None:
     torch.set_num_threads(threads)
+    if not measure_only:
+        make(out, tokens, minutes, seed, compiled)
+    for line in measure(out, seed, positions):
+        click.echo(line)
+
+
+def make(out: Path, tokens: int, minutes: float | None, seed: int, compiled: bool) -> None:
+    """Tokenizer, training, files. An interrupted training goes on where its last state was saved."""
     recipe = Recipe()
     out.mkdir(parents=True, exist_ok=True)
     texts = training_texts()
     tokenizer = train_tokenizer(texts, recipe.vocabulary)
     corpus = encode(tokenizer, texts)
     generator = torch.Generator().manual_seed(seed)
-    model = Model(recipe.model_config())
+    model = Model(llama.read_config(Keys(recipe.config()), match_transformers=False))
     initialise(model, generator)
     parameters = sum(weight.numel() for weight in model.parameters())
     click.echo(f"{len(texts)} texts, {len(corpus):,} tokens; {parameters:,} parameters", err=True)
