@@ -346,7 +346,7 @@ def write_checkpoint(out: Path, model: nn.Module, recipe: Recipe, tokenizer: Tok
 # ------------------------------------------------------------------------------------------------- evaluation
 
 COLUMNS = (1, 256, 512, 1024, 4096, 16384, 65536)  # positions where the columns of the table begin
-DENSE_TEXT = 16_384  # tokens; dense attention to all of the held-out text would take hours
+DENSE_TEXT = 16_384  # tokens in a text: the cost of dense attention grows with the square
 
 
 def measure(folder: Path, seed: int, positions: int) -> Iterator[str]:
