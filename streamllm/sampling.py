@@ -140,11 +140,12 @@ def _likeliest(scores: Tensor, config: GenerationConfig) -> tuple[Tensor, Tensor
     if not config.top_k and config.top_p == 1 and not config.min_p:
         return scores, torch.arange(len(scores), device=scores.device)
     if config.top_k:
-        kept, tokens = _top(scores, config.top_k)
-        kept, tokens = kept[(fits := kept >= kept[config.top_k - 1 : config.top_k].min())], tokens[fits]
-        shares = kept.softmax(-1)
+        worst = scores.topk(min(config.top_k, len(scores))).values[-1]
+        tokens = (scores >= worst).nonzero().squeeze(-1)  # with all that tie with the k-th
+        kept, order = scores[tokens].sort(descending=True, stable=True)
+        tokens, shares = tokens[order], kept.softmax(-1)
     else:  # nearly always a few hundred hold all the probability that is asked for: spare the full sort
-        kept, tokens = _top(scores, 256)
+        kept, tokens = scores.topk(min(256, len(scores)))
         shares = (kept - scores.logsumexp(-1)).exp()
         enough = config.top_p < 1 and shares.sum() >= config.top_p
         if not (enough or (config.top_p == 1 and shares[-1] < config.min_p * shares[0])):
@@ -159,7 +160,3 @@ def _likeliest(scores: Tensor, config: GenerationConfig) -> tuple[Tensor, Tensor
         kept, tokens = kept[fits], tokens[fits]
     return kept, tokens
 
-
-def _top(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    values, tokens = scores.topk(min(count, len(scores)))
-    return values, tokens
