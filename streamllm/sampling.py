@@ -123,14 +123,24 @@ def read_generation_config(
 def next_token(
     logits: Tensor, config: GenerationConfig, generator: torch.Generator | None, said: Tensor | None = None
 ) -> int:
-    """One token from logits [V]. `said`, bool [V], marks those that the repetition penalty is for."""
+    """One token from logits [V]. `said`, bool [V], marks those that the repetition penalty is for.
+
+    Raises ValueError where a logit is no number, which a model out of its precision gives.
+    """
     scores = logits.float()
     if said is not None and config.repetition_penalty != 1.0:
         penalty = config.repetition_penalty
         scores = torch.where(said, torch.where(scores < 0, scores * penalty, scores / penalty), scores)
+    best, first = scores.max(-1)
+    if not best.isfinite():
+        raise ValueError(
+            f"the model's logits are not finite ({best:g}): in float16 take bfloat16 or float32 instead; "
+            f"else its weights are damaged"
+        )
     if config.temperature == 0:
-        return int(scores.argmax())
-    scores, tokens = _likeliest(scores / config.temperature, config)
+        return int(first)
+    # the difference, because a small temperature would make infinities of the scores themselves
+    scores, tokens = _likeliest((scores - best) / config.temperature, config)
     chosen = torch.multinomial(scores.softmax(-1), 1, generator=generator)
     return int(tokens[chosen])
 
