@@ -118,7 +118,11 @@ class Loop:
                 tokens = torch.tensor([self.unfed], device=self.cache.device)
                 self.logits = self.model(tokens, self.cache, logits_to_keep=1)[0, -1]
         finally:
-            del self.unfed[: int(self.cache.seen[0]) - before]
+            taken = int(self.cache.seen[0]) - before
+            if self.logits is None and taken == len(self.unfed):  # Ctrl-C while the logits were on their way
+                self.cache.step_back()
+                taken -= 1
+            del self.unfed[:taken]
 
     def run(self, config: GenerationConfig, max_new_tokens: int | None, seed: int | None) -> Iterator[int]:
         """Feed and choose, until an eos token or `max_new_tokens`; each token chosen is pushed."""
