@@ -43,9 +43,11 @@ class Stream:
 
     def feed(self, text: str) -> int:
         """Let the model read a text without saying anything. Returns how many tokens it was."""
-        count = self._write(text)
+        tokens = self._encode(text)
+        self._loop.push(tokens)
+        self._written(tokens)
         self._loop.feed()
-        return count
+        return len(tokens)
 
     def generate(
         self,
@@ -81,8 +83,10 @@ class Stream:
         stops = [stop] if isinstance(stop, str) else list(stop)
         if "" in stops:
             raise ValueError("a stop string must not be empty")
-        self._write(text)
-        return self._pieces(self._loop.run(config, max_new_tokens, seed), stops)
+        tokens = self._encode(text)
+        said = self._loop.run(config, max_new_tokens, seed, tokens)
+        self._written(tokens)
+        return self._pieces(said, stops)
 
     def reset(self) -> None:
         """Forget everything and start a new text."""
@@ -91,17 +95,18 @@ class Stream:
         self._decoder = self.tokenizer.decoder()
         self._started = False
 
-    def _write(self, text: str) -> int:
+    def _encode(self, text: str) -> list[int]:
         tokens = self.tokenizer.encode(text, add_special_tokens=not self._started)
         if not tokens and not self._started:
             raise ValueError(
                 "the prompt is empty and the tokenizer adds no BOS token: give some text to begin with"
             )
-        self._loop.push(tokens)
+        return tokens
+
+    def _written(self, tokens: Sequence[int]) -> None:
         self._started = True
         for token in tokens:  # what follows a text is not decoded as if it began one
             self._decoder.push(token)
-        return len(tokens)
 
     def _pieces(self, tokens: Iterator[int], stops: Sequence[str]) -> Iterator[str]:
         held = ""  # the end of what was said, while it may still become a stop string
