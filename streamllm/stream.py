@@ -31,6 +31,7 @@ class Stream:
         self.cache = SinkCache(model, sinks=sinks, window=window, chunk=chunk)
         self._loop = Loop(model, self.cache)
         self._decoder = tokenizer.decoder()
+        self._held = ""  # the end of what was said, while it may still become a stop string
         self._started = False
 
     @property
@@ -93,6 +94,7 @@ class Stream:
         self.cache.reset()
         self._loop = Loop(self._loop.model, self.cache)
         self._decoder = self.tokenizer.decoder()
+        self._held = ""
         self._started = False
 
     def _encode(self, text: str) -> list[int]:
@@ -104,23 +106,29 @@ class Stream:
         return tokens
 
     def _written(self, tokens: Sequence[int]) -> None:
+        if tokens:
+            self._held = ""  # of an answer that was left alone
         self._started = True
         for token in tokens:  # what follows a text is not decoded as if it began one
             self._decoder.push(token)
 
     def _pieces(self, tokens: Iterator[int], stops: Sequence[str]) -> Iterator[str]:
-        held = ""  # the end of what was said, while it may still become a stop string
         for token in tokens:
-            held += self._decoder.push(token)
-            end = min((at for at in map(held.find, stops) if at >= 0), default=-1)
-            if end >= 0:
-                yield held[:end]
+            self._held += self._decoder.push(token)
+            # the one that is complete first, however the text is cut into tokens; at once: the longer one
+            ends = [(at + len(stop), at) for stop in stops if (at := self._held.find(stop)) >= 0]
+            if ends:
+                piece = self._release(min(ends)[1])
+                self._held = ""
+                yield piece
                 return
-            keep = _overlap(held, stops)
-            yield held[: len(held) - keep]
-            held = held[len(held) - keep :]
-        if held:
-            yield held
+            yield self._release(len(self._held) - _overlap(self._held, stops))
+        if self._held:
+            yield self._release(len(self._held))
+
+    def _release(self, length: int) -> str:
+        piece, self._held = self._held[:length], self._held[length:]
+        return piece
 
 
 def _overlap(text: str, stops: Sequence[str]) -> int:
