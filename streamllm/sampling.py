@@ -169,4 +169,3 @@ def _likeliest(scores: Tensor, config: GenerationConfig) -> tuple[Tensor, Tensor
         fits = shares >= config.min_p * shares[0]
         kept, tokens = kept[fits], tokens[fits]
     return kept, tokens
-

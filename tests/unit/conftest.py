@@ -1,4 +1,4 @@
-"""A checkpoint that is small, loud and whole: a Llama with a byte-level tokenizer, made without transformers."""
+"""A checkpoint that is small, loud and whole: a Llama with a byte-level tokenizer, without transformers."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ def tokenizer(loaded) -> streamllm.Tokenizer:
 
 @pytest.fixture
 def interrupt(model) -> Callable[..., None]:
-    """interrupt(module, error, at): `error` is raised after the forward of `module` number `at` (from 0), once.
+    """interrupt(module, error, at): `error` is raised after forward number `at` (from 0) of `module`, once.
 
     `module` is a name within the model, "" for the model itself.
     """

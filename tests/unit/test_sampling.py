@@ -8,7 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from streamllm.sampling import WITHOUT_EFFECT, GenerationConfig, _likeliest, next_token, read_generation_config
+from streamllm.sampling import (
+    WITHOUT_EFFECT,
+    GenerationConfig,
+    _likeliest,
+    next_token,
+    read_generation_config,
+)
 from streamllm.weights.errors import UnsupportedConfig
 
 
