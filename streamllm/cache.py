@@ -102,6 +102,14 @@ class SinkCache:
             ring.keys[chosen] = 0
             ring.values[chosen] = 0
 
+    def step_back(self) -> None:
+        """Take each stream back by the token that it took in last, once, so that it can be fed again.
+
+        For a forward whose result was lost after it was committed. Exact: what that token overwrote was out
+        of its own window.
+        """
+        self._seen = [max(0, seen - 1) for seen in self._seen]
+
     def __repr__(self) -> str:
         seen = self._seen[0] if len(set(self._seen)) == 1 else self._seen
         return (
