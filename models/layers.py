@@ -10,14 +10,14 @@ from torch import Tensor, nn
 
 
 class Linear(nn.Linear):
-    """x [..., in] -> [..., out]. Weights are left unset when built: a checkpoint, or a trainer, fills them."""
+    """x [..., in] -> [..., out]. Built unset: a checkpoint or a trainer fills the weights."""
 
     def reset_parameters(self) -> None:
         pass
 
 
 class Embedding(nn.Embedding):
-    """int64 [...] -> [..., C]. Weights are left unset when built, as those of Linear."""
+    """int64 [...] -> [..., C]. Built unset, as Linear is."""
 
     def reset_parameters(self) -> None:
         pass

@@ -27,7 +27,9 @@ class Rope:
     theta: float
     dim: int
     attention_factor: float = 1.0  # cosine and sine are multiplied by it, scores by its square
-    float32_angles: bool = False  # transformers' rounding, wrong by 1e-4 at 4,000 tokens: for parity runs only
+    float32_angles: bool = (
+        False  # transformers' rounding, wrong by 1e-4 at 4,000 tokens: for parity runs only
+    )
 
     def frequencies(self, span: int) -> Tensor:
         """Angles per place: float32 [ceil(dim/2)]. `span` is the length of the text, S + W with a cache."""
@@ -39,7 +41,7 @@ class Rope:
 
     def _powers(self, theta: float | Tensor | None = None) -> Tensor:
         exponents = torch.arange(0, self.dim, 2, device="cpu").float() / self.dim
-        return (self.theta if theta is None else theta) ** exponents  # type: ignore[no-any-return]
+        return (self.theta if theta is None else theta) ** exponents
 
 
 @dataclass(frozen=True)

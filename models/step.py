@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,10 +33,14 @@ class Step:
     far: Tensor  # [R, T] place of each query, as sinks see it: min(t, S + W - 1)
     own: Tensor  # [R, T] place at which each new key is rotated, once: t for a sink, else origin + t
     keys: Tensor  # [R, K] place of each key
-    visible: Tensor | None  # [R, T, K] bool; None where every query sees every key
+    visible: Tensor | None  # [R, T, K] bool; None where every query sees every key, or where `causal`
     sinks: int  # the first `sinks` of the K keys are scored by the far query; 0 where near and far agree
     span: int  # S + W with a cache, T without: the length that some rotary frequencies depend on
-    causal: bool = False  # `visible` is the plain lower triangle of a text from its start
+    causal: bool = False  # the plain lower triangle of a text from its start, which kernels know by heart
+
+    def mask(self) -> Tensor | None:
+        """bool [R, T, K]: which keys each query sees; None where it sees all."""
+        return self.keys[:, None, :] <= self.near[:, :, None] if self.causal else self.visible
 
     def distance(self) -> Tensor:
         """How far each key is from each query, in tokens: int64 [R, T, K]. Meaningless where not visible."""
@@ -49,20 +53,20 @@ class Step:
     def dense(length: int, window: int | None = None, device: torch.device | str = "cpu") -> Step:
         """A text from its start, without a cache: places 0 … T-1, causal, at most `window` keys back."""
         places = torch.arange(length, device=device)[None]
-        visible = places[:, None, :] <= places[:, :, None]
-        banded = window is not None and window < length
-        if banded:
-            visible = visible & (places[:, None, :] > places[:, :, None] - window)
+        visible = None
+        if window is not None and window < length:
+            key, query = places[:, None, :], places[:, :, None]
+            visible = (key <= query) & (key > query - window)
         return Step(
             slots=places,
             near=places,
             far=places,
             own=places,
             keys=places,
-            visible=visible if length > 1 else None,
+            visible=visible,
             sinks=0,
             span=length,
-            causal=not banded and length > 1,
+            causal=visible is None and length > 1,
         )
 
 
@@ -111,6 +115,17 @@ class Geometry:
     trained_length: int | None  # positions it was trained for; None: its encoding sets no end (ALiBi)
 
 
+def geometry_of(model: nn.Module) -> Geometry:
+    """The geometry of one of our models. Raises TypeError for a model of somebody else's."""
+    geometry = getattr(model, "geometry", None)
+    if not isinstance(geometry, Geometry):
+        raise TypeError(
+            f"{type(model).__module__}.{type(model).__name__} is not a model of this library; "
+            f"load the checkpoint with streamllm.load"
+        )
+    return geometry
+
+
 class Streamable(Protocol):
     """A model, as `forward_in_chunks` sees it."""
 
@@ -138,7 +153,7 @@ def forward_in_chunks(
     0 … T or without a cache, and for a batch that is not the cache's.
     """
     counts = _checked(model.geometry.vocab_size, tokens, cache, lengths, logits_to_keep)
-    batch, length = tokens.shape
+    length = tokens.shape[1]
     if cache is None:
         windows = model.geometry.windows
         steps = {window: Step.dense(length, window, tokens.device) for window in set(windows)}
@@ -158,13 +173,15 @@ def forward_in_chunks(
             kept.append(x[:, max(0, length - logits_to_keep - start) :])
         else:
             kept = [_last_rows(x, start, counts, logits_to_keep, kept[0] if kept else None)]
+        if stop == length:  # projected before the commit: a forward that fails has not happened
+            joined = kept[0] if len(kept) == 1 else torch.cat(kept, 1)
+            logits = joined if logits_to_keep is None else model.project(joined)
         cache.commit(plan)
-    joined = kept[0] if len(kept) == 1 else torch.cat(kept, 1)
-    return joined if logits_to_keep is None else model.project(joined)
+    return logits
 
 
 def _last_rows(x: Tensor, start: int, counts: Sequence[int], keep: int, before: Tensor | None) -> Tensor:
-    """The hidden states [B, keep, C] of each row's last real tokens, as far as the chunk x at `start` has them."""
+    """[B, keep, C] of each row's last real tokens, as far as the chunk x at `start` has them."""
     wanted = torch.tensor([[max(count - keep + i, 0) - start for i in range(keep)] for count in counts])
     inside = ((wanted >= 0) & (wanted < x.shape[1])).to(x.device)[:, :, None]
     rows = wanted.clamp(0, x.shape[1] - 1).to(x.device)[:, :, None].expand(-1, -1, x.shape[2])
@@ -198,7 +215,9 @@ def _checked(
         return None
     batch, length = tokens.shape
     if batch != cache.batch_size:
-        raise ValueError(f"the cache was made for a batch of {cache.batch_size}, the tokens have {batch} rows")
+        raise ValueError(
+            f"the cache was made for a batch of {cache.batch_size}, the tokens have {batch} rows"
+        )
     if lengths is None:
         return None
     counts = [int(count) for count in lengths]

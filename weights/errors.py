@@ -1,4 +1,4 @@
-"""What can be wrong with a checkpoint. Each message says what was given, what is allowed, and the next step."""
+"""What can be wrong with a checkpoint. A message says what was given, what is allowed, and the next step."""
 
 
 class CheckpointError(Exception):

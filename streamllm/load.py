@@ -1,0 +1,132 @@
+"""load(): a checkpoint by name, as a model and a tokenizer that are ready to stream."""
+
+from __future__ import annotations
+
+import os
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from streamllm.sampling import GenerationConfig, attach, read_generation_config
+from streamllm.tokenizer import TOKENIZER_FILES, Tokenizer, load_tokenizer_files
+from streamllm.weights.checkpoint import Checkpoint
+from streamllm.weights.checkpoint import Source as Source
+from streamllm.weights.errors import CheckpointNotFound
+from streamllm.weights.keys import read_json
+from streamllm.weights.resolve import resolve
+
+PROGRESS_FROM = 1 << 30  # bytes of weights from which a progress bar is worth its line
+
+
+def load(
+    name: str | os.PathLike[str] | None = None,
+    *,
+    revision: str | None = None,
+    dtype: torch.dtype | str = "auto",
+    device: torch.device | str | None = None,
+    match_transformers: bool = False,
+    local_files_only: bool = False,
+    token: str | None = None,
+) -> tuple[nn.Module, Tokenizer]:
+    """A model and its tokenizer: a hub name ("org/name"), a folder, or None for the embedded checkpoint.
+
+    revision: a branch, tag, commit or "refs/pr/1" of a hub repository. dtype: float64, float32, float16 or
+    bfloat16; "auto" is what the checkpoint says it is. device: None takes CUDA if there, then MPS, then the
+    CPU. match_transformers reproduces transformers' known deviations (rotary angles in float32, bfloat16
+    ALiBi of Falcon, keys of MPT's config that it ignores) and is meant for comparisons only.
+
+    Raises CheckpointNotFound, UnsupportedConfig or CheckpointError (all CheckpointError) and TokenizerError.
+    """
+    source = open_source(name, revision=revision, local_files_only=local_files_only, token=token)
+    tokenizer = _load_tokenizer(source)  # first, because it may be wrong, and is small
+    return _load_model(source, dtype, device, match_transformers), tokenizer
+
+
+def load_model(
+    name: str | os.PathLike[str] | None = None,
+    *,
+    revision: str | None = None,
+    dtype: torch.dtype | str = "auto",
+    device: torch.device | str | None = None,
+    match_transformers: bool = False,
+    local_files_only: bool = False,
+    token: str | None = None,
+) -> nn.Module:
+    """The model alone; arguments and errors as for `load`."""
+    source = open_source(name, revision=revision, local_files_only=local_files_only, token=token)
+    return _load_model(source, dtype, device, match_transformers)
+
+
+def load_tokenizer(
+    name: str | os.PathLike[str] | None = None,
+    *,
+    revision: str | None = None,
+    local_files_only: bool = False,
+    token: str | None = None,
+) -> Tokenizer:
+    """The tokenizer alone; arguments and errors as for `load`."""
+    return _load_tokenizer(
+        open_source(name, revision=revision, local_files_only=local_files_only, token=token)
+    )
+
+
+def open_source(
+    name: str | os.PathLike[str] | None,
+    *,
+    revision: str | None = None,
+    local_files_only: bool = False,
+    token: str | None = None,
+) -> Source:
+    """The files behind a name, one revision of them."""
+    if name is None:
+        name = embedded_folder()
+    return resolve(name, revision=revision, local_files_only=local_files_only, token=token)
+
+
+def embedded_folder() -> Path:
+    """The folder of the checkpoint that comes with the package."""
+    return Path(str(files("streamllm.weights.embedded")))
+
+
+def default_device() -> torch.device:
+    """CUDA if there, then MPS, then the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def _load_model(
+    source: Source, dtype: torch.dtype | str, device: torch.device | str | None, match_transformers: bool
+) -> nn.Module:
+    checkpoint = Checkpoint(source, match_transformers)
+    place = default_device() if device is None else torch.device(device)
+    generation_config = _generation_config(source, checkpoint.keys.get("eos_token_id"))
+    if checkpoint.nbytes < PROGRESS_FROM:
+        model = checkpoint.load(dtype, place)
+    else:
+        from tqdm import tqdm
+
+        with tqdm(total=checkpoint.nbytes, unit="B", unit_scale=True, desc=f"loading {source.name}") as bar:
+            model = checkpoint.load(dtype, place, report=bar.update)
+    attach(model, generation_config)
+    return model
+
+
+def _generation_config(source: Source, eos: Any) -> GenerationConfig:
+    found = source.find("generation_config.json")
+    values = {} if found is None else read_json(found)
+    return read_generation_config({"eos_token_id": eos, **values}, f"generation_config.json of {source.name}")
+
+
+def _load_tokenizer(source: Source) -> Tokenizer:
+    found = {name: path for name in TOKENIZER_FILES if (path := source.find(name)) is not None}
+    if not found.keys() & set(TOKENIZER_FILES[:2]):
+        if source.offline:
+            source.file(TOKENIZER_FILES[0])  # is not in the cache, which is all that is known
+        raise CheckpointNotFound(
+            f"{source.name} has no tokenizer: neither of {', '.join(TOKENIZER_FILES[:2])}"
+        )
+    return load_tokenizer_files(next(iter(found.values())).parent)

@@ -1,0 +1,373 @@
+"""A checkpoint's files -> a model: config, index, shards, completeness, and each tensor to its place."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from streamllm.weights import FAMILIES, supported
+from streamllm.weights.errors import CheckpointError, CheckpointNotFound, UnsupportedConfig
+from streamllm.weights.family import NOT_NEEDED, Family, Fused
+from streamllm.weights.keys import Keys, read_json
+
+DEEPEST = 2048  # layers; a model is built before its weights are read, at about a millisecond for each
+
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+
+# As safetensors names them. Anything else, integers and 8-bit floats, is some quantised format.
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+DTYPES = {
+    "float64": torch.float64,
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+}
+
+
+class Source(Protocol):
+    """Where the files come from: a folder, or one commit of a repository (weights/resolve.py)."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def offline(self) -> bool: ...  # nothing can be fetched: what is not found may be there all the same
+    def file(self, relative: str) -> Path: ...
+    def find(self, relative: str) -> Path | None: ...
+    def has(self, relative: str) -> bool: ...
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One tensor on disk, not read yet."""
+
+    name: str
+    path: Path
+    shape: tuple[int, ...]
+    dtype: str  # safetensors' name for it
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on disk; 0 for a type that is not loaded."""
+        return math.prod(self.shape) * FLOATS[self.dtype].itemsize if self.dtype in FLOATS else 0
+
+    def read(self) -> Tensor:
+        """The tensor, mapped from its file: pages are read when touched, and go when the tensor goes."""
+        return Reader().read(self, keep=False)
+
+
+# Bytes that may be read through one mapping before it is replaced by a new one.
+MAPPED = 64 << 20
+
+
+class Reader:
+    """Reads tensors of safetensors files, and lets go of the pages that were read.
+
+    A tensor is a part of its file's mapping, and the pages touched through a mapping stay in memory as long
+    as any tensor of it lives. So tensors that are kept and tensors that are only copied from have a mapping
+    each, and the latter's is dropped from time to time: not after each, because to open a file is to parse
+    its header, and there are headers of 100 MB.
+    """
+
+    def __init__(self) -> None:
+        self._open: dict[tuple[Path, bool], tuple[Any, int]] = {}
+
+    def read(self, stored: Stored, keep: bool) -> Tensor:
+        from safetensors import SafetensorError, safe_open
+
+        file, seen = self._open.get((stored.path, keep), (None, 0))
+        try:
+            if file is None or (not keep and seen + stored.nbytes > MAPPED):
+                self._open.pop((stored.path, keep), None)
+                file, seen = safe_open(stored.path, framework="pt", device="cpu"), 0
+            self._open[stored.path, keep] = file, seen + stored.nbytes
+            return file.get_tensor(stored.name)  # type: ignore[no-any-return]
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{stored.path} has changed while it was read ({error})") from None
+
+
+class Checkpoint:
+    """A checkpoint whose config is read and whose tensors are listed, before any weight is.
+
+    Raises CheckpointNotFound for a missing file, UnsupportedConfig for a model_type, a config value or a
+    format that this library does not know, CheckpointError for files that are broken.
+    """
+
+    def __init__(self, source: Source, match_transformers: bool = False) -> None:
+        self.source = source
+        self.keys = Keys(read_json(_config_file(source)), f"config.json of {source.name}")
+        self.family, self.config = read_config(self.keys, match_transformers)
+
+    @cached_property
+    def tensors(self) -> dict[str, Stored]:
+        """All tensors on disk, by their name there."""
+        index = self.source.find(INDEX)
+        if index is not None:
+            return _read_shards(self.source, index)
+        single = self.source.find(SINGLE)
+        if single is not None:
+            return {stored.name: stored for stored in list_tensors(single)}
+        raise self._no_weights()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all weights on disk."""
+        return sum(stored.nbytes for stored in self.tensors.values())
+
+    def _no_weights(self) -> CheckpointError:
+        if self.source.offline:
+            self.source.file(SINGLE)  # is not in the cache, which is all that is known
+        for other in ("pytorch_model.bin", "pytorch_model.bin.index.json"):
+            if self.source.has(other):
+                return UnsupportedConfig(
+                    f"{self.source.name} has its weights only as {other}, a pickle, which can run code; "
+                    f"convert it to safetensors first"
+                )
+        return CheckpointNotFound(f"{self.source.name} has no weights: neither {SINGLE} nor {INDEX}")
+
+    def dtype(self, wanted: torch.dtype | str = "auto") -> torch.dtype:
+        """The type to load in: the one given, or for "auto" the config's, or else that of the first tensor.
+
+        Raises ValueError for a type that is none of float64, float32, float16 and bfloat16.
+        """
+        if isinstance(wanted, torch.dtype) and wanted in DTYPES.values():
+            return wanted
+        if isinstance(wanted, str) and wanted in DTYPES:
+            return DTYPES[wanted]
+        if wanted != "auto":
+            raise ValueError(f"dtype is {wanted!r}; supported: auto, {', '.join(DTYPES)}")
+        named = self.keys.choice("dtype", self.keys.choice("torch_dtype", "", ["", *DTYPES]), ["", *DTYPES])
+        if named:
+            return DTYPES[named]
+        return next((FLOATS[stored.dtype] for stored in self.tensors.values() if stored.dtype in FLOATS),
+                    torch.float32)  # fmt: skip
+
+    def load(
+        self,
+        dtype: torch.dtype | str = "auto",
+        device: torch.device | str = "cpu",
+        report: Callable[[int], object] | None = None,
+    ) -> nn.Module:
+        """The model with its weights, in `dtype` on `device`, ready for inference.
+
+        Built on the meta device and filled tensor by tensor: what stays as it is on disk is mapped, what is
+        cast, split or moved is read and released. `report` is told the bytes of each tensor that is done.
+        """
+        dtype, device = self.dtype(dtype), torch.device(device)
+        jobs, config = self._jobs()
+        model = self._build(config)
+        slots = _slots(model)
+        _check_complete(self.source.name, slots, jobs)
+        doubtful: list[str] = []
+        reader = Reader()
+        for stored, names, split in jobs:
+            stays = split is None and FLOATS[stored.dtype] == dtype and device.type == "cpu"
+            whole = reader.read(stored, keep=stays)
+            parts = (whole,) if split is None else split(whole, config)
+            del whole
+            for name, part in zip(names, parts, strict=True):
+                _check_shape(self.source.name, stored, name, part, slots[name][0][0])
+                # A part is copied out of its fused tensor, so that the file's pages can go.
+                part = part.to(device=device, dtype=dtype, copy=split is not None).contiguous()
+                if not part.sum(dtype=torch.promote_types(dtype, torch.float32)).isfinite():
+                    doubtful.append(stored.name)
+                if part.data_ptr() % part.element_size():
+                    part = part.clone()  # some writers do not align, and not every kernel can read that
+                _assign(slots[name], part)
+            if report is not None:
+                report(stored.nbytes)
+        if doubtful:
+            warnings.warn(
+                f"{self.source.name}: values that are not finite in {_list(sorted(set(doubtful)))}; "
+                f"what the model says is likely to be nonsense",
+                stacklevel=2,
+            )
+        return model.eval()
+
+    def _build(self, config: Any) -> nn.Module:
+        """The model on the meta device, without weights."""
+        try:
+            with torch.device("meta"):
+                return self.family.model(config)
+        except (RuntimeError, OverflowError) as error:  # even the meta device multiplies sizes
+            reason = str(error).splitlines()[0]
+            raise UnsupportedConfig(f"{self.keys.where}: its sizes make no model ({reason})") from None
+
+    def _jobs(self) -> tuple[list[_Job], Any]:
+        """Each tensor that is needed, with our names for it; and the config, untied where the files are."""
+        config = self.config
+        if config.layers > DEEPEST:
+            raise self.keys.wrong("the number of layers", config.layers, f"up to {DEEPEST}")
+        if config.layers > len(self.tensors):
+            raise CheckpointError(
+                f"{self.keys.where} says {config.layers} layers, but there are only "
+                f"{len(self.tensors)} tensors"
+            )
+        jobs: list[_Job] = []
+        unknown: list[str] = []
+        for stored in self.tensors.values():
+            found = self.family.target(stored.name)
+            if found is None:
+                unknown.append(stored.name)
+                continue
+            target, layer = found
+            if target == NOT_NEEDED:
+                continue
+            if stored.dtype not in FLOATS:
+                raise UnsupportedConfig(
+                    f"{self.source.name}: {stored.name} is stored as {stored.dtype}; supported: "
+                    f"{', '.join(FLOATS)} (quantised checkpoints are not)"
+                )
+            if isinstance(target, Fused):
+                jobs.append((stored, tuple(name.replace("{}", layer) for name in target.names), target.split))
+            else:
+                jobs.append((stored, (target.replace("{}", layer),), None))
+        if unknown:
+            raise CheckpointError(
+                f"{self.source.name}: the model has no place for {_list(unknown)}; "
+                f"is model_type in config.json the right one?"
+            )
+        return _settle_tie(self.source.name, jobs, config)
+
+
+_Job = tuple[Stored, tuple[str, ...], Callable[[Tensor, Any], tuple[Tensor, ...]] | None]
+
+
+def read_config(keys: Keys, match_transformers: bool = False) -> tuple[Family, Any]:
+    """config.json -> its family and the model's Config. Raises UnsupportedConfig, naming what it found."""
+    model_type = keys.get("model_type")
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
+        raise UnsupportedConfig(f"{keys.where}: model_type is {model_type!r}; {supported()}")
+    if keys.get("quantization_config") is not None:
+        raise UnsupportedConfig(
+            f"{keys.where}: quantization_config is set, and quantised checkpoints are not supported; "
+            f"take the original one"
+        )
+    family = FAMILIES[model_type]
+    return family, family.read(keys, match_transformers)
+
+
+def list_tensors(path: Path) -> list[Stored]:
+    """The tensors in one safetensors file, from its header alone."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            return [
+                Stored(name, path, tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()
+            ]
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{path} is not a whole safetensors file ({error}); download it again"
+        ) from None
+
+
+def _config_file(source: Source) -> Path:
+    found = source.find("config.json")
+    if found is not None:
+        return found
+    if source.find("adapter_config.json") is not None:
+        raise UnsupportedConfig(f"{source.name} holds an adapter only; merge it into its base model first")
+    raise CheckpointNotFound(f"{source.name} has no config.json: it is not a Hugging Face checkpoint")
+
+
+def _read_shards(source: Source, index: Path) -> dict[str, Stored]:
+    """All tensors of all shards that the index names. The shards' headers count, not the index."""
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, Mapping) or not weight_map:
+        raise CheckpointError(f"{index} has no weight_map; download the file again")
+    if not all(isinstance(shard, str) for shard in weight_map.values()):
+        raise CheckpointError(f"{index}: weight_map must map names of tensors to names of files")
+    tensors: dict[str, Stored] = {}
+    for shard in sorted(set(weight_map.values())):
+        for stored in list_tensors(source.file(shard)):
+            if stored.name in tensors and weight_map.get(stored.name) != shard:
+                continue  # in two shards: the index decides
+            tensors[stored.name] = stored
+    lost = [name for name in weight_map if name not in tensors]
+    if lost:
+        raise CheckpointError(f"{source.name}: the index promises {_list(lost)}, which no shard has")
+    return tensors
+
+
+def _settle_tie(name: str, jobs: list[_Job], config: Any) -> tuple[list[_Job], Any]:
+    """A tied head may lie in the file, too, as a copy, alone, or in contradiction."""
+    if not config.tied:
+        return jobs, config
+    by_target = {names: stored for stored, names, _ in jobs}
+    head, embedding = by_target.get(("head.weight",)), by_target.get(("embed.weight",))
+    if head is None:
+        return jobs, config
+    if embedding is None:  # some writers keep only the name that comes later in the alphabet
+        return [(s, ("embed.weight",) if n == ("head.weight",) else n, f) for s, n, f in jobs], config
+    if head.shape == embedding.shape and torch.equal(head.read(), embedding.read()):
+        return [job for job in jobs if job[1] != ("head.weight",)], config
+    warnings.warn(
+        f"{name}: the config ties the head to the embedding, but the file has another head, which is used",
+        stacklevel=4,
+    )
+    return jobs, dataclasses.replace(config, tied=False)
+
+
+_Slots = list[tuple[nn.Parameter, nn.Module, str]]
+
+
+def _slots(model: nn.Module) -> dict[str, _Slots]:
+    """Where each parameter lives, by its first name: one place, or more where modules share it."""
+    first: dict[int, str] = {}
+    slots: dict[str, _Slots] = {}
+    for path, module in model.named_modules():
+        for attribute, parameter in module.named_parameters(recurse=False):
+            name = first.setdefault(id(parameter), f"{path}.{attribute}" if path else attribute)
+            slots.setdefault(name, []).append((parameter, module, attribute))
+    return slots
+
+
+def _assign(places: _Slots, tensor: Tensor) -> None:
+    parameter = nn.Parameter(tensor, requires_grad=False)
+    for _, module, attribute in places:
+        setattr(module, attribute, parameter)
+
+
+def _check_complete(name: str, slots: Mapping[str, _Slots], jobs: list[_Job]) -> None:
+    supplied = [ours for _, names, _ in jobs for ours in names]
+    theirs = {ours: stored.name for stored, names, _ in jobs for ours in names}
+    missing = [ours for ours in slots if ours not in theirs]
+    if missing:
+        raise CheckpointError(f"{name}: the files lack the weights of {_list(missing)}; download them again")
+    extra = [theirs[ours] for ours in supplied if ours not in slots]
+    if extra:
+        raise CheckpointError(f"{name}: the config leaves no place for {_list(extra)}")
+    if len(supplied) != len(theirs):
+        twice = sorted({ours for ours in supplied if supplied.count(ours) > 1})
+        raise CheckpointError(f"{name}: the files have {_list(twice)} twice, under two names")
+    for stored, names, split in jobs:
+        if split is not None:
+            rows = sum(slots[ours][0][0].shape[0] for ours in names)
+            _check_shape(name, stored, stored.name, stored, (rows, *slots[names[0]][0][0].shape[1:]))
+
+
+def _check_shape(
+    name: str, stored: Stored, ours: str, found: Tensor | Stored, wanted: Tensor | tuple[int, ...]
+) -> None:
+    shape = wanted if isinstance(wanted, tuple) else tuple(wanted.shape)
+    if tuple(found.shape) != shape:
+        raise CheckpointError(
+            f"{name}: {stored.name} has the shape {list(stored.shape)}, but by the config {ours} must have "
+            f"{list(shape)}"
+        )
+
+
+def _list(names: Iterable[str], most: int = 5) -> str:
+    names = list(names)
+    shown = ", ".join(name if len(name) <= 120 else name[:117] + "…" for name in names[:most])
+    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"

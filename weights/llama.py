@@ -1,0 +1,65 @@
+"""How Llama checkpoints are spelled: config.json -> Config, names on disk -> names in models/llama.py."""
+
+from __future__ import annotations
+
+from streamllm.models.layers import ACTIVATIONS
+from streamllm.models.llama import Config, Model
+from streamllm.weights.family import NOT_NEEDED, Family, with_bias
+from streamllm.weights.keys import Keys
+from streamllm.weights.rope import read_rope
+
+
+def read_config(keys: Keys, match_transformers: bool) -> Config:
+    """The numbers that act, with transformers' defaults for keys that are absent."""
+    width = keys.size("hidden_size", 4096)
+    heads = keys.size("num_attention_heads", 32)
+    kv_heads = keys.size("num_key_value_heads", heads)
+    if width % heads:
+        raise keys.wrong("num_attention_heads", heads, f"a divisor of hidden_size, {width}")
+    if heads % kv_heads:
+        raise keys.wrong("num_key_value_heads", kv_heads, f"a divisor of num_attention_heads, {heads}")
+    head_dim = keys.size("head_dim", width // heads, 2)
+    if head_dim % 2:
+        raise keys.wrong("head_dim", head_dim, "an even number: rotary dimensions turn in pairs")
+    positions = keys.size("max_position_embeddings", 2048)
+    rope = read_rope(keys, head_dim, keys.number("rope_theta", 10000.0), positions, match_transformers)
+    return Config(
+        vocab_size=keys.size("vocab_size", 32000),
+        width=width,
+        mlp_width=keys.size("intermediate_size", 11008),
+        layers=keys.size("num_hidden_layers", 32),
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        rope=rope,
+        trained_length=rope.trained_length(positions),
+        norm_eps=keys.number("rms_norm_eps", 1e-6, 0.0),
+        activation=keys.choice("hidden_act", "silu", ACTIVATIONS),
+        attention_bias=keys.flag("attention_bias", False),
+        mlp_bias=keys.flag("mlp_bias", False),
+        tied=keys.flag("tie_word_embeddings", False),
+    )
+
+
+TENSORS = {
+    "model.embed_tokens.weight": "embed.weight",
+    "model.layers.{}.input_layernorm.weight": "layers.{}.attention_norm.weight",
+    **with_bias(
+        {
+            "model.layers.{}.self_attn.q_proj": "layers.{}.attention.q",
+            "model.layers.{}.self_attn.k_proj": "layers.{}.attention.k",
+            "model.layers.{}.self_attn.v_proj": "layers.{}.attention.v",
+            "model.layers.{}.self_attn.o_proj": "layers.{}.attention.o",
+            "model.layers.{}.mlp.gate_proj": "layers.{}.mlp.gate",
+            "model.layers.{}.mlp.up_proj": "layers.{}.mlp.up",
+            "model.layers.{}.mlp.down_proj": "layers.{}.mlp.down",
+        }
+    ),
+    "model.layers.{}.post_attention_layernorm.weight": "layers.{}.mlp_norm.weight",
+    "model.norm.weight": "norm.weight",
+    "lm_head.weight": "head.weight",
+    "model.layers.{}.self_attn.rotary_emb.inv_freq": NOT_NEEDED,
+    "model.rotary_emb.inv_freq": NOT_NEEDED,
+}
+
+FAMILY = Family(read_config, Model, TENSORS, prefix="model.")

@@ -1,0 +1,112 @@
+"""rope_theta, rope_scaling and rope_parameters of config.json -> Rope, in every spelling that is around."""
+
+from __future__ import annotations
+
+import math
+
+from streamllm.models import rotary
+from streamllm.weights.keys import Keys
+
+TYPES = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
+
+
+def read_rope(keys: Keys, dim: int, theta: float, positions: int, match_transformers: bool) -> rotary.Rope:
+    """The rotary frequencies that a config asks for.
+
+    `dim` of a head's dimensions turn, `theta` is what the config says outside of the scaling, `positions`
+    its max_position_embeddings. A non-empty rope_scaling replaces rope_parameters, rope_type beats type,
+    and what stands inside beats what stands outside, but for original_max_position_embeddings.
+    """
+    replaced = keys.inner("rope_parameters")
+    scaling = keys.inner("rope_scaling") or replaced or Keys({}, "rope_scaling")
+    kind = scaling.choice("rope_type", scaling.choice("type", "default", TYPES), TYPES)
+    theta = scaling.number("rope_theta", theta)
+    if theta <= 0:
+        raise scaling.wrong("rope_theta", theta, "a number above 0")
+    angles = match_transformers  # transformers multiplies place and frequency in float32
+
+    if kind == "default":
+        return rotary.Rope(theta, dim, float32_angles=angles)
+    if kind == "linear":
+        return rotary.LinearRope(theta, dim, float32_angles=angles, factor=_factor(scaling))
+    if kind == "dynamic":
+        if dim <= 2:
+            raise keys.wrong("head dimension", dim, "more than 2 rotary dimensions with dynamic scaling")
+        return rotary.DynamicRope(
+            theta, dim, float32_angles=angles, factor=_factor(scaling), positions=positions
+        )
+
+    original = scaling.size("original_max_position_embeddings", positions)
+    original = keys.size("original_max_position_embeddings", original)
+    if kind == "llama3":
+        low, high = scaling.number("low_freq_factor", 1.0), scaling.number("high_freq_factor", 4.0)
+        if not 0 < low < high:
+            raise scaling.wrong("high_freq_factor", high, f"a number above low_freq_factor, {low}, above 0")
+        return rotary.Llama3Rope(
+            theta,
+            dim,
+            float32_angles=angles,
+            factor=_factor(scaling),
+            low_freq_factor=low,
+            high_freq_factor=high,
+            original=original,
+        )
+
+    factor = _factor(scaling, positions / original)
+    if kind == "yarn":
+        mscale, mscale_all = scaling.number("mscale", 0.0), scaling.number("mscale_all_dim", 0.0)
+        if mscale and mscale_all:
+            usual = _yarn_mscale(factor, mscale) / _yarn_mscale(factor, mscale_all)
+        else:
+            usual = _yarn_mscale(factor, 1.0)
+        fast = scaling.number("beta_fast", 32.0) or 32.0
+        slow = scaling.number("beta_slow", 1.0) or 1.0
+        if not 0 < slow < fast:
+            raise scaling.wrong("beta_fast", fast, f"a number above beta_slow, {slow}, above 0")
+        if theta == 1:
+            raise scaling.wrong("rope_theta", theta, "another number than 1 with yarn")
+        return rotary.YarnRope(
+            theta,
+            dim,
+            attention_factor=scaling.number("attention_factor", usual, 0.0),
+            float32_angles=angles,
+            factor=factor,
+            original=original,
+            beta_fast=fast,
+            beta_slow=slow,
+            truncate=scaling.flag("truncate", True),
+        )
+
+    usual = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(max(original, 2)))
+    return rotary.LongRope(
+        theta,
+        dim,
+        attention_factor=scaling.number("attention_factor", usual, 0.0),
+        float32_angles=angles,
+        factor=factor,
+        original=original,
+        short_factor=_divisors(scaling, "short_factor", dim),
+        long_factor=_divisors(scaling, "long_factor", dim),
+    )
+
+
+def _factor(scaling: Keys, default: float | None = None) -> float:
+    value = scaling.number("factor", 0.0 if default is None else default)
+    if value <= 0:
+        raise scaling.wrong("factor", scaling.get("factor"), "a number above 0")
+    return value
+
+
+def _yarn_mscale(factor: float, mscale: float) -> float:
+    return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
+
+
+def _divisors(scaling: Keys, name: str, dim: int) -> tuple[float, ...]:
+    values = scaling.get(name)
+    if (
+        not isinstance(values, list)
+        or len(values) != dim // 2
+        or not all(isinstance(value, (int, float)) and 0 < value < math.inf for value in values)
+    ):
+        raise scaling.wrong(name, values, f"a list of {dim // 2} numbers above 0")
+    return tuple(float(value) for value in values)
