@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from streamllm.evaluate.scoring import Result, perplexity
-from streamllm.models.step import Geometry, Plan, Step
+from streamllm.models.step import Plan, Step, geometry_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,8 +58,7 @@ def attention(
         raise ValueError(
             f"texts must be token ids [N, T], N at least 1 and T at least 2, not {list(texts.shape)}"
         )
-    geometry = model.geometry
-    assert isinstance(geometry, Geometry)
+    geometry = geometry_of(model)
     length, depth = texts.shape[1], len(geometry.windows)
     copies = 1 + -(-length // geometry.head_dim)
     device = next(model.parameters()).device
@@ -156,8 +155,7 @@ def recommend(
     and are scored on what comes after twice as many tokens, in whole powers of two. Raises ValueError for a
     text shorter than four times the span, and for a span that leaves no room for a window.
     """
-    geometry = model.geometry
-    assert isinstance(geometry, Geometry)
+    geometry = geometry_of(model)
     if span is None:
         span = min(1024, geometry.trained_length or 1024)
     if not sinks or span <= max(sinks):

@@ -4,10 +4,10 @@ import math
 
 import pytest
 import torch
-from streamllm.models.llama import Config, Model
-from streamllm.models.rotary import Rope
 
 from streamllm.evaluate import attention, recommend
+from streamllm.models.llama import Config, Model
+from streamllm.models.rotary import Rope
 
 VOCABULARY, SPAN = 48, 16
 MARK = 0  # the token that one head of the constructed model always looks at
