@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from streamllm.evaluate.scoring import new_cache, predictions
+from streamllm.evaluate.texts import beginning
 from streamllm.tokenizer import Tokenizer
 
 
@@ -277,12 +278,6 @@ class _Pieces:
         begin = len(self.ids) + len(before)
         self.ids += [*before, *middle, *behind]
         return begin, begin + len(middle)
-
-
-def beginning(tokenizer: Tokenizer) -> list[int]:
-    """The ids that the tokenizer puts in front of every text (BOS, or nothing)."""
-    whole, plain = tokenizer.encode("a"), tokenizer.encode("a", add_special_tokens=False)
-    return next((whole[:i] for i in range(len(whole)) if whole[i : i + len(plain)] == plain), [])
 
 
 def _wording(name: str) -> Wording:
