@@ -147,19 +147,27 @@ def forward_in_chunks(
     Without a cache, one dense plan. With one, T is cut into chunks; each is planned, computed and committed,
     so that after an exception the stream stands at the end of the last chunk that was whole. `lengths` [B]
     says how many tokens of each row are real, the rest being padding on the right; `logits_to_keep` then
-    counts from the end of each row's own tokens (and repeats its first where a row has fewer).
+    counts from the end of each row's own tokens (and repeats its first where a row has fewer). Gradients flow
+    without a cache only.
 
     Raises ValueError for tokens that are no [B, T] of integers within the vocabulary, for lengths outside
     0 … T or without a cache, and for a batch that is not the cache's.
     """
     counts = _checked(model.geometry.vocab_size, tokens, cache, lengths, logits_to_keep)
-    length = tokens.shape[1]
     if cache is None:
+        length = tokens.shape[1]
         windows = model.geometry.windows
         steps = {window: Step.dense(length, window, tokens.device) for window in set(windows)}
         x = model.hidden(tokens, Plan(steps, [Forgetful()] * len(windows)))
         return model.project(x if logits_to_keep is None else x[:, -logits_to_keep:])
+    return _in_chunks(model, tokens, cache, counts, logits_to_keep)
 
+
+@torch.no_grad()  # a stream has no end at which its graph could be freed
+def _in_chunks(
+    model: Streamable, tokens: Tensor, cache: Cache, counts: list[int] | None, logits_to_keep: int | None
+) -> Tensor:
+    length = tokens.shape[1]
     kept: list[Tensor] = []  # the rows somebody reads: projected if all are, else [B, n, C]
     for start in range(0, length, cache.chunk):
         part = tokens[:, start : start + cache.chunk]

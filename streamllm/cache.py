@@ -171,8 +171,9 @@ class _Ring:
     """The keys and values of one layer: slots 0 … S-1 for the sinks, W more taken in turn."""
 
     def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)  # [B, G, S + W, D]
-        self.values = torch.zeros_like(self.keys)
+        with torch.inference_mode(False):  # or no forward outside of it could write to them
+            self.keys = torch.zeros(shape, dtype=dtype, device=device)  # [B, G, S + W, D]
+            self.values = torch.zeros_like(self.keys)
 
     def write(self, move: tuple[Tensor | None, Tensor, Tensor], k: Tensor, v: Tensor) -> None:
         rows, tokens, slots = move
