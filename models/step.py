@@ -178,7 +178,8 @@ def _in_chunks(
         if logits_to_keep is None:
             kept.append(model.project(x))
         elif counts is None:
-            kept.append(x[:, max(0, length - logits_to_keep - start) :])
+            if stop > length - logits_to_keep:  # an empty part would hold on to the whole chunk
+                kept.append(x[:, max(0, length - logits_to_keep - start) :])
         else:
             kept = [_last_rows(x, start, counts, logits_to_keep, kept[0] if kept else None)]
         if stop == length:  # projected before the commit: a forward that fails has not happened
