@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from operator import index
 from typing import Protocol
 
 import torch
@@ -206,9 +207,9 @@ def _checked(
     logits_to_keep: int | None,
 ) -> list[int] | None:
     """The lengths as a list, or None where every token is real."""
-    if tokens.dim() != 2 or tokens.shape[1] < 1 or tokens.shape[0] < 1 or tokens.is_floating_point():
+    if tokens.dim() != 2 or 0 in tokens.shape or tokens.dtype not in (torch.int64, torch.int32):
         raise ValueError(
-            f"tokens must be integers of shape [batch, length] with at least one of each, "
+            f"tokens must be int64 or int32 of shape [batch, length] with at least one of each, "
             f"not {tokens.dtype} of shape {list(tokens.shape)}"
         )
     if tokens.device.type == "cpu":  # elsewhere the look would stall the device
@@ -229,7 +230,11 @@ def _checked(
         )
     if lengths is None:
         return None
-    counts = [int(count) for count in lengths]
+    given = lengths.tolist() if isinstance(lengths, Tensor) else lengths
+    try:
+        counts = [index(count) for count in given]
+    except TypeError:
+        counts = []
     if len(counts) != batch or not all(0 <= count <= length for count in counts):
-        raise ValueError(f"lengths must be {batch} numbers in 0 … {length}, one per row, not {counts}")
+        raise ValueError(f"lengths must be {batch} whole numbers in 0 … {length}, one per row, not {given}")
     return None if all(count == length for count in counts) else counts
