@@ -1,6 +1,6 @@
 """How the outside spells it: hub names, config.json, safetensors, tensor names."""
 
-from streamllm.weights import llama
+from streamllm.weights import gpt_neox, llama
 from streamllm.weights.errors import CheckpointError, CheckpointNotFound, UnsupportedConfig
 from streamllm.weights.family import Family
 
@@ -8,6 +8,7 @@ __all__ = ["FAMILIES", "CheckpointError", "CheckpointNotFound", "Family", "Unsup
 
 # model_type of config.json -> how such checkpoints are spelled
 FAMILIES: dict[str, Family] = {
+    "gpt_neox": gpt_neox.FAMILY,
     "llama": llama.FAMILY,
 }
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+
 import torch
 
 from tests.checkpoints import Tensors, Variant
@@ -20,10 +22,34 @@ LLAMA = {
 }
 
 
+NEOX = {
+    "model_type": "gpt_neox",
+    "vocab_size": 160,
+    "hidden_size": 64,
+    "intermediate_size": 144,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 1024,
+    "rotary_pct": 0.25,
+    "rotary_emb_base": 10000,
+}
+
+
+def _variant(base: dict[str, object], rope: dict[str, object] | None = None, /, **changes: object) -> Variant:
+    options = {key: changes.pop(key) for key in OPTIONS if key in changes}
+    config = {**base, **changes, **({"rope_scaling": rope} if rope else {})}
+    return Variant(config=config, **options)
+
+
+OPTIONS = {field.name for field in fields(Variant)} - {"config"}
+
+
 def _llama(name: str, rope: dict[str, object] | None = None, **changes: object) -> Variant:
-    options = {key: changes.pop(key) for key in ("dtype", "shards", "spell", "tensors") if key in changes}
-    config = {**LLAMA, **changes, **({"rope_scaling": rope} if rope else {})}
-    return Variant(f"llama-{name}", config, **options)
+    return _variant(LLAMA, rope, name=f"llama-{name}", **changes)
+
+
+def _neox(name: str, rope: dict[str, object] | None = None, **changes: object) -> Variant:
+    return _variant(NEOX, rope, name=f"gpt_neox-{name}", **changes)
 
 
 def _inv_freq(tensors: Tensors) -> Tensors:
@@ -43,6 +69,24 @@ def _copied_head(tensors: Tensors) -> Tensors:
 def _base_model(tensors: Tensors) -> Tensors:
     return {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
 
+
+def _neox_junk(tensors: Tensors) -> Tensors:
+    junk = {
+        "attention.bias": torch.ones(1, 1, 8, 8, dtype=torch.uint8),
+        "attention.masked_bias": torch.tensor(-1e9).half(),
+        "attention.rotary_emb.inv_freq": torch.full((2,), 0.5),
+    }
+    return {
+        **tensors,
+        **{f"gpt_neox.layers.{n}.{name}": tensor.clone() for n in range(3) for name, tensor in junk.items()},
+    }
+
+
+def _neox_head_as_in_memory(tensors: Tensors) -> Tensors:
+    return {name.replace("embed_out", "lm_head"): tensor for name, tensor in tensors.items()}
+
+
+_NEOX_OLD = {"rope_parameters": None, "rotary_pct": 0.25, "rotary_emb_base": 10000}
 
 _LONGROPE = {
     "rope_type": "longrope",
@@ -89,4 +133,28 @@ VARIANTS = [
     _llama("sharded", shards="60KB"),
     _llama("float16", dtype=torch.float16),
     _llama("bfloat16-sharded", dtype=torch.bfloat16, shards="40KB"),
+    _neox("pythia", dtype=torch.float16, tensors=_neox_junk, hidden_size=128, num_attention_heads=8,
+          spell={**_NEOX_OLD, "dtype": None, "torch_dtype": "float16", "use_parallel_residual": True}),
+    _neox("20b", hidden_act="gelu_fast", shards="100KB",
+          spell={**_NEOX_OLD, "use_parallel_residual": None, "attention_bias": None, "eos_token_id": 2}),
+    _neox("redpajama", rotary_pct=1.0, use_parallel_residual=False,
+          spell={**_NEOX_OLD, "rotary_pct": 1.0}),
+    _neox("sequential", use_parallel_residual=False),
+    _neox("odd-rotary", hidden_size=80, rotary_pct=0.25),
+    _neox("full-head-but-one", rotary_pct=0.9375),
+    _neox("no-attention-bias", attention_bias=False),
+    _neox("tied", tie_word_embeddings=True),
+    _neox("head-as-in-memory", tensors=_neox_head_as_in_memory),
+    _neox("gelu-new", hidden_act="gelu_new"),
+    _neox("gelu-tanh", hidden_act="gelu_pytorch_tanh"),
+    _neox("eps", layer_norm_eps=0.1),
+    _neox("other-families-keys", rotary_emb_base=500.0,
+          spell={"rope_parameters": None, "rotary_emb_base": 500.0, "rope_theta": 77.0,
+                 "partial_rotary_factor": 0.5}),
+    _neox("quarter-by-default", spell={"rope_parameters": {"rope_type": "default", "rope_theta": 700.0}}),
+    _neox("linear", {"type": "linear", "factor": 4.0}, rotary_pct=0.5),
+    _neox("dynamic-grown", {"type": "dynamic", "factor": 2.0}, max_position_embeddings=256, rotary_pct=0.5),
+    _neox("yarn", {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256},
+          rotary_pct=0.5),
+    _neox("bfloat16-sharded", dtype=torch.bfloat16, shards="60KB"),
 ]  # fmt: skip
