@@ -1,6 +1,6 @@
 """How the outside spells it: hub names, config.json, safetensors, tensor names."""
 
-from streamllm.weights import gpt_neox, llama
+from streamllm.weights import falcon, gpt_neox, llama, mpt
 from streamllm.weights.errors import CheckpointError, CheckpointNotFound, UnsupportedConfig
 from streamllm.weights.family import Family
 
@@ -8,8 +8,12 @@ __all__ = ["FAMILIES", "CheckpointError", "CheckpointNotFound", "Family", "Unsup
 
 # model_type of config.json -> how such checkpoints are spelled
 FAMILIES: dict[str, Family] = {
+    "RefinedWeb": falcon.FAMILY,  # Falcon before it was so called
+    "RefinedWebModel": falcon.FAMILY,
+    "falcon": falcon.FAMILY,
     "gpt_neox": gpt_neox.FAMILY,
     "llama": llama.FAMILY,
+    "mpt": mpt.FAMILY,
 }
 
 

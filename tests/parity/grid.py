@@ -6,7 +6,7 @@ from dataclasses import fields
 
 import torch
 
-from tests.checkpoints import Tensors, Variant
+from tests.checkpoints import NULL, Tensors, Variant
 
 LLAMA = {
     "model_type": "llama",
@@ -35,6 +35,39 @@ NEOX = {
 }
 
 
+FALCON = {
+    "model_type": "falcon",
+    "vocab_size": 160,
+    "hidden_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 1024,
+}
+FALCON_40B = {
+    **FALCON,
+    "num_attention_heads": 8,
+    "num_kv_heads": 2,
+    "new_decoder_architecture": True,
+}
+FALCON_RW = {
+    **FALCON,
+    "num_attention_heads": 8,
+    "alibi": True,
+    "bias": True,
+    "multi_query": False,
+    "parallel_attn": False,
+}
+
+MPT = {
+    "model_type": "mpt",
+    "vocab_size": 160,
+    "d_model": 64,
+    "n_heads": 8,
+    "n_layers": 3,
+    "max_seq_len": 600,
+}
+
+
 def _variant(base: dict[str, object], rope: dict[str, object] | None = None, /, **changes: object) -> Variant:
     options = {key: changes.pop(key) for key in OPTIONS if key in changes}
     config = {**base, **changes, **({"rope_scaling": rope} if rope else {})}
@@ -50,6 +83,16 @@ def _llama(name: str, rope: dict[str, object] | None = None, **changes: object) 
 
 def _neox(name: str, rope: dict[str, object] | None = None, **changes: object) -> Variant:
     return _variant(NEOX, rope, name=f"gpt_neox-{name}", **changes)
+
+
+def _falcon(
+    base: dict[str, object], name: str, rope: dict[str, object] | None = None, **changes: object
+) -> Variant:
+    return _variant(base, rope, name=f"falcon-{name}", **changes)
+
+
+def _mpt(name: str, attention: dict[str, object] | None = None, **changes: object) -> Variant:
+    return _variant(MPT, None, name=f"mpt-{name}", attn_config=attention or {}, **changes)
 
 
 def _inv_freq(tensors: Tensors) -> Tensors:
@@ -93,6 +136,29 @@ _LONGROPE = {
     "short_factor": [1.0 + 0.1 * i for i in range(8)],
     "long_factor": [1.5 + 0.9 * i for i in range(8)],
 }
+
+
+def _falcon_copied_head(tensors: Tensors) -> Tensors:
+    return {**tensors, "lm_head.weight": tensors["transformer.word_embeddings.weight"].clone()}
+
+
+# What stands in files from before transformers knew the model, and what does not.
+_REFINED_WEB = {
+    "num_hidden_layers": None, "num_attention_heads": None, "num_kv_heads": None, "n_layer": 3, "n_head": 8,
+    "new_decoder_architecture": None, "ffn_hidden_size": None, "activation": None, "rope_parameters": None,
+    "num_ln_in_parallel_attn": None, "tie_word_embeddings": None, "max_position_embeddings": None,
+}  # fmt: skip
+
+_MOSAIC = {
+    "layer_norm_epsilon": None, "tie_word_embeddings": None, "learned_pos_emb": True, "no_bias": True,
+    "expansion_ratio": 4, "logit_scale": NULL, "norm_type": "low_precision_layernorm", "verbose": 0,
+    "init_config": {"name": "kaiming_normal_", "verbose": 0},
+}  # fmt: skip
+_MOSAIC_ATTENTION = {
+    "alibi": True, "alibi_bias_max": 8, "attn_impl": "torch", "attn_pdrop": 0,
+    "attn_type": "multihead_attention", "attn_uses_sequence_id": False, "clip_qkv": None, "prefix_lm": False,
+    "qk_ln": False, "softmax_scale": None,
+}  # fmt: skip
 
 VARIANTS = [
     _llama("gqa"),
@@ -157,4 +223,50 @@ VARIANTS = [
     _neox("yarn", {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256},
           rotary_pct=0.5),
     _neox("bfloat16-sharded", dtype=torch.bfloat16, shards="60KB"),
+    _falcon(FALCON, "7b"),
+    _falcon(FALCON, "7b-old", num_attention_heads=8, max_position_embeddings=2048,
+            tensors=_falcon_copied_head, dtype=torch.bfloat16, shards=None,
+            disguise={**_REFINED_WEB, "model_type": "RefinedWebModel", "multi_query": True}),
+    _falcon(FALCON, "7b-sequential", parallel_attn=False),
+    _falcon(FALCON, "7b-biased", bias=True, ffn_hidden_size=100),
+    _falcon(FALCON, "separate-heads", multi_query=False),
+    _falcon(FALCON, "n-embed", spell={"hidden_size": 32, "n_embed": 64}),
+    _falcon(FALCON, "relu", activation="relu"),
+    _falcon(FALCON, "eps", layer_norm_epsilon=0.1),
+    _falcon(FALCON, "linear", {"type": "linear", "factor": 4.0}),
+    _falcon(FALCON, "dynamic-grown", {"type": "dynamic", "factor": 2.0}, max_position_embeddings=256),
+    _falcon(FALCON_40B, "40b", shards="80KB"),
+    _falcon(FALCON_40B, "40b-old", max_position_embeddings=2048,
+            disguise={**_REFINED_WEB, "model_type": "RefinedWeb", "n_head_kv": 2}),
+    _falcon(FALCON_40B, "40b-mixed",
+            disguise={"n_head": 8, "n_layer": 3, "n_head_kv": 2, "num_kv_heads": None,
+                      "num_hidden_layers": None, "num_attention_heads": None}),
+    _falcon(FALCON_40B, "40b-wizard", vocab_size=161, multi_query=False, max_position_embeddings=2048,
+            disguise={**_REFINED_WEB, "model_type": "RefinedWeb", "n_head_kv": 2}),
+    _falcon(FALCON_40B, "40b-biased", bias=True, dtype=torch.float16),
+    _falcon(FALCON_40B, "40b-yarn", {"rope_type": "yarn", "factor": 4.0,
+                                     "original_max_position_embeddings": 256}),
+    _falcon(FALCON_40B, "40b-alibi", alibi=True),
+    _falcon(FALCON_40B, "11b", num_ln_in_parallel_attn=1, tie_word_embeddings=False, rope_theta=500042.0,
+            ffn_hidden_size=256),
+    _falcon(FALCON_RW, "rw-1b"),
+    _falcon(FALCON_RW, "rw-old", disguise={**_REFINED_WEB, "model_type": "RefinedWebModel"}),
+    _falcon(FALCON_RW, "rw-12-heads", hidden_size=96, num_attention_heads=12, faulty=True),
+    _falcon(FALCON_RW, "rw-5-heads", hidden_size=80, num_attention_heads=5, faulty=True),
+    _falcon(FALCON_RW, "rw-parallel", parallel_attn=True),
+    _falcon(FALCON_RW, "rw-one-key-head", multi_query=True, bias=False),
+    _mpt("7b", _MOSAIC_ATTENTION, spell=_MOSAIC),
+    _mpt("7b-chat-bfloat16", _MOSAIC_ATTENTION, spell=_MOSAIC, dtype=torch.bfloat16, shards="60KB"),
+    _mpt("clipped", {"clip_qkv": 1.5}),
+    _mpt("storywriter", {"clip_qkv": 6.0, "alibi_bias_max": 16}, faulty=True),
+    _mpt("softmax-scale", {"softmax_scale": 0.4}),
+    _mpt("12-heads", d_model=96, n_heads=12),
+    _mpt("5-heads", d_model=80, n_heads=5),
+    _mpt("one-head", d_model=32, n_heads=1),
+    _mpt("untied", tie_word_embeddings=False),
+    _mpt("eps", layer_norm_epsilon=0.1, dtype=torch.float16),
+    _mpt("without-attn-config", spell={"attn_config": None}),
+    _mpt("no-alibi", {"alibi": False}, refused="alibi is False; supported: True"),
+    _mpt("all-ignored-keys", {"alibi_bias_max": 4, "qk_ln": True, "prefix_lm": True},
+         spell={"no_bias": False, "expansion_ratio": 2, "logit_scale": 0.5}, refused="no_bias is False"),
 ]  # fmt: skip
