@@ -10,5 +10,8 @@ ARCHITECTURES = {
     "falcon": (falcon.Config, falcon.Model),
     "gpt_neox": (gpt_neox.Config, gpt_neox.Model),
     "llama": (llama.Config, llama.Model),
+    "mistral": (llama.Config, llama.Model),
     "mpt": (mpt.Config, mpt.Model),
+    "qwen2": (llama.Config, llama.Model),
+    "qwen3": (llama.Config, llama.Model),
 }

@@ -1,6 +1,6 @@
 """How the outside spells it: hub names, config.json, safetensors, tensor names."""
 
-from streamllm.weights import falcon, gpt_neox, llama, mpt
+from streamllm.weights import falcon, gpt_neox, llama, mistral, mpt, qwen
 from streamllm.weights.errors import CheckpointError, CheckpointNotFound, UnsupportedConfig
 from streamllm.weights.family import Family
 
@@ -13,7 +13,10 @@ FAMILIES: dict[str, Family] = {
     "falcon": falcon.FAMILY,
     "gpt_neox": gpt_neox.FAMILY,
     "llama": llama.FAMILY,
+    "mistral": mistral.FAMILY,
     "mpt": mpt.FAMILY,
+    "qwen2": qwen.QWEN2,
+    "qwen3": qwen.QWEN3,
 }
 
 

@@ -68,6 +68,11 @@ MPT = {
 }
 
 
+MISTRAL = {**LLAMA, "model_type": "mistral", "sliding_window": 40}
+QWEN2 = {**LLAMA, "model_type": "qwen2", "rope_theta": 1000000.0, "rms_norm_eps": 1e-6}
+QWEN3 = {**QWEN2, "model_type": "qwen3", "head_dim": 24}
+
+
 def _variant(base: dict[str, object], rope: dict[str, object] | None = None, /, **changes: object) -> Variant:
     options = {key: changes.pop(key) for key in OPTIONS if key in changes}
     config = {**base, **changes, **({"rope_scaling": rope} if rope else {})}
@@ -93,6 +98,12 @@ def _falcon(
 
 def _mpt(name: str, attention: dict[str, object] | None = None, **changes: object) -> Variant:
     return _variant(MPT, None, name=f"mpt-{name}", attn_config=attention or {}, **changes)
+
+
+def _kin(
+    base: dict[str, object], name: str, rope: dict[str, object] | None = None, **changes: object
+) -> Variant:
+    return _variant(base, rope, name=f"{base['model_type']}-{name}", **changes)
 
 
 def _inv_freq(tensors: Tensors) -> Tensors:
@@ -269,4 +280,34 @@ VARIANTS = [
     _mpt("no-alibi", {"alibi": False}, refused="alibi is False; supported: True"),
     _mpt("all-ignored-keys", {"alibi_bias_max": 4, "qk_ln": True, "prefix_lm": True},
          spell={"no_bias": False, "expansion_ratio": 2, "logit_scale": 0.5}, refused="no_bias is False"),
+    _kin(MISTRAL, "v0.1", spell={"rope_parameters": None, "rope_theta": 10000.0, "head_dim": None}),
+    _kin(MISTRAL, "v0.3", sliding_window=None, rope_theta=1000000.0, spell={"sliding_window": NULL}),
+    _kin(MISTRAL, "nemo", sliding_window=None, head_dim=24, spell={"sliding_window": NULL}, shards="60KB"),
+    _kin(MISTRAL, "window-of-1", sliding_window=1),
+    _kin(MISTRAL, "kv-heads-absent", num_attention_heads=8, num_key_value_heads=8, head_dim=8,
+         spell={"num_key_value_heads": None}),
+    _kin(MISTRAL, "kv-heads-null", num_attention_heads=4, num_key_value_heads=4,
+         disguise={"num_key_value_heads": NULL}),  # transformers' own check refuses what its code can read
+    _kin(MISTRAL, "window-absent", sliding_window=4096, spell={"sliding_window": None}),
+    _kin(MISTRAL, "key-of-llama", spell={"attention_bias": True}),
+    _kin(MISTRAL, "bfloat16", dtype=torch.bfloat16),
+    _kin(QWEN2, "0.5b", tie_word_embeddings=True, num_attention_heads=6, hidden_size=48,
+         spell={"rope_parameters": None, "rope_theta": 1000000.0, "layer_types": None, "sliding_window": 32,
+                "max_window_layers": 1, "use_sliding_window": False}),
+    _kin(QWEN2, "7b-bfloat16", dtype=torch.bfloat16, shards="60KB"),
+    _kin(QWEN2, "upper-layers-slide", use_sliding_window=True, sliding_window=40, max_window_layers=1,
+         spell={"layer_types": None}),
+    _kin(QWEN2, "layer-types", use_sliding_window=True, sliding_window=40,
+         layer_types=["sliding_attention", "full_attention", "sliding_attention"]),
+    _kin(QWEN2, "head-dim", head_dim=24),
+    _kin(QWEN2, "key-of-llama", spell={"attention_bias": False}),
+    _kin(QWEN2, "kv-heads-absent", num_attention_heads=32, num_key_value_heads=32,
+         spell={"num_key_value_heads": None}),
+    _kin(QWEN2, "yarn", {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256}),
+    _kin(QWEN3, "8b", spell={"layer_types": None}),
+    _kin(QWEN3, "0.6b", tie_word_embeddings=True, dtype=torch.bfloat16),
+    _kin(QWEN3, "head-dim-absent", head_dim=128, spell={"head_dim": None}, num_hidden_layers=2),
+    _kin(QWEN3, "biased", attention_bias=True),
+    _kin(QWEN3, "slides", use_sliding_window=True, sliding_window=40, max_window_layers=2,
+         spell={"layer_types": None}),
 ]  # fmt: skip
