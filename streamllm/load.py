@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,15 @@ def load(
     """
     source = open_source(name, revision=revision, local_files_only=local_files_only, token=token)
     tokenizer = _load_tokenizer(source)  # first, because it may be wrong, and is small
-    return _load_model(source, dtype, device, match_transformers), tokenizer
+    model = _load_model(source, dtype, device, match_transformers)
+    rows = getattr(model, "geometry").vocab_size  # noqa: B009  # nn.Module declares tensors and modules only
+    if tokenizer.vocab_size > rows:
+        warnings.warn(
+            f"{source.name}: the tokenizer knows {tokenizer.vocab_size} tokens, the model {rows}; a text "
+            f"that needs the others cannot be given to it",
+            stacklevel=2,
+        )
+    return model, tokenizer
 
 
 def load_model(

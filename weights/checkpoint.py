@@ -21,6 +21,10 @@ from streamllm.weights.keys import Keys, read_json
 
 DEEPEST = 2048  # layers; a model is built before its weights are read, at about a millisecond for each
 
+LARGEST_HEADER = (
+    25_000_000  # bytes of a safetensors file's header, as on the hub; in memory it is ten times that
+)
+
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 # As safetensors names them. Anything else, integers and 8-bit floats, is some quantised format.
@@ -260,6 +264,10 @@ def list_tensors(path: Path) -> list[Stored]:
     from safetensors import SafetensorError, safe_open
 
     try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+        if length > LARGEST_HEADER:
+            raise CheckpointError(f"{path} has a header of {length} bytes; up to {LARGEST_HEADER} are read")
         with safe_open(path, framework="pt", device="cpu") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
             return [
@@ -369,5 +377,11 @@ def _check_shape(
 
 def _list(names: Iterable[str], most: int = 5) -> str:
     names = list(names)
-    shown = ", ".join(name if len(name) <= 120 else name[:117] + "…" for name in names[:most])
+    shown = ", ".join(_shown(name) for name in names[:most])
     return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
+
+
+def _shown(name: str) -> str:
+    """A name from a file, fit for one line of a terminal."""
+    short = name if len(name) <= 120 else name[:117] + "…"
+    return short if short.isprintable() else ascii(short)
