@@ -17,6 +17,9 @@ from torch import Tensor, nn
 from streamllm.models.step import Plan, Step, geometry_of
 
 DEFAULT_WINDOW = 1020
+STRIDE = (
+    256  # slots: a ring that fills is met in steps of so many, because kernels are made anew for each size
+)
 
 
 class SinkCache:
@@ -98,6 +101,14 @@ class SinkCache:
         for _, ring in self._rings:
             ring.keys[chosen] = 0
             ring.values[chosen] = 0
+
+    def step_back(self) -> None:
+        """Take each stream back by the token that it took in last, once, so that it can be fed again.
+
+        For a forward whose result was lost after it was committed. Exact: what that token overwrote was out
+        of its own window.
+        """
+        self._seen = [max(0, seen - 1) for seen in self._seen]
 
     def __repr__(self) -> str:
         seen = self._seen[0] if len(set(self._seen)) == 1 else self._seen
@@ -211,7 +222,7 @@ def _plan_one(
     S = 2, W = 3, t = 9: slot 2 + (9 - 2) % 3 = 3, where token 6 stood; see `Step`.
     """
     total = sinks + window
-    held = min(max(seen) + 1, total)
+    held = min(-(-(max(seen) + 1) // STRIDE) * STRIDE, total)
     places = torch.tensor(seen)[:, None]  # [R, 1]
     slots = torch.where(places < sinks, places, sinks + (places - sinks) % window)
     keys = _held_places(sinks, window, places + 1, held)

@@ -15,6 +15,9 @@ COMMANDS = {
 }
 
 
+SMALL = 20_000_000  # parameters below which threads wait for each other longer than they work
+
+
 class Commands(click.Group):
     """The commands of the table above, each imported when it is asked for."""
 
@@ -122,18 +125,23 @@ class Forever(click.ParamType):  # type: ignore[type-arg]  # generic in newer ve
     help="float32, bfloat16, float16, float64; auto is the checkpoint's.",
 )
 @click.option("--device", help="cpu, cuda, mps.  [default: the best there is]")
+@click.option(
+    "--threads", type=click.IntRange(1), help="CPU threads.  [default: 1 for small models, else all cores]"
+)
 @click.option("--quiet", "-q", is_flag=True, help="No status line.")
 def generate(
     prompt: str | None, file: IO[str] | None, model: str | None, revision: str | None, sinks: int,
     window: int | None, chunk: int, max_new_tokens: int | str, temperature: float | None, top_k: int | None,
     top_p: float | None, min_p: float | None, repetition_penalty: float | None, seed: int | None,
-    stop: tuple[str, ...], ignore_eos: bool, dtype: str, device: str | None, quiet: bool,
+    stop: tuple[str, ...], ignore_eos: bool, dtype: str, device: str | None, threads: int | None, quiet: bool,
 ) -> None:  # fmt: skip
     """Let a model talk, as long as you like.
 
     The text goes to standard output as it comes, after PROMPT. Without a prompt it is read from --file, or
     from standard input when that is no terminal. Ctrl-C stops.
     """
+    import torch
+
     from streamllm import Stream, load
     from streamllm.status import Status
 
@@ -143,6 +151,10 @@ def generate(
         source = file or (None if sys.stdin is None or sys.stdin.isatty() else sys.stdin)
         prompt = source.read() if source else ""
     loaded, tokenizer = load(model, revision=revision, dtype=dtype, device=device)
+    if threads is None and sum(parameter.numel() for parameter in loaded.parameters()) < SMALL:
+        threads = 1
+    if threads is not None:
+        torch.set_num_threads(threads)
     stream = Stream(loaded, tokenizer, sinks=sinks, window=window, chunk=chunk)
     pieces = stream.generate(
         prompt,

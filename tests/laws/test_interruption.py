@@ -28,14 +28,14 @@ def interrupt(model, cache, tokens, layer, chunk=0, **options):
 def test_the_same_tokens_after_an_interruption_give_the_same_logits(sinks, window, length, before):
     model, tokens = tiny(), text(before + length + 12)
     wanted = defined(model, tokens, sinks, window)
+    cache = SinkCache(model, sinks, window)
+    if before:
+        model(tokens[:, :before], cache)
     for layer in range(3):
-        cache = SinkCache(model, sinks, window)
-        if before:
-            model(tokens[:, :before], cache)
         interrupt(model, cache, tokens[:, before : before + length], layer)
         assert cache.seen.tolist() == [before]
-        again = feed(model, cache, tokens[:, before:], [length, *cuts(12, seed=layer, longest=4)])
-        assert error(again, wanted[:, before:]) <= TOLERANCE
+    again = feed(model, cache, tokens[:, before:], [length, *cuts(12, seed=before, longest=4)])
+    assert error(again, wanted[:, before:]) <= TOLERANCE
 
 
 @pytest.mark.parametrize("before", [0, 3, 30])
@@ -99,13 +99,13 @@ def failing_write(monkeypatch, at, error):
         yield
 
 
-@pytest.mark.parametrize("error_type", [KeyboardInterrupt, MemoryError])
-@pytest.mark.parametrize("at", range(8))
+@pytest.mark.parametrize("at", range(7))
 @pytest.mark.parametrize("length", [1, 9])
-def test_an_interruption_anywhere_in_writing_is_whole_or_nothing(monkeypatch, at, length, error_type):
+def test_an_interruption_anywhere_in_writing_is_whole_or_nothing(monkeypatch, at, length):
     """However often it strikes: the chunk counts as seen, or it does not, and what is stored agrees."""
     model, tokens = tiny(), text(60)
-    for sinks, window in SHAPES:
+    error_type = [KeyboardInterrupt, MemoryError][at % 2]
+    for sinks, window in [(0, 5), (4, 6), (8, 3)]:
         for before in (0, 2, 30):
             cache = SinkCache(model, sinks, window)
             if before:
