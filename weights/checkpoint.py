@@ -265,8 +265,11 @@ def list_tensors(path: Path) -> list[Stored]:
 
     try:
         with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-        if length > LARGEST_HEADER:
+            start = file.read(8)
+        if start == b"version ":
+            raise CheckpointError(f"{path} is a pointer of git-lfs, not the file itself; run 'git lfs pull'")
+        length = int.from_bytes(start, "little")
+        if LARGEST_HEADER < length < path.stat().st_size:
             raise CheckpointError(f"{path} has a header of {length} bytes; up to {LARGEST_HEADER} are read")
         with safe_open(path, framework="pt", device="cpu") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118

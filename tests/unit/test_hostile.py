@@ -148,6 +148,7 @@ NAN = torch.full((16,), float("nan"))
 NORM1 = "input_layernorm.weight"
 GENERATION, TOKENIZER = "generation_config.json", "tokenizer.json"
 PIECES = without(WHOLE, TOKENIZER)
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 123\n"
 WHAT = "is not a whole safetensors file"
 
 # What is wrong with the weights' file itself: it is not a whole safetensors file.
@@ -184,7 +185,6 @@ NOT_WHOLE = {
     "metadata is no text": safetensors({"__metadata__": {"a": [1]}}),
     "a name twice": safetensors(b'{"a":%b,"a":%b}' % (entry(0), entry(4)), b"12345678"),
     "a web page": b"<!doctype html><title>504 Gateway Time-out</title>" * 10,
-    "a git-lfs pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 123\n",
 }
 
 # What is wrong with its tensors.
@@ -215,7 +215,7 @@ INDEXES: dict[str, tuple[dict[str, Any] | bytes, str]] = {
     "no JSON": (b"{", "is not valid JSON"),
     "a list": (b"[]", "must hold a JSON object"),
     "nested deeply": (DEEP, "nested too deeply"),
-    "of brackets": (BRACKETS, "nested too deeply"),
+    "of brackets": (BRACKETS, "more lists and objects than"),
     "without a map": (b"{}", "has no weight_map"),
     "with an empty map": (b'{"weight_map": {}}', "has no weight_map"),
     "map is a list": (b'{"weight_map": ["a"]}', "has no weight_map"),
@@ -245,6 +245,7 @@ PLACES: dict[str, tuple[Files, str, Any, str]] = {
     "weights: a device": (WHOLE, SINGLE, link("/dev/zero"), "is a link out of the folder"),
     "weights: a link out": (WHOLE, SINGLE, link("/etc/hostname"), "is a link out of the folder"),
     "weights: a link to nothing": (WHOLE, SINGLE, link("gone"), "is a link to nothing"),
+    "weights: a pointer": (WHOLE, SINGLE, LFS, "is a pointer of git-lfs, not the file itself; run 'git lfs"),
     "weights: nothing": (WHOLE, SINGLE, None, "has no weights: neither model.safetensors nor"),
     "shard: half": (SHARDED, SHARDS[1], SHARDED[SHARDS[1]][:500], WHAT),
     "shard: a folder": (SHARDED, SHARDS[1], Path.mkdir, "is a folder, not a file"),
@@ -501,12 +502,18 @@ def test_an_index_of_many_shards(tmp_path):
     )
 
 
-def test_a_config_of_many_megabytes(tmp_path):
+@pytest.mark.parametrize("filler", [b"{},", b"[],", b"1,", b'"",'], ids=str)
+def test_a_config_of_many_megabytes(tmp_path, filler):
     """Small values take twenty times their text in memory: refused by size, before it is parsed."""
+    text = b'{"a": [' + filler * (34_000_000 // len(filler)) + b"0]}"
+    refused(tmp_path, WHOLE | {"config.json": text}, "too many for a JSON file|more lists and objects")
+
+
+def test_a_safetensors_header_of_many_megabytes(tmp_path):
     refused(
         tmp_path,
-        WHOLE | {"config.json": b'{"a": [' + b"{}," * 9_000_000 + b"{}]}"},
-        "too many for",
+        WHOLE | {SINGLE: safetensors(b" " * 26_000_000 + b"{}", b" " * 8)},
+        "has a header of 26000002",
     )
 
 
