@@ -8,7 +8,7 @@ the forward, is `sinks=4, window=2001` here.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,9 +17,8 @@ from torch import Tensor, nn
 from streamllm.models.step import Plan, Step, geometry_of
 
 DEFAULT_WINDOW = 1020
-STRIDE = (
-    256  # slots: a ring that fills is met in steps of so many, because kernels are made anew for each size
-)
+# Slots: a ring that fills is met in steps of so many, because kernels are made anew for each size.
+STRIDE = 256
 
 
 class SinkCache:
@@ -109,6 +108,33 @@ class SinkCache:
         of its own window.
         """
         self._seen = [max(0, seen - 1) for seen in self._seen]
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """All that the streams are: "seen" int64 [B], and keys and values of each layer, not copied."""
+        self._finish()
+        state = {"seen": self.seen}
+        for index, (_, ring) in enumerate(self._rings):
+            state[f"layers.{index}.keys"], state[f"layers.{index}.values"] = ring.keys, ring.values
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Go on where another cache of the same model, sinks, window, batch and origin stood; copies.
+
+        Raises ValueError, and changes nothing, where the state is not one of such a cache.
+        """
+        own = self.state_dict()
+        if own.keys() != state.keys():
+            raise ValueError("the state is not one of this model's cache: it has other layers")
+        for name, tensor in own.items():
+            given = state[name]
+            if given.shape != tensor.shape or given.dtype != tensor.dtype:
+                raise ValueError(
+                    f"the state belongs to another cache: {name} is {given.dtype} {list(given.shape)}, "
+                    f"here {tensor.dtype} {list(tensor.shape)}"
+                )
+        for name, tensor in own.items():
+            tensor.copy_(state[name])
+        self._seen = [int(count) for count in state["seen"]]
 
     def __repr__(self) -> str:
         seen = self._seen[0] if len(set(self._seen)) == 1 else self._seen

@@ -17,11 +17,6 @@ from typing import Any
 import click
 import torch
 from safetensors.torch import save_file
-from streamllm.models.llama import Block, Model
-from streamllm.models.rotary import rotation
-from streamllm.models.step import Forgetful, Plan, Step
-from streamllm.weights import llama
-from streamllm.weights.keys import Keys
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -30,6 +25,11 @@ from tqdm import tqdm
 import streamllm
 from streamllm.evaluate import Result, compare, perplexity
 from streamllm.evaluate.corpus import held_out_texts, training_texts
+from streamllm.models.llama import Block, Model
+from streamllm.models.rotary import rotation
+from streamllm.models.step import Forgetful, Plan, Step
+from streamllm.weights import llama
+from streamllm.weights.keys import Keys
 
 BOS, EOS = 0, 1
 

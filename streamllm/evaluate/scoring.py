@@ -308,9 +308,7 @@ def save(result: Result, path: str | Path) -> None:
     tensors: dict[str, Tensor] = {}
     if result.cache is not None:
         _continued_check(result, result.cache)
-        for index, layer in enumerate(result.cache._layers):
-            tensors[f"{index}.keys"] = layer.keys.contiguous()
-            tensors[f"{index}.values"] = layer.values.contiguous()
+        tensors = result.cache.state_dict()
     path = Path(path)
     partial = path.with_name(path.name + ".partial")
     save_file(tensors, partial, metadata={"result": json.dumps(result.to_dict())})
@@ -326,22 +324,14 @@ def load(model: nn.Module, path: str | Path) -> Result:
 
     with safe_open(path, framework="pt") as file:
         result = Result.from_dict(json.loads(file.metadata()["result"]))
-        names = set(file.keys())
-        if not names:
-            return result
-        cache = _new_cache(model, result.mode, result.sinks, result.window, 1)
-        for index, layer in enumerate(cache._layers):
-            for name, tensor in ((f"{index}.keys", layer.keys), (f"{index}.values", layer.values)):
-                saved = file.get_tensor(name) if name in names else torch.empty(0)
-                if saved.shape != tensor.shape or saved.dtype != tensor.dtype:
-                    raise ValueError(
-                        f"{path} belongs to another model: its cache has {name} of {saved.dtype} "
-                        f"{list(saved.shape)}, this model's {tensor.dtype} {list(tensor.shape)}"
-                    )
-                tensor.copy_(saved)
-        if len(names) != 2 * len(cache._layers):
-            raise ValueError(f"{path} belongs to another model: it has more layers than this one")
-    cache._seen = [result.place]
+        state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    if not state:
+        return result
+    cache = _new_cache(model, result.mode, result.sinks, result.window, 1)
+    try:
+        cache.load_state_dict(state)
+    except ValueError as error:
+        raise ValueError(f"{path} belongs to another model: {error}") from None
     return replace(result, cache=cache)
 
 

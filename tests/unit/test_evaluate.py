@@ -6,11 +6,11 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from streamllm.models.llama import Config, Model
-from streamllm.models.rotary import Rope
 
 from streamllm.cache import SinkCache
 from streamllm.evaluate import Result, compare, load, perplexity, save
+from streamllm.models.llama import Config, Model
+from streamllm.models.rotary import Rope
 
 S, W = 3, 13
 VOCABULARY = 61
