@@ -12,6 +12,7 @@ import click
 # name -> (module, attribute, what `streamllm --help` says); imported when called, so that help comes at once
 COMMANDS = {
     "generate": ("streamllm.cli", "generate", "Let a model talk, as long as you like."),
+    "convert": ("streamllm.convert", "convert_command", "Write a checkpoint as safetensors."),
 }
 
 
