@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import os
 import sys
 import warnings
 from typing import IO, Any
@@ -28,6 +30,15 @@ class Commands(click.Group):
         command = getattr(importlib.import_module(module), attribute)
         assert isinstance(command, click.Command)
         return command
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:  # the reader went away: `streamllm generate | head`
+            for stream in (sys.stdout, sys.stderr):  # what they hold is written at exit: to nowhere
+                with contextlib.suppress(OSError, ValueError):
+                    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+            ctx.exit(141)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
@@ -177,9 +188,6 @@ def main(args: list[str] | None = None) -> None:
         code = error.exit_code
     except (click.Abort, KeyboardInterrupt):
         code = 130
-    except BrokenPipeError:  # the reader went away: `streamllm generate | head`
-        sys.stderr.close()
-        code = 141
     except (CheckpointError, ValueError) as error:
         click.echo(f"Error: {' '.join(str(error).split())}", err=True)
         code = 2
