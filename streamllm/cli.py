@@ -72,6 +72,22 @@ class Forever(click.ParamType):
         return number
 
 
+class Device(click.ParamType):
+    """A device that can be used here."""
+
+    name = "device"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        import torch
+
+        try:
+            torch.zeros(1, device=value).item()
+        except (RuntimeError, AssertionError, NotImplementedError) as error:
+            reason = str(error).partition("\n")[0] or type(error).__name__
+            self.fail(f"{value!r} cannot be used here: {reason}", param, ctx)
+        return str(value)
+
+
 @click.command()
 @click.argument("prompt", required=False)
 @click.option(
@@ -126,7 +142,7 @@ class Forever(click.ParamType):
     show_default=True,
     help="float32, bfloat16, float16, float64; auto is the checkpoint's.",
 )
-@click.option("--device", help="cpu, cuda, mps.  [default: the best there is]")
+@click.option("--device", type=Device(), help="cpu, cuda, mps.  [default: the best there is]")
 @click.option("--quiet", "-q", is_flag=True, help="No status line.")
 def generate(
     prompt: str | None, file: IO[str] | None, model: str | None, revision: str | None, sinks: int,
