@@ -162,7 +162,10 @@ def generate(
         raise click.UsageError("give a prompt or a --file, not both")
     if prompt is None:
         source = file or (None if sys.stdin is None or sys.stdin.isatty() else sys.stdin)
-        prompt = source.read() if source else ""
+        try:
+            prompt = source.read() if source else ""
+        except UnicodeDecodeError as error:
+            raise ValueError(f"the prompt is not UTF-8: {error}") from None
     loaded, tokenizer = load(model, revision=revision, dtype=dtype, device=device)
     stream = Stream(loaded, tokenizer, sinks=sinks, window=window, chunk=chunk)
     pieces = stream.generate(
@@ -204,10 +207,26 @@ def main(args: list[str] | None = None) -> None:
         code = error.exit_code
     except (click.Abort, KeyboardInterrupt):
         code = 130
-    except (CheckpointError, ValueError) as error:
+    except (CheckpointError, ValueError, OSError) as error:
         click.echo(f"Error: {' '.join(str(error).split())}", err=True)
         code = 2
+        with contextlib.suppress(OSError, ValueError):  # what a full disk did not take is not tried again
+            sys.stdout.flush()
+    except (MemoryError, RuntimeError) as error:
+        if not _out_of_memory(error):
+            raise
+        click.echo(
+            "Error: there is not enough memory: give a smaller --window or --chunk, --dtype bfloat16, "
+            "or take a smaller model",
+            err=True,
+        )
+        code = 2
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _out_of_memory(error: Exception) -> bool:
+    words = str(error).lower()  # the CPU's allocator has no type of its own
+    return isinstance(error, MemoryError) or "out of memory" in words or "allocate memory" in words
 
 
 def _show_warning(message: Warning | str, *args: Any, **kwargs: Any) -> None:
