@@ -43,26 +43,29 @@ def _by_matmul(
     scores = near.reshape(grouped) @ keys.transpose(2, 3)  # [B, G, H/G·T, K]
     if step.sinks and near is not far:
         scores[..., : step.sinks] = far.reshape(grouped) @ keys[:, :, : step.sinks].transpose(2, 3)
-    weights = scores.view(B, H, T, K).to(_wide(scores.dtype)) * scale
+    scores = scores.view(B, H, T, K).to(_wide(scores.dtype)).mul_(scale)
     if bias is not None:
-        weights = weights + bias
-    if step.visible is not None:
-        weights = weights.masked_fill(~step.visible[:, None], -torch.inf)
-    weights = weights.softmax(-1).to(values.dtype)
+        scores = scores + bias
+    mask = step.mask()
+    if mask is not None:
+        scores = scores.masked_fill_(~mask[:, None], -torch.inf)
+    weights = scores.softmax(-1).to(values.dtype)
     return (weights.view(B, G, H // G * T, K) @ values).view(B, H, T, D)
 
 
 def _fused(q: Tensor, keys: Tensor, values: Tensor, step: Step, scale: float, bias: Tensor | None) -> Tensor:
-    mask = None if step.visible is None or (step.causal and bias is None) else step.visible[:, None]
+    known = step.causal and bias is None
+    mask = None if known else step.mask()
+    if mask is not None:
+        mask = mask[:, None]
     if bias is not None:
-        mask = bias if mask is None else bias.masked_fill(~mask, -torch.inf)
-        mask = mask.to(q.dtype)
+        mask = (bias if mask is None else bias.masked_fill(~mask, -torch.inf)).to(q.dtype)
     return F.scaled_dot_product_attention(
         q,
         keys,
         values,
         attn_mask=mask,
-        is_causal=step.causal and bias is None,
+        is_causal=known,
         scale=scale,
         enable_gqa=q.shape[1] != keys.shape[1],
     )

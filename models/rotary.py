@@ -41,7 +41,7 @@ class Rope:
 
     def _powers(self, theta: float | Tensor | None = None) -> Tensor:
         exponents = torch.arange(0, self.dim, 2, device="cpu").float() / self.dim
-        return (self.theta if theta is None else theta) ** exponents  # type: ignore[no-any-return]
+        return (self.theta if theta is None else theta) ** exponents
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,10 +33,14 @@ class Step:
     far: Tensor  # [R, T] place of each query, as sinks see it: min(t, S + W - 1)
     own: Tensor  # [R, T] place at which each new key is rotated, once: t for a sink, else origin + t
     keys: Tensor  # [R, K] place of each key
-    visible: Tensor | None  # [R, T, K] bool; None where every query sees every key
+    visible: Tensor | None  # [R, T, K] bool; None where every query sees every key, or where `causal`
     sinks: int  # the first `sinks` of the K keys are scored by the far query; 0 where near and far agree
     span: int  # S + W with a cache, T without: the length that some rotary frequencies depend on
-    causal: bool = False  # `visible` is the plain lower triangle of a text from its start
+    causal: bool = False  # the plain lower triangle of a text from its start, which kernels know by heart
+
+    def mask(self) -> Tensor | None:
+        """bool [R, T, K]: which keys each query sees; None where it sees all."""
+        return self.keys[:, None, :] <= self.near[:, :, None] if self.causal else self.visible
 
     def distance(self) -> Tensor:
         """How far each key is from each query, in tokens: int64 [R, T, K]. Meaningless where not visible."""
@@ -49,20 +53,20 @@ class Step:
     def dense(length: int, window: int | None = None, device: torch.device | str = "cpu") -> Step:
         """A text from its start, without a cache: places 0 … T-1, causal, at most `window` keys back."""
         places = torch.arange(length, device=device)[None]
-        visible = places[:, None, :] <= places[:, :, None]
-        banded = window is not None and window < length
-        if banded:
-            visible = visible & (places[:, None, :] > places[:, :, None] - window)
+        visible = None
+        if window is not None and window < length:
+            key, query = places[:, None, :], places[:, :, None]
+            visible = (key <= query) & (key > query - window)
         return Step(
             slots=places,
             near=places,
             far=places,
             own=places,
             keys=places,
-            visible=visible if length > 1 else None,
+            visible=visible,
             sinks=0,
             span=length,
-            causal=not banded and length > 1,
+            causal=visible is None and length > 1,
         )
 
 
@@ -109,6 +113,17 @@ class Geometry:
     vocab_size: int  # V
     windows: tuple[int | None, ...]  # the model's own sliding window, per layer
     trained_length: int | None  # positions it was trained for; None: its encoding sets no end (ALiBi)
+
+
+def geometry_of(model: nn.Module) -> Geometry:
+    """The geometry of one of our models. Raises TypeError for a model of somebody else's."""
+    geometry = getattr(model, "geometry", None)
+    if not isinstance(geometry, Geometry):
+        raise TypeError(
+            f"{type(model).__module__}.{type(model).__name__} is not a model of this library; "
+            f"load the checkpoint with streamllm.load"
+        )
+    return geometry
 
 
 class Streamable(Protocol):

@@ -8,15 +8,17 @@ the forward, is `sinks=4, window=2001` here.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from streamllm.models.step import Geometry, Plan, Step
+from streamllm.models.step import Plan, Step, geometry_of
 
 DEFAULT_WINDOW = 1020
+# Slots: a ring that fills is met in steps of so many, because kernels are made anew for each size.
+STRIDE = 256
 
 
 class SinkCache:
@@ -44,8 +46,7 @@ class SinkCache:
         chunk: int = 512,
         origin: int = 0,
     ) -> None:
-        geometry = model.geometry
-        assert isinstance(geometry, Geometry)
+        geometry = geometry_of(model)
         trained = geometry.trained_length
         _at_least(0, sinks=sinks)
         if window is None:
@@ -60,7 +61,8 @@ class SinkCache:
         if trained is not None and sinks + window > trained:
             warnings.warn(
                 f"sinks + window = {sinks + window} is longer than the {trained} tokens "
-                f"the model was trained for: expect it to break; give window={max(1, trained - sinks)} or less",
+                f"the model was trained for: expect it to break; "
+                f"give window={max(1, trained - sinks)} or less",
                 stacklevel=2,
             )
         self.sinks, self.window, self.origin = sinks, window, origin
@@ -68,16 +70,14 @@ class SinkCache:
         weight = next(model.parameters())
         self.dtype, self.device = weight.dtype, weight.device
         self._seen = [0] * batch_size
-        windows = [window if own is None else min(window, own) for own in geometry.windows]
-        self._rings = dict(zip(geometry.windows, windows, strict=True))
-        self._layers = [
-            _Ring(
-                torch.zeros(2, batch_size, geometry.kv_heads, sinks + ring, geometry.head_dim,
-                            dtype=self.dtype, device=self.device).unbind()
-            )
-            for ring in windows
-        ]  # fmt: skip
-        self._own_windows = geometry.windows
+        self._unfinished: _SinkPlan | None = None  # it counts as seen, but perhaps not every layer keeps it
+        # A layer whose own window w is shorter keeps W' = min(W, w). One plan per distinct window.
+        self._windows = {own: window if own is None else min(window, own) for own in geometry.windows}
+        shape = batch_size, geometry.kv_heads, geometry.head_dim
+        self._rings = [
+            (own, _Ring((*shape[:2], sinks + self._windows[own], shape[2]), self.dtype, self.device))
+            for own in geometry.windows
+        ]
 
     @property
     def seen(self) -> Tensor:
@@ -87,18 +87,19 @@ class SinkCache:
     @property
     def nbytes(self) -> int:
         """Bytes of keys and values held, from the first token to the last."""
-        return sum(layer.keys.nbytes + layer.values.nbytes for layer in self._layers)
+        return sum(ring.keys.nbytes + ring.values.nbytes for _, ring in self._rings)
 
     def reset(self, rows: Sequence[int] | Tensor | None = None) -> None:
         """Forget the streams in `rows` (None: all), which start again from nothing."""
         chosen = list(range(self.batch_size)) if rows is None else [int(row) for row in rows]
         if not all(0 <= row < self.batch_size for row in chosen):
             raise ValueError(f"rows must be in 0 … {self.batch_size - 1}, not {chosen}")
+        self._finish()
         for row in chosen:
             self._seen[row] = 0
-        for layer in self._layers:
-            layer.keys[chosen] = 0
-            layer.values[chosen] = 0
+        for _, ring in self._rings:
+            ring.keys[chosen] = 0
+            ring.values[chosen] = 0
 
     def step_back(self) -> None:
         """Take each stream back by the token that it took in last, once, so that it can be fed again.
@@ -107,6 +108,33 @@ class SinkCache:
         of its own window.
         """
         self._seen = [max(0, seen - 1) for seen in self._seen]
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """All that the streams are: "seen" int64 [B], and keys and values of each layer, not copied."""
+        self._finish()
+        state = {"seen": self.seen}
+        for index, (_, ring) in enumerate(self._rings):
+            state[f"layers.{index}.keys"], state[f"layers.{index}.values"] = ring.keys, ring.values
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Go on where another cache of the same model, sinks, window, batch and origin stood; copies.
+
+        Raises ValueError, and changes nothing, where the state is not one of such a cache.
+        """
+        own = self.state_dict()
+        if own.keys() != state.keys():
+            raise ValueError("the state is not one of this model's cache: it has other layers")
+        for name, tensor in own.items():
+            given = state[name]
+            if given.shape != tensor.shape or given.dtype != tensor.dtype:
+                raise ValueError(
+                    f"the state belongs to another cache: {name} is {given.dtype} {list(given.shape)}, "
+                    f"here {tensor.dtype} {list(tensor.shape)}"
+                )
+        for name, tensor in own.items():
+            tensor.copy_(state[name])
+        self._seen = [int(count) for count in state["seen"]]
 
     def __repr__(self) -> str:
         seen = self._seen[0] if len(set(self._seen)) == 1 else self._seen
@@ -118,81 +146,61 @@ class SinkCache:
     # What a forward asks for (models/step.py: Cache)
 
     def plan(self, length: int, lengths: Sequence[int] | None = None) -> Plan:
-        """Where `length` new tokens per row will stand; `lengths` [B] of them are real. Changes nothing."""
+        """Where `length` new tokens per row will stand; `lengths` [B] of them are real. No row moves."""
+        self._finish()
         lockstep = lengths is None and len(set(self._seen)) == 1
         seen = self._seen[:1] if lockstep else self._seen
         counts = [length] * len(seen) if lengths is None else list(lengths)
         alone = length == 1 and all(counts)  # one token for every row: it may take its slot at once
-        makers = _plan_one if alone else _plan_chunk
+        maker = _plan_one if alone else _plan_chunk
         planned = {
-            own: makers(self.sinks, ring, self.origin, seen, counts, length, self.device)
-            for own, ring in self._rings.items()
+            own: maker(self.sinks, window, self.origin, seen, counts, length, self.device)
+            for own, window in self._windows.items()
         }
-        for own, layer in zip(self._own_windows, self._layers, strict=True):
-            layer.moves = planned[own][1]
-        advance = [length] * self.batch_size if lengths is None else counts
-        steps = {own: step for own, (step, _) in planned.items()}
-        return _SinkPlan(steps, self._layers, advance)
+        return _SinkPlan(
+            steps={own: step for own, (step, _) in planned.items()},
+            memories=[_Memory(ring, planned[own][1]) for own, ring in self._rings],
+            advance=[length] * self.batch_size if lengths is None else counts,
+        )
 
     def commit(self, plan: Plan) -> None:
-        """Keep what the forward computed, and move on."""
+        """Keep what the forward computed, and move on.
+
+        The chunk counts as seen before it is stored. Where Ctrl-C or a lack of memory cuts the storing off,
+        whatever touches the cache next ends it: to write again is harmless, half a chunk is not.
+        """
         assert isinstance(plan, _SinkPlan)
-        try:
-            for layer in self._layers:
-                layer.keep()
-        except BaseException:  # Ctrl-C between two layers: writing again is harmless, half a chunk is not
-            for layer in self._layers:
-                layer.keep()
-            self._advance(plan)
-            raise
-        self._advance(plan)
+        seen = [seen + count for seen, count in zip(self._seen, plan.advance, strict=True)]
+        self._seen, self._unfinished = seen, plan
+        self._finish()
 
-    def _advance(self, plan: _SinkPlan) -> None:
-        self._seen = [seen + count for seen, count in zip(self._seen, plan.advance, strict=True)]
-        for layer in self._layers:
-            layer.fresh = None
-
-
-@dataclass(frozen=True, eq=False)
-class _SinkPlan(Plan):
-    advance: Sequence[int]  # how many tokens each row takes in
+    def _finish(self) -> None:
+        if self._unfinished is not None:
+            for memory in self._unfinished.memories:
+                memory.keep()
+            self._unfinished = None
 
 
 @dataclass(frozen=True, eq=False)
 class _Moves:
-    """Which new tokens go to which slots, as index tensors of equal length: [rows, tokens, slots].
+    """Which new tokens go to which slots: index tensors of equal length for rows, tokens and slots.
 
     Rows are None where all rows of the batch do the same.
     """
 
     held: int  # slots in use, which a forward looks at
-    early: tuple[Tensor | None, Tensor, Tensor] | None  # sinks, which take their slots before attention
-    late: tuple[Tensor | None, Tensor, Tensor] | None  # recent tokens, when the chunk is committed
+    early: tuple[Tensor | None, Tensor, Tensor] | None  # what takes its slot before attention
+    late: tuple[Tensor | None, Tensor, Tensor] | None  # … when the chunk is committed; None: no chunk
 
 
 class _Ring:
     """The keys and values of one layer: slots 0 … S-1 for the sinks, W more taken in turn."""
 
-    def __init__(self, storage: tuple[Tensor, Tensor]) -> None:
-        self.keys, self.values = storage  # [B, G, S + W, D] each
-        self.moves = _Moves(0, None, None)
-        self.fresh: tuple[Tensor, Tensor] | None = None  # a chunk's own, until it is committed
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+        self.keys = torch.zeros(shape, dtype=dtype, device=device)  # [B, G, S + W, D]
+        self.values = torch.zeros_like(self.keys)
 
-    def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        moves = self.moves
-        if moves.early is not None:
-            self._write(moves.early, k, v)
-        held_keys, held_values = self.keys[:, :, : moves.held], self.values[:, :, : moves.held]
-        if moves.late is None:
-            return held_keys, held_values
-        self.fresh = k, v
-        return torch.cat((held_keys, k), 2), torch.cat((held_values, v), 2)
-
-    def keep(self) -> None:
-        if self.fresh is not None and self.moves.late is not None:
-            self._write(self.moves.late, *self.fresh)
-
-    def _write(self, move: tuple[Tensor | None, Tensor, Tensor], k: Tensor, v: Tensor) -> None:
+    def write(self, move: tuple[Tensor | None, Tensor, Tensor], k: Tensor, v: Tensor) -> None:
         rows, tokens, slots = move
         for ring, new in ((self.keys, k), (self.values, v)):
             if rows is not None:
@@ -201,6 +209,34 @@ class _Ring:
                 ring.index_copy_(2, slots, new)
             else:
                 ring.index_copy_(2, slots, new.index_select(2, tokens))
+
+
+class _Memory:
+    """One layer's ring during one forward."""
+
+    def __init__(self, ring: _Ring, moves: _Moves) -> None:
+        self._ring, self._moves = ring, moves
+        self._fresh: tuple[Tensor, Tensor] | None = None  # the chunk's own, until it is committed
+
+    def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        ring, moves = self._ring, self._moves
+        if moves.early is not None:
+            ring.write(moves.early, k, v)
+        held_keys, held_values = ring.keys[:, :, : moves.held], ring.values[:, :, : moves.held]
+        if moves.late is None:
+            return held_keys, held_values
+        self._fresh = k, v
+        return torch.cat((held_keys, k), 2), torch.cat((held_values, v), 2)
+
+    def keep(self) -> None:
+        if self._fresh is not None and self._moves.late is not None:
+            self._ring.write(self._moves.late, *self._fresh)
+
+
+@dataclass(frozen=True, eq=False)
+class _SinkPlan(Plan):
+    memories: Sequence[_Memory]
+    advance: Sequence[int]  # how many tokens each row takes in
 
 
 def _plan_one(
@@ -212,7 +248,7 @@ def _plan_one(
     S = 2, W = 3, t = 9: slot 2 + (9 - 2) % 3 = 3, where token 6 stood; see `Step`.
     """
     total = sinks + window
-    held = min(max(seen) + 1, total)
+    held = min(-(-(max(seen) + 1) // STRIDE) * STRIDE, total)
     places = torch.tensor(seen)[:, None]  # [R, 1]
     slots = torch.where(places < sinks, places, sinks + (places - sinks) % window)
     keys = _held_places(sinks, window, places + 1, held)

@@ -17,6 +17,9 @@ COMMANDS = {
 }
 
 
+SMALL = 20_000_000  # parameters below which threads wait for each other longer than they work
+
+
 class Commands(click.Group):
     """The commands of the table above, each imported when it is asked for."""
 
@@ -55,7 +58,7 @@ def cli() -> None:
     """
 
 
-class Forever(click.ParamType):
+class Forever(click.ParamType):  # type: ignore[type-arg]  # type: ignore[type-arg]  # generic in newer versions only
     """A number of tokens, or "forever"."""
 
     name = "N|forever"
@@ -72,7 +75,7 @@ class Forever(click.ParamType):
         return number
 
 
-class Device(click.ParamType):
+class Device(click.ParamType):  # type: ignore[type-arg]
     """A device that can be used here."""
 
     name = "device"
@@ -116,7 +119,13 @@ class Device(click.ParamType):
     help="Tokens of the prompt read at once.",
 )
 @click.option(
-    "--max-new-tokens", "-n", type=Forever(), default="200", show_default=True, help="When to stop."
+    "--max-new-tokens",
+    "-n",
+    type=Forever(),
+    metavar="N|forever",
+    default="200",
+    show_default=True,
+    help="When to stop.",
 )
 @click.option(
     "--temperature", "-t", type=click.FloatRange(0), help="0 is greedy.  [default: the checkpoint's]"
@@ -143,18 +152,23 @@ class Device(click.ParamType):
     help="float32, bfloat16, float16, float64; auto is the checkpoint's.",
 )
 @click.option("--device", type=Device(), help="cpu, cuda, mps.  [default: the best there is]")
+@click.option(
+    "--threads", type=click.IntRange(1), help="CPU threads.  [default: 1 for small models, else all cores]"
+)
 @click.option("--quiet", "-q", is_flag=True, help="No status line.")
 def generate(
     prompt: str | None, file: IO[str] | None, model: str | None, revision: str | None, sinks: int,
     window: int | None, chunk: int, max_new_tokens: int | str, temperature: float | None, top_k: int | None,
     top_p: float | None, min_p: float | None, repetition_penalty: float | None, seed: int | None,
-    stop: tuple[str, ...], ignore_eos: bool, dtype: str, device: str | None, quiet: bool,
+    stop: tuple[str, ...], ignore_eos: bool, dtype: str, device: str | None, threads: int | None, quiet: bool,
 ) -> None:  # fmt: skip
     """Let a model talk, as long as you like.
 
     The text goes to standard output as it comes, after PROMPT. Without a prompt it is read from --file, or
     from standard input when that is no terminal. Ctrl-C stops.
     """
+    import torch
+
     from streamllm import Stream, load
     from streamllm.status import Status
 
@@ -167,6 +181,10 @@ def generate(
         except UnicodeDecodeError as error:
             raise ValueError(f"the prompt is not UTF-8: {error}") from None
     loaded, tokenizer = load(model, revision=revision, dtype=dtype, device=device)
+    if threads is None and sum(parameter.numel() for parameter in loaded.parameters()) < SMALL:
+        threads = 1
+    if threads is not None:
+        torch.set_num_threads(threads)
     stream = Stream(loaded, tokenizer, sinks=sinks, window=window, chunk=chunk)
     pieces = stream.generate(
         prompt,

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from streamllm.cache import SinkCache
-from streamllm.sampling import GenerationConfig, next_token
+from streamllm.models.step import geometry_of
+from streamllm.sampling import GenerationConfig, attached, next_token
 from streamllm.weights.errors import UnsupportedConfig
 
 
@@ -79,7 +80,7 @@ def settings(
 ) -> GenerationConfig:
     """What the call gives, over what the checkpoint says, over the defaults."""
     if config is None:
-        config = getattr(model, "generation_config", None) or GenerationConfig()
+        config = attached(model)
     if config.unsupported:
         raise UnsupportedConfig(
             f"generation_config.json asks for {', '.join(config.unsupported)}, which is not done here; "
@@ -101,7 +102,7 @@ class Loop:
                 f"generate() runs one stream; the cache was made for a batch of {cache.batch_size}"
             )
         self.model, self.cache = model, cache
-        self.vocab_size: int = model.geometry.vocab_size  # type: ignore[union-attr, assignment]
+        self.vocab_size = geometry_of(model).vocab_size
         self.unfed: list[int] = []
         self.logits: Tensor | None = None  # [V], after the last token fed
         self.past: set[int] = set()  # the tokens of the stream so far

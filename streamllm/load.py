@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from streamllm.sampling import GenerationConfig, read_generation_config
+from streamllm.sampling import GenerationConfig, attach, read_generation_config
 from streamllm.tokenizer import TOKENIZER_FILES, Tokenizer, load_tokenizer_files
 from streamllm.weights.checkpoint import Checkpoint
 from streamllm.weights.checkpoint import Source as Source
@@ -41,8 +41,8 @@ def load(
     Raises CheckpointNotFound, UnsupportedConfig or CheckpointError (all CheckpointError) and TokenizerError.
     """
     source = open_source(name, revision=revision, local_files_only=local_files_only, token=token)
-    model = _load_model(source, dtype, device, match_transformers)
-    return model, _load_tokenizer(source)
+    tokenizer = _load_tokenizer(source)  # first, because it may be wrong, and is small
+    return _load_model(source, dtype, device, match_transformers), tokenizer
 
 
 def load_model(
@@ -103,6 +103,7 @@ def _load_model(
 ) -> nn.Module:
     checkpoint = Checkpoint(source, match_transformers)
     place = default_device() if device is None else torch.device(device)
+    generation_config = _generation_config(source, checkpoint.keys.get("eos_token_id"))
     if checkpoint.nbytes < PROGRESS_FROM:
         model = checkpoint.load(dtype, place)
     else:
@@ -110,7 +111,7 @@ def _load_model(
 
         with tqdm(total=checkpoint.nbytes, unit="B", unit_scale=True, desc=f"loading {source.name}") as bar:
             model = checkpoint.load(dtype, place, report=bar.update)
-    model.generation_config = _generation_config(source, checkpoint.keys.get("eos_token_id"))
+    attach(model, generation_config)
     return model
 
 
@@ -121,9 +122,11 @@ def _generation_config(source: Source, eos: Any) -> GenerationConfig:
 
 
 def _load_tokenizer(source: Source) -> Tokenizer:
-    found = [path for path in map(source.find, TOKENIZER_FILES) if path is not None]
-    if not found:
+    found = {name: path for name in TOKENIZER_FILES if (path := source.find(name)) is not None}
+    if not found.keys() & set(TOKENIZER_FILES[:2]):
+        if source.offline:
+            source.file(TOKENIZER_FILES[0])  # is not in the cache, which is all that is known
         raise CheckpointNotFound(
             f"{source.name} has no tokenizer: neither of {', '.join(TOKENIZER_FILES[:2])}"
         )
-    return load_tokenizer_files(found[0].parent)
+    return load_tokenizer_files(next(iter(found.values())).parent)

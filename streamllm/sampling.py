@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from streamllm.weights.errors import UnsupportedConfig
 from streamllm.weights.keys import Keys
@@ -118,6 +118,17 @@ def read_generation_config(
         )
     except ValueError as error:
         raise UnsupportedConfig(f"{where}: {error}") from None
+
+
+def attach(model: nn.Module, config: GenerationConfig) -> None:
+    """Let a model carry what its checkpoint asks for, as `model.generation_config`."""
+    setattr(model, "generation_config", config)  # noqa: B010  # nn.Module declares tensors and modules only
+
+
+def attached(model: nn.Module) -> GenerationConfig:
+    """What the model's checkpoint asks for; the defaults for a model that no checkpoint was loaded into."""
+    found = getattr(model, "generation_config", None)
+    return found if isinstance(found, GenerationConfig) else GenerationConfig()
 
 
 def next_token(

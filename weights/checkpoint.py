@@ -19,6 +19,8 @@ from streamllm.weights.errors import CheckpointError, CheckpointNotFound, Unsupp
 from streamllm.weights.family import NOT_NEEDED, Family, Fused
 from streamllm.weights.keys import Keys, read_json
 
+DEEPEST = 2048  # layers; a model is built before its weights are read, at about a millisecond for each
+
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 # As safetensors names them. Anything else, integers and 8-bit floats, is some quantised format.
@@ -36,8 +38,11 @@ class Source(Protocol):
 
     @property
     def name(self) -> str: ...
+    @property
+    def offline(self) -> bool: ...  # nothing can be fetched: what is not found may be there all the same
     def file(self, relative: str) -> Path: ...
     def find(self, relative: str) -> Path | None: ...
+    def has(self, relative: str) -> bool: ...
 
 
 @dataclass(frozen=True)
@@ -56,10 +61,37 @@ class Stored:
 
     def read(self) -> Tensor:
         """The tensor, mapped from its file: pages are read when touched, and go when the tensor goes."""
-        from safetensors import safe_open
+        return Reader().read(self, keep=False)
 
-        with safe_open(self.path, framework="pt", device="cpu") as file:
-            return file.get_tensor(self.name)  # type: ignore[no-any-return]
+
+# Bytes that may be read through one mapping before it is replaced by a new one.
+MAPPED = 64 << 20
+
+
+class Reader:
+    """Reads tensors of safetensors files, and lets go of the pages that were read.
+
+    A tensor is a part of its file's mapping, and the pages touched through a mapping stay in memory as long
+    as any tensor of it lives. So tensors that are kept and tensors that are only copied from have a mapping
+    each, and the latter's is dropped from time to time: not after each, because to open a file is to parse
+    its header, and there are headers of 100 MB.
+    """
+
+    def __init__(self) -> None:
+        self._open: dict[tuple[Path, bool], tuple[Any, int]] = {}
+
+    def read(self, stored: Stored, keep: bool) -> Tensor:
+        from safetensors import SafetensorError, safe_open
+
+        file, seen = self._open.get((stored.path, keep), (None, 0))
+        try:
+            if file is None or (not keep and seen + stored.nbytes > MAPPED):
+                self._open.pop((stored.path, keep), None)
+                file, seen = safe_open(stored.path, framework="pt", device="cpu"), 0
+            self._open[stored.path, keep] = file, seen + stored.nbytes
+            return file.get_tensor(stored.name)  # type: ignore[no-any-return]
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{stored.path} has changed while it was read ({error})") from None
 
 
 class Checkpoint:
@@ -91,8 +123,10 @@ class Checkpoint:
         return sum(stored.nbytes for stored in self.tensors.values())
 
     def _no_weights(self) -> CheckpointError:
+        if self.source.offline:
+            self.source.file(SINGLE)  # is not in the cache, which is all that is known
         for other in ("pytorch_model.bin", "pytorch_model.bin.index.json"):
-            if self.source.find(other) is not None:
+            if self.source.has(other):
                 return UnsupportedConfig(
                     f"{self.source.name} has its weights only as {other}, a pickle, which can run code; "
                     f"convert it to safetensors first"
@@ -129,19 +163,24 @@ class Checkpoint:
         """
         dtype, device = self.dtype(dtype), torch.device(device)
         jobs, config = self._jobs()
-        with torch.device("meta"):
-            model = self.family.model(config)
+        model = self._build(config)
         slots = _slots(model)
         _check_complete(self.source.name, slots, jobs)
         doubtful: list[str] = []
+        reader = Reader()
         for stored, names, split in jobs:
-            parts = (stored.read(),) if split is None else split(stored.read(), config)
+            stays = split is None and FLOATS[stored.dtype] == dtype and device.type == "cpu"
+            whole = reader.read(stored, keep=stays)
+            parts = (whole,) if split is None else split(whole, config)
+            del whole
             for name, part in zip(names, parts, strict=True):
                 _check_shape(self.source.name, stored, name, part, slots[name][0][0])
                 # A part is copied out of its fused tensor, so that the file's pages can go.
                 part = part.to(device=device, dtype=dtype, copy=split is not None).contiguous()
                 if not part.sum(dtype=torch.promote_types(dtype, torch.float32)).isfinite():
                     doubtful.append(stored.name)
+                if part.data_ptr() % part.element_size():
+                    part = part.clone()  # some writers do not align, and not every kernel can read that
                 _assign(slots[name], part)
             if report is not None:
                 report(stored.nbytes)
@@ -153,9 +192,20 @@ class Checkpoint:
             )
         return model.eval()
 
+    def _build(self, config: Any) -> nn.Module:
+        """The model on the meta device, without weights."""
+        try:
+            with torch.device("meta"):
+                return self.family.model(config)
+        except (RuntimeError, OverflowError) as error:  # even the meta device multiplies sizes
+            reason = str(error).splitlines()[0]
+            raise UnsupportedConfig(f"{self.keys.where}: its sizes make no model ({reason})") from None
+
     def _jobs(self) -> tuple[list[_Job], Any]:
         """Each tensor that is needed, with our names for it; and the config, untied where the files are."""
         config = self.config
+        if config.layers > DEEPEST:
+            raise self.keys.wrong("the number of layers", config.layers, f"up to {DEEPEST}")
         if config.layers > len(self.tensors):
             raise CheckpointError(
                 f"{self.keys.where} says {config.layers} layers, but there are only "
