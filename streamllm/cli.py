@@ -59,7 +59,7 @@ def cli() -> None:
     """
 
 
-class Forever(click.ParamType):  # type: ignore[type-arg]  # type: ignore[type-arg]  # generic in newer versions only
+class Forever(click.ParamType):  # type: ignore[type-arg]  # generic in newer versions only
     """A number of tokens, or "forever"."""
 
     name = "N|forever"
