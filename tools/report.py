@@ -130,8 +130,8 @@ def modes(report: Report, subject: Subject) -> None:
 
     report.table(
         f"Perplexity by position in the text, {len(stream):,} held-out tokens as one stream, never reset. "
-        f"Trained length {trained or 'any'}; windows count the token itself. Dense reads {len(dense):,} tokens; "
-        f"re-computation is scored at {positions:,} random positions.",
+        f"Trained length {trained or 'any'}; windows count the token itself. Dense reads {len(dense):,} "
+        f"tokens; re-computation is scored at {positions:,} random positions.",
         ["", f"< {span}", *(f"from {start:,}" for start in starts), f"all beyond {2 * span}"],
         [
             [
@@ -313,9 +313,9 @@ def memory(report: Report, subject: Subject, tokens: int) -> None:
 
     result = perplexity(subject.model, read, sinks=subject.sinks, window=subject.window, progress=progress)
     report.table(
-        f"One stream of {tokens:,} tokens ({subject.sinks} sinks, window {subject.window}): resident memory of "
-        f"the process at that place, and speed since the one before. The text is the standard library, most of "
-        f"which the model was trained on; perplexity {result.perplexity:.4g}.",
+        f"One stream of {tokens:,} tokens ({subject.sinks} sinks, window {subject.window}): resident memory "
+        f"of the process at that place, and speed since the one before. The text is the standard library, "
+        f"most of which the model was trained on; perplexity {result.perplexity:.4g}.",
         ["after tokens", *(f"{mark['tokens']:,}" for mark in found)],
         [
             ["resident memory, MiB", *(f"{mark['memory'] / 2**20:,.1f}" for mark in found)],
@@ -332,10 +332,18 @@ def memory(report: Report, subject: Subject, tokens: int) -> None:
 @click.option("--span", type=click.IntRange(16), help="Sinks + window.  [default: the trained length]")
 @click.option("--long", "long_tokens", type=click.IntRange(0), default=1_000_000, show_default=True,
               help="Tokens of the memory run; 0 leaves it out.")  # fmt: skip
+@click.option("--tokens", type=click.IntRange(2), help="Held-out tokens read.  [default: all]")
 @click.option("--threads", type=click.IntRange(1), default=1, show_default=True)
 @click.option("--quick", is_flag=True, help="A fiftieth of everything: to see that it works.")
 def main(
-    model: str | None, out: Path, sinks: int, span: int | None, long_tokens: int, threads: int, quick: bool
+    model: str | None,
+    out: Path,
+    sinks: int,
+    span: int | None,
+    long_tokens: int,
+    tokens: int | None,
+    threads: int,
+    quick: bool,
 ) -> None:
     """Make every table and picture of the README."""
     from streamllm.load import open_source
@@ -344,7 +352,7 @@ def main(
     out.mkdir(parents=True, exist_ok=True)
     loaded, tokenizer = streamllm.load(model, device="cpu")
     trained = geometry_of(loaded).trained_length
-    stream = as_stream(tokenizer, held_out_texts())
+    stream = as_stream(tokenizer, held_out_texts())[:tokens]
     subject = Subject(loaded, tokenizer, stream, span or min(1024, trained or 1024), sinks, quick)
     report = Report(out)
     parameters = sum(parameter.numel() for parameter in loaded.parameters())
