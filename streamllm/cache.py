@@ -122,9 +122,11 @@ class SinkCache:
         self._stand = [max(0, count - 1) for count in seen], unfinished
 
     def state_dict(self) -> dict[str, Tensor]:
-        """All that the streams are: "seen" int64 [B], and keys and values of each layer, not copied."""
+        """All that the streams are: "sizes" int64 [3] (sinks, window, origin), "seen" int64 [B], and keys and
+        values of each layer, not copied.
+        """
         self._finish()
-        state = {"seen": self.seen}
+        state = {"sizes": torch.tensor([self.sinks, self.window, self.origin]), "seen": self.seen}
         for layer, (_, ring) in enumerate(self._rings):
             state[f"layers.{layer}.keys"], state[f"layers.{layer}.values"] = ring.keys, ring.values
         return state
@@ -144,6 +146,11 @@ class SinkCache:
                     f"the state belongs to another cache: {name} is {given.dtype} {list(given.shape)}, "
                     f"here {tensor.dtype} {list(tensor.shape)}"
                 )
+        if not torch.equal(own.pop("sizes"), state["sizes"]):
+            raise ValueError(
+                f"the state belongs to a cache of other sinks, window and origin: {state['sizes'].tolist()}, "
+                f"here {[self.sinks, self.window, self.origin]}"
+            )
         self._stand = [0] * self.batch_size, None  # until all of it is there
         for name, tensor in own.items():
             tensor.copy_(state[name])
@@ -234,6 +241,11 @@ class _Memory:
 
     def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         ring, moves = self._ring, self._moves
+        if k.dtype != ring.keys.dtype or v.dtype != ring.keys.dtype:
+            raise ValueError(
+                f"the cache was made for {ring.keys.dtype}, the model computes in {v.dtype}: "
+                f"make a SinkCache for the model as it is, and leave autocast off"
+            )
         if moves.early is not None:
             ring.write(moves.early, k, v)
         held_keys, held_values = ring.keys[:, :, : moves.held], ring.values[:, :, : moves.held]
