@@ -57,7 +57,9 @@ CONFIGS = {
     "qwen2, upper layers slide": replace(LLAMA, output_bias=False, windows=(None, 7, 7)),
     "qwen2, three windows": replace(LLAMA, output_bias=False, windows=(3, None, 12)),
     "qwen3": replace(LLAMA, attention_bias=False, head_norms=True),
-    "qwen3, dynamic and sliding": replace(LLAMA, head_norms=True, windows=(None, 5, 9), rope=ROPES["dynamic"]),
+    "qwen3, dynamic and sliding": replace(
+        LLAMA, head_norms=True, windows=(None, 5, 9), rope=ROPES["dynamic"]
+    ),
 }
 MODELS = {llama.Config: llama, gpt_neox.Config: gpt_neox, falcon.Config: falcon, mpt.Config: mpt}
 SPANS = [(4, 9), (0, 5), (1, 1), (8, 30)]
