@@ -289,7 +289,7 @@ class JsonBackend:
         return ids
 
     def token_to_id(self, token: str) -> int | None:
-        found: int | None = self._tokenizer.token_to_id(token)
+        found: int | None = self._tokenizer.token_to_id(token) if _is_unicode(token) else None
         return found
 
     def row(self, token: int) -> Row | None:
@@ -303,6 +303,11 @@ class JsonBackend:
 
     def edits(self) -> list[Callable[[str], str]]:
         return self._plan.edits()
+
+
+def _is_unicode(text: str) -> bool:
+    """JSON can spell half of a surrogate pair, which the libraries take for a wrong type."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 class _DecoderPlan:
@@ -600,6 +605,8 @@ class SentencePieceBackend:
     def token_to_id(self, token: str) -> int | None:
         if token in self._ids:
             return self._ids[token]
+        if not _is_unicode(token):
+            return None
         index: int = self._pieces.piece_to_id(token)  # the id of <unk> for what it does not know
         return index if self._names[index] == token else None
 

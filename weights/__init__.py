@@ -4,14 +4,9 @@ from streamllm.weights import llama
 from streamllm.weights.errors import CheckpointError, CheckpointNotFound, UnsupportedConfig
 from streamllm.weights.family import Family
 
-__all__ = ["FAMILIES", "CheckpointError", "CheckpointNotFound", "Family", "UnsupportedConfig", "supported"]
+__all__ = ["FAMILIES", "CheckpointError", "CheckpointNotFound", "Family", "UnsupportedConfig"]
 
 # model_type of config.json -> how such checkpoints are spelled
 FAMILIES: dict[str, Family] = {
     "llama": llama.FAMILY,
 }
-
-
-def supported() -> str:
-    """What an error about an unknown model_type offers instead."""
-    return f"supported: {', '.join(sorted(FAMILIES))}"

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from streamllm.weights import FAMILIES, pickled, supported
+from streamllm.weights import FAMILIES, pickled
 from streamllm.weights.errors import CheckpointError, CheckpointNotFound, UnsupportedConfig
 from streamllm.weights.family import NOT_NEEDED, Family, Fused
 from streamllm.weights.keys import Keys, read_json
@@ -281,7 +281,7 @@ def read_config(keys: Keys, match_transformers: bool = False) -> tuple[Family, A
     """config.json -> its family and the model's Config. Raises UnsupportedConfig, naming what it found."""
     model_type = keys.get("model_type")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
-        raise UnsupportedConfig(f"{keys.where}: model_type is {model_type!r}; {supported()}")
+        raise keys.wrong("model_type", model_type, ", ".join(sorted(FAMILIES)))
     if keys.get("quantization_config") is not None:
         raise UnsupportedConfig(
             f"{keys.where}: quantization_config is set, and quantised checkpoints are not supported; "
