@@ -32,12 +32,18 @@ class Stream:
         self._loop = Loop(model, self.cache)
         self._decoder = tokenizer.decoder()
         self._held = ""  # the end of what was said, while it may still become a stop string
+        self._said = 0
         self._started = False
 
     @property
     def seen(self) -> int:
         """How many tokens the cache has taken in."""
         return int(self.cache.seen[0])
+
+    @property
+    def said(self) -> int:
+        """How many tokens the model has said."""
+        return self._said
 
     def __repr__(self) -> str:
         return f"Stream({self._loop.model.__class__.__module__.rpartition('.')[2]}, {self.cache!r})"
@@ -95,6 +101,7 @@ class Stream:
         self._loop = Loop(self._loop.model, self.cache)
         self._decoder = self.tokenizer.decoder()
         self._held = ""
+        self._said = 0
         self._started = False
 
     def _encode(self, text: str) -> list[int]:
@@ -114,6 +121,7 @@ class Stream:
 
     def _pieces(self, tokens: Iterator[int], stops: Sequence[str]) -> Iterator[str]:
         for token in tokens:
+            self._said += 1
             self._held += self._decoder.push(token)
             # the one that is complete first, however the text is cut into tokens; at once: the longer one
             ends = [(at + len(stop), at) for stop in stops if (at := self._held.find(stop)) >= 0]

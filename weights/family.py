@@ -70,3 +70,11 @@ def with_bias(names: Mapping[str, str]) -> dict[str, Target]:
     return {
         f"{theirs}.{part}": f"{ours}.{part}" for theirs, ours in names.items() for part in ("weight", "bias")
     }
+
+
+def fused_qkv(name: str, split: Callable[[Tensor, Any], tuple[Tensor, ...]]) -> dict[str, Target]:
+    """The rows of a table for a module that holds a layer's q, k and v, with weight and bias."""
+    return {
+        f"{name}.{part}": Fused(tuple(f"layers.{{}}.attention.{ours}.{part}" for ours in "qkv"), split)
+        for part in ("weight", "bias")
+    }
