@@ -868,7 +868,7 @@ def _flag(folder: Path, config: Mapping[str, Any], name: str) -> bool | None:
     if value is None or isinstance(value, bool):
         return value
     raise TokenizerError(
-        f"{folder}/tokenizer_config.json: {name} is {value!r}; it must be true, false or absent"
+        f"{folder}/tokenizer_config.json: {name} is {_short(value)}; it must be true, false or absent"
     )
 
 
@@ -920,7 +920,13 @@ def _added_of_config(folder: Path, entries: Any) -> dict[int, AddedToken]:
 
 
 def _new_id(path: Path, content: str, index: Any, taken: Mapping[int, AddedToken]) -> int:
-    if not isinstance(index, int) or isinstance(index, bool) or not 0 <= index < 2**31 or not content:
+    if (
+        not isinstance(index, int)
+        or isinstance(index, bool)
+        or not 0 <= index < 2**31
+        or not content
+        or not _is_unicode(content)
+    ):
         raise TokenizerError(
             f"{path}: the added token {_short(content)} has id {_short(index)}; "
             "a token is some text, an id a number from 0 on"
