@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 
 from streamllm.models import rotary
 from streamllm.weights.keys import Keys
@@ -108,7 +109,7 @@ def _divisors(scaling: Keys, name: str, dim: int) -> tuple[float, ...]:
     if (
         not isinstance(values, list)
         or len(values) != dim // 2
-        or not all(isinstance(value, (int, float)) and 0 < value < math.inf for value in values)
+        or not all(isinstance(value, (int, float)) and 0 < value <= sys.float_info.max for value in values)
     ):
         raise scaling.wrong(name, values, f"a list of {dim // 2} numbers above 0")
     return tuple(float(value) for value in values)
