@@ -14,6 +14,7 @@ import click
 # name -> (module, attribute, what `streamllm --help` says); imported when called, so that help comes at once
 COMMANDS = {
     "generate": ("streamllm.cli", "generate", "Let a model talk, as long as you like."),
+    "parity": ("streamllm.parity", "parity", "Compare a checkpoint with transformers, layer by layer."),
 }
 
 
@@ -58,7 +59,7 @@ def cli() -> None:
     """
 
 
-class Forever(click.ParamType):  # type: ignore[type-arg]  # type: ignore[type-arg]  # generic in newer versions only
+class Forever(click.ParamType):  # type: ignore[type-arg]  # generic in newer versions only
     """A number of tokens, or "forever"."""
 
     name = "N|forever"
