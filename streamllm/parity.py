@@ -222,14 +222,23 @@ def _as_the_config_says(source: Source, matched: Checkpoint) -> tuple[Checkpoint
         plain = Checkpoint(source)
     except UnsupportedConfig as error:
         return None, [f"refused, {error}"]
-    found = []
-    for number in dataclasses.fields(plain.config):
-        here, there = (getattr(config, number.name) for config in (plain.config, matched.config))
-        if isinstance(there, Rope):
-            there = dataclasses.replace(there, float32_angles=False)
-        if here != there:
-            found.append(f"{number.name} is {here}, transformers takes {there}; for information only")
+    found = [
+        f"{name} is {here} here, {there} in transformers; for information only"
+        for name, here, there in _unlike(plain.config, matched.config)
+        if not name.endswith("float32_angles")
+    ]
     return plain, found
+
+
+def _unlike(here: Any, there: Any, within: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """The numbers in which two configs are not the same."""
+    for number in dataclasses.fields(here):
+        name = number.name
+        one, other = getattr(here, name), getattr(there, name)
+        if dataclasses.is_dataclass(one) and type(one) is type(other):
+            yield from _unlike(one, other, f"{within}{name}.")
+        elif one != other:
+            yield f"{within}{name}", one, other
 
 
 @dataclass(frozen=True)
