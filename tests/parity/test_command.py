@@ -131,7 +131,8 @@ BROKEN = {
     ),
     "scaled norm of keys": (
         "qwen3-8b", scale(f"{L}.1.self_attn.k_norm.weight"),
-        ("layers.1.attention", "model.layers.1.self_attn"), ["layers.1.attention.k_norm"], [f"{L}.1.self_attn.k_norm.weight"],
+        ("layers.1.attention", "model.layers.1.self_attn"), ["layers.1.attention.k_norm"],
+        [f"{L}.1.self_attn.k_norm.weight"],
     ),
     "scaled last norm": (
         "llama-gqa", scale("model.norm.weight"), ("norm", "model.norm"), [], ["model.norm.weight"],
