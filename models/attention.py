@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -43,9 +45,13 @@ def _by_matmul(
 ) -> Tensor:
     B, H, T, D = near.shape
     G, K = keys.shape[1], keys.shape[2]
+    apart = step.sinks > 0 and near is not far
+    if near.dtype == torch.float16:  # q·k can pass its end at 65,504; a power of two rounds nothing
+        power = 2.0 ** min(0, math.frexp(scale)[1])
+        near, far, scale = near * power, far * power, scale / power
     grouped = (B, G, H // G * T, D)  # the queries that share a key head are rows of one matmul
     scores = near.reshape(grouped) @ keys.transpose(2, 3)  # [B, G, H/G·T, K]
-    if step.sinks and near is not far:
+    if apart:
         scores[..., : step.sinks] = far.reshape(grouped) @ keys[:, :, : step.sinks].transpose(2, 3)
     scores = scores.view(B, H, T, K).to(_wide(scores.dtype)).mul_(scale)
     if bias is not None:

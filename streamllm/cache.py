@@ -10,6 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from operator import index
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from streamllm.models.step import Plan, Step, geometry_of
 DEFAULT_WINDOW = 1020
 # Slots: a ring that fills is met in steps of so many, because kernels are made anew for each size.
 STRIDE = 256
+FURTHEST = 1 << 48  # rotary angles are exact up to twice this place
 
 
 class SinkCache:
@@ -33,8 +35,8 @@ class SinkCache:
     the model's type and device, [B, G, S + W, D] for keys and for values of each layer (S + w where the
     layer's own sliding window w is shorter than W).
 
-    Raises ValueError for sinks < 0, window < 1, batch_size < 1, chunk < 1 or origin < 0. Warns when
-    sinks + window is longer than the model was trained for.
+    Raises ValueError for sinks < 0, window < 1, batch_size < 1, chunk < 1 or origin outside 0 … 2^48. Warns
+    when sinks + window is longer than the model was trained for.
     """
 
     def __init__(
@@ -58,6 +60,8 @@ class SinkCache:
                 )
         _at_least(1, window=window, batch_size=batch_size, chunk=chunk)
         _at_least(0, origin=origin)
+        if origin >= FURTHEST:
+            raise ValueError(f"origin must be below {FURTHEST}, where angles end to be exact, not {origin}")
         if trained is not None and sinks + window > trained:
             warnings.warn(
                 f"sinks + window = {sinks + window} is longer than the {trained} tokens "
@@ -90,10 +94,11 @@ class SinkCache:
         return sum(ring.keys.nbytes + ring.values.nbytes for _, ring in self._rings)
 
     def reset(self, rows: Sequence[int] | Tensor | None = None) -> None:
-        """Forget the streams in `rows` (None: all), which start again from nothing."""
-        chosen = list(range(self.batch_size)) if rows is None else [int(row) for row in rows]
-        if not all(0 <= row < self.batch_size for row in chosen):
-            raise ValueError(f"rows must be in 0 … {self.batch_size - 1}, not {chosen}")
+        """Forget the streams in `rows` (None: all), which start again from nothing.
+
+        Raises ValueError for anything but row numbers: a mask of True and False is not a list of rows.
+        """
+        chosen = _row_numbers(range(self.batch_size) if rows is None else rows, self.batch_size)
         self._finish()
         for row in chosen:
             self._seen[row] = 0
@@ -113,8 +118,8 @@ class SinkCache:
         """All that the streams are: "seen" int64 [B], and keys and values of each layer, not copied."""
         self._finish()
         state = {"seen": self.seen}
-        for index, (_, ring) in enumerate(self._rings):
-            state[f"layers.{index}.keys"], state[f"layers.{index}.values"] = ring.keys, ring.values
+        for layer, (_, ring) in enumerate(self._rings):
+            state[f"layers.{layer}.keys"], state[f"layers.{layer}.values"] = ring.keys, ring.values
         return state
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -197,8 +202,9 @@ class _Ring:
     """The keys and values of one layer: slots 0 … S-1 for the sinks, W more taken in turn."""
 
     def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)  # [B, G, S + W, D]
-        self.values = torch.zeros_like(self.keys)
+        with torch.inference_mode(False):  # or no forward outside of it could write to them
+            self.keys = torch.zeros(shape, dtype=dtype, device=device)  # [B, G, S + W, D]
+            self.values = torch.zeros_like(self.keys)
 
     def write(self, move: tuple[Tensor | None, Tensor, Tensor], k: Tensor, v: Tensor) -> None:
         rows, tokens, slots = move
@@ -337,6 +343,17 @@ def _move(
         return None
     where = slots[rows, tokens].to(device)
     return None if lockstep else rows.to(device), tokens.to(device), where
+
+
+def _row_numbers(rows: Sequence[int] | Tensor, batch_size: int) -> list[int]:
+    given = rows.tolist() if isinstance(rows, Tensor) else rows
+    try:
+        numbers = [-1 if isinstance(row, bool) else index(row) for row in given]
+    except TypeError:
+        numbers = [-1]
+    if not all(0 <= number < batch_size for number in numbers):
+        raise ValueError(f"rows must be a list of row numbers in 0 … {batch_size - 1}, not {given}")
+    return numbers
 
 
 def _at_least(least: int, **given: int) -> None:

@@ -15,6 +15,7 @@ import click
 COMMANDS = {
     "generate": ("streamllm.cli", "generate", "Let a model talk, as long as you like."),
     "parity": ("streamllm.parity", "parity", "Compare a checkpoint with transformers, layer by layer."),
+    "convert": ("streamllm.convert", "convert_command", "Write a checkpoint as safetensors."),
 }
 
 

@@ -23,13 +23,15 @@ import codecs
 import json
 import operator
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import sentencepiece
 import tokenizers
+
+from streamllm.chat import Message, render
 
 #: Every file that `load_tokenizer_files` may read, the needed ones first. Of `tokenizer.json` and
 #: `tokenizer.model` one is enough.
@@ -39,6 +41,8 @@ TOKENIZER_FILES = (
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
+    "chat_template.jinja",
+    "additional_chat_templates/tool_use.jinja",
 )
 
 _SPACE = "\u2581"  # what sentencepiece, and those who follow it, write for a space
@@ -57,14 +61,21 @@ class Tokenizer:
 
     Attributes:
         special_tokens: the named special tokens, for example `{"bos_token": "<s>", "eos_token": "</s>"}`.
+        chat_template: the jinja2 source that makes a prompt of messages, or several by name, or None.
         vocab_size: one more than the largest id that it can decode. A model's vocabulary is often padded
         beyond it; ids
             from there on decode to nothing.
     """
 
-    def __init__(self, backend: Backend, special_tokens: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        backend: Backend,
+        special_tokens: Mapping[str, str],
+        chat_template: str | dict[str, str] | None = None,
+    ) -> None:
         self._backend = backend
         self.special_tokens = dict(special_tokens)
+        self.chat_template = chat_template
         self.vocab_size = backend.vocab_size
 
     def __repr__(self) -> str:
@@ -133,6 +144,43 @@ class Tokenizer:
     def decoder(self, *, skip_special_tokens: bool = True) -> IncrementalDecoder:
         """A new incremental decoder, at the start of a text."""
         return IncrementalDecoder(self._backend, skip_special_tokens)
+
+    def render_chat_template(
+        self,
+        messages: Sequence[Message],
+        *,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = False,
+        **variables: Any,
+    ) -> str:
+        """The prompt that the chat template makes of messages, as text; see `streamllm.chat.render`.
+
+        Args:
+            messages: for example `[{"role": "user", "content": "Hello"}]`.
+            chat_template: a template to use instead of the tokenizer's own.
+            add_generation_prompt: end with what opens the model's answer.
+            variables: `tools`, `documents`, `limits`, and what the template knows (`enable_thinking=False`).
+
+        Raises:
+            ChatTemplateError: there is no template, or it does not render these messages.
+        """
+        return render(
+            self.chat_template if chat_template is None else chat_template,
+            messages,
+            add_generation_prompt=add_generation_prompt,
+            special_tokens=self.special_tokens,
+            **variables,
+        )
+
+    def apply_chat_template(self, messages: Sequence[Message], **options: Any) -> list[int]:
+        """The prompt that the chat template makes of messages, as token ids.
+
+        Takes what `render_chat_template` takes. No BOS is added: a template writes its own.
+
+        Raises:
+            ChatTemplateError: there is no template, or it does not render these messages.
+        """
+        return self.encode(self.render_chat_template(messages, **options), add_special_tokens=False)
 
 
 class IncrementalDecoder:
@@ -730,7 +778,8 @@ def load_tokenizer_files(folder: Path) -> Tokenizer:
     special = _named_tokens(folder, config)
     if (folder / "tokenizer.json").exists():
         json_backend = JsonBackend(folder / "tokenizer.json")
-        return Tokenizer(json_backend, {name: token.content for name, token in special.items()})
+        names = {name: token.content for name, token in special.items()}
+        return Tokenizer(json_backend, names, _chat_template(folder, config))
     if not (folder / "tokenizer.model").exists():
         raise _nothing_found(folder)
     extra = _extra_tokens(folder, config)
@@ -749,7 +798,34 @@ def load_tokenizer_files(folder: Path) -> Tokenizer:
         add_eos=_flag(folder, config, "add_eos_token") or False,
         prefix=only_first if _flag(folder, config, "legacy") is False else "every",
     )
-    return Tokenizer(backend, backend.special_tokens)
+    return Tokenizer(backend, backend.special_tokens, _chat_template(folder, config))
+
+
+def _chat_template(folder: Path, config: Mapping[str, Any]) -> str | dict[str, str] | None:
+    """The template, or several by name. Files of their own win over tokenizer_config.json, all of it."""
+    files = {path.stem: path for path in sorted(folder.glob("additional_chat_templates/*.jinja"))}
+    if (folder / "chat_template.jinja").exists():
+        files["default"] = folder / "chat_template.jinja"
+    if files:
+        found = {}
+        for name, path in files.items():
+            try:
+                found[name] = path.read_text(encoding="utf-8")
+            except (OSError, UnicodeDecodeError) as error:
+                raise TokenizerError(f"{path} cannot be read: {error}") from error
+        return found["default"] if set(found) == {"default"} else found
+    value = config.get("chat_template")
+    if value is None or isinstance(value, str):
+        return value
+    named = value
+    if isinstance(value, list) and all(isinstance(entry, dict) for entry in value):
+        named = {str(entry.get("name")): entry.get("template") for entry in value}
+    if isinstance(named, dict) and named and all(isinstance(text, str) for text in named.values()):
+        return named
+    raise TokenizerError(
+        f"{folder}/tokenizer_config.json: chat_template is {_short(value)}; "
+        "it must be a text, or a list of objects with a name and a template"
+    )
 
 
 def _nothing_found(folder: Path) -> TokenizerError:

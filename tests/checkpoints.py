@@ -28,6 +28,7 @@ class Variant:
     spell: dict[str, Any] = field(default_factory=dict)  # laid over config.json; None removes a key
     disguise: dict[str, Any] = field(default_factory=dict)  # as `spell`, where transformers cannot read it
     tensors: Callable[[Tensors], Tensors] | None = None  # renames, drops or adds tensors on disk
+    strays: tuple[str, ...] = ()  # safetensors that nobody names, whose weights are wrong
     length: int = 600  # tokens compared under match_transformers
     faulty: bool = False  # transformers does not do what the config says, by a fault that can be mended
     refused: str | None = None  # what we say instead of doing what the config says
@@ -52,6 +53,8 @@ def make(folder: Path, variant: Variant, seed: int = 0) -> Path:
         save_file(variant.tensors(tensors), path)
     if variant.spell:
         respell(folder, variant.spell)
+    for stray in variant.strays:
+        save_file({name: weight.neg() for name, weight in model.state_dict().items()}, folder / stray)
     (folder / "generation_config.json").unlink(missing_ok=True)
     return folder
 

@@ -14,14 +14,19 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from streamllm.weights import FAMILIES, supported
+from streamllm.weights import FAMILIES, pickled, supported
 from streamllm.weights.errors import CheckpointError, CheckpointNotFound, UnsupportedConfig
 from streamllm.weights.family import NOT_NEEDED, Family, Fused
 from streamllm.weights.keys import Keys, read_json
 
 DEEPEST = 2048  # layers; a model is built before its weights are read, at about a millisecond for each
 
+LARGEST_HEADER = (
+    25_000_000  # bytes of a safetensors file's header, as on the hub; in memory it is ten times that
+)
+
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+PICKLE_INDEX, PICKLE = "pytorch_model.bin.index.json", "pytorch_model.bin"
 
 # As safetensors names them. Anything else, integers and 8-bit floats, is some quantised format.
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -53,6 +58,7 @@ class Stored:
     path: Path
     shape: tuple[int, ...]
     dtype: str  # safetensors' name for it
+    pickled: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -78,31 +84,44 @@ class Reader:
     """
 
     def __init__(self) -> None:
-        self._open: dict[tuple[Path, bool], tuple[Any, int]] = {}
+        self._open: dict[tuple[Path, bool], tuple[Callable[[str], Tensor], int]] = {}
 
     def read(self, stored: Stored, keep: bool) -> Tensor:
-        from safetensors import SafetensorError, safe_open
+        from safetensors import SafetensorError
 
+        keep = keep or (stored.pickled and not pickled.is_mapped(stored.path))  # read whole: once, then
         file, seen = self._open.get((stored.path, keep), (None, 0))
         try:
             if file is None or (not keep and seen + stored.nbytes > MAPPED):
                 self._open.pop((stored.path, keep), None)
-                file, seen = safe_open(stored.path, framework="pt", device="cpu"), 0
+                file, seen = _open(stored), 0
             self._open[stored.path, keep] = file, seen + stored.nbytes
-            return file.get_tensor(stored.name)  # type: ignore[no-any-return]
+            return file(stored.name)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{stored.path} has changed while it was read ({error})") from None
+
+
+def _open(stored: Stored) -> Callable[[str], Tensor]:
+    """The tensors of its file by name, mapped."""
+    if stored.pickled:
+        return pickled.unpickle(stored.path).__getitem__
+    from safetensors import safe_open
+
+    file: Any = safe_open(stored.path, framework="pt", device="cpu")
+    return file.get_tensor  # type: ignore[no-any-return]
 
 
 class Checkpoint:
     """A checkpoint whose config is read and whose tensors are listed, before any weight is.
 
     Raises CheckpointNotFound for a missing file, UnsupportedConfig for a model_type, a config value or a
-    format that this library does not know, CheckpointError for files that are broken.
+    format that this library does not know, CheckpointError for files that are broken. Weights that exist only
+    as a pickle are read with `allow_pickle` alone.
     """
 
-    def __init__(self, source: Source, match_transformers: bool = False) -> None:
+    def __init__(self, source: Source, match_transformers: bool = False, allow_pickle: bool = False) -> None:
         self.source = source
+        self._allow_pickle = allow_pickle
         self.keys = Keys(read_json(_config_file(source)), f"config.json of {source.name}")
         self.family, self.config = read_config(self.keys, match_transformers)
 
@@ -111,10 +130,17 @@ class Checkpoint:
         """All tensors on disk, by their name there."""
         index = self.source.find(INDEX)
         if index is not None:
-            return _read_shards(self.source, index)
+            return _read_shards(self.source, index, list_tensors)
         single = self.source.find(SINGLE)
         if single is not None:
             return {stored.name: stored for stored in list_tensors(single)}
+        if self._allow_pickle:
+            index = self.source.find(PICKLE_INDEX)
+            if index is not None:
+                return _read_shards(self.source, index, list_pickled)
+            single = self.source.find(PICKLE)
+            if single is not None:
+                return {stored.name: stored for stored in list_pickled(single)}
         raise self._no_weights()
 
     @property
@@ -125,11 +151,12 @@ class Checkpoint:
     def _no_weights(self) -> CheckpointError:
         if self.source.offline:
             self.source.file(SINGLE)  # is not in the cache, which is all that is known
-        for other in ("pytorch_model.bin", "pytorch_model.bin.index.json"):
+        for other in (PICKLE, PICKLE_INDEX):
             if self.source.has(other):
                 return UnsupportedConfig(
-                    f"{self.source.name} has its weights only as {other}, a pickle, which can run code; "
-                    f"convert it to safetensors first"
+                    f"{self.source.name} has its weights only as {other}, a pickle, which could run code; if "
+                    f"you trust its author, load it with allow_pickle=True, or make safetensors of it with "
+                    f"'streamllm convert --allow-pickle'"
                 )
         return CheckpointNotFound(f"{self.source.name} has no weights: neither {SINGLE} nor {INDEX}")
 
@@ -162,10 +189,8 @@ class Checkpoint:
         cast, split or moved is read and released. `report` is told the bytes of each tensor that is done.
         """
         dtype, device = self.dtype(dtype), torch.device(device)
-        jobs, config = self._jobs()
-        model = self._build(config)
+        jobs, config, model = self.plan()
         slots = _slots(model)
-        _check_complete(self.source.name, slots, jobs)
         doubtful: list[str] = []
         reader = Reader()
         for stored, names, split in jobs:
@@ -192,6 +217,17 @@ class Checkpoint:
             )
         return model.eval()
 
+    def plan(self) -> tuple[list[Job], Any, nn.Module]:
+        """What is to be read for which parameters, the config, and the model on the meta device.
+
+        All tensors are there by then, and have the shapes that the config says. The config is not quite
+        config.json's where that ties a head that the files have apart.
+        """
+        jobs, config = self._jobs()
+        model = self._build(config)
+        _check_complete(self.source.name, _slots(model), jobs)
+        return jobs, config, model
+
     def _build(self, config: Any) -> nn.Module:
         """The model on the meta device, without weights."""
         try:
@@ -201,7 +237,7 @@ class Checkpoint:
             reason = str(error).splitlines()[0]
             raise UnsupportedConfig(f"{self.keys.where}: its sizes make no model ({reason})") from None
 
-    def _jobs(self) -> tuple[list[_Job], Any]:
+    def _jobs(self) -> tuple[list[Job], Any]:
         """Each tensor that is needed, with our names for it; and the config, untied where the files are."""
         config = self.config
         if config.layers > DEEPEST:
@@ -211,7 +247,7 @@ class Checkpoint:
                 f"{self.keys.where} says {config.layers} layers, but there are only "
                 f"{len(self.tensors)} tensors"
             )
-        jobs: list[_Job] = []
+        jobs: list[Job] = []
         unknown: list[str] = []
         for stored in self.tensors.values():
             found = self.family.target(stored.name)
@@ -238,7 +274,7 @@ class Checkpoint:
         return _settle_tie(self.source.name, jobs, config)
 
 
-_Job = tuple[Stored, tuple[str, ...], Callable[[Tensor, Any], tuple[Tensor, ...]] | None]
+Job = tuple[Stored, tuple[str, ...], Callable[[Tensor, Any], tuple[Tensor, ...]] | None]
 
 
 def read_config(keys: Keys, match_transformers: bool = False) -> tuple[Family, Any]:
@@ -260,6 +296,13 @@ def list_tensors(path: Path) -> list[Stored]:
     from safetensors import SafetensorError, safe_open
 
     try:
+        with path.open("rb") as file:
+            start = file.read(8)
+        if start == b"version ":
+            raise CheckpointError(f"{path} is a pointer of git-lfs, not the file itself; run 'git lfs pull'")
+        length = int.from_bytes(start, "little")
+        if LARGEST_HEADER < length < path.stat().st_size:
+            raise CheckpointError(f"{path} has a header of {length} bytes; up to {LARGEST_HEADER} are read")
         with safe_open(path, framework="pt", device="cpu") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
             return [
@@ -280,7 +323,18 @@ def _config_file(source: Source) -> Path:
     raise CheckpointNotFound(f"{source.name} has no config.json: it is not a Hugging Face checkpoint")
 
 
-def _read_shards(source: Source, index: Path) -> dict[str, Stored]:
+def list_pickled(path: Path) -> list[Stored]:
+    """The tensors in one pickle, which is run for that, as weights/pickled.py says."""
+    names = {dtype: name for name, dtype in FLOATS.items()}
+    return [
+        Stored(name, path, tuple(tensor.shape), names.get(tensor.dtype, str(tensor.dtype)), pickled=True)
+        for name, tensor in pickled.unpickle(path).items()
+    ]
+
+
+def _read_shards(
+    source: Source, index: Path, list_tensors: Callable[[Path], list[Stored]]
+) -> dict[str, Stored]:
     """All tensors of all shards that the index names. The shards' headers count, not the index."""
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, Mapping) or not weight_map:
@@ -299,7 +353,7 @@ def _read_shards(source: Source, index: Path) -> dict[str, Stored]:
     return tensors
 
 
-def _settle_tie(name: str, jobs: list[_Job], config: Any) -> tuple[list[_Job], Any]:
+def _settle_tie(name: str, jobs: list[Job], config: Any) -> tuple[list[Job], Any]:
     """A tied head may lie in the file, too, as a copy, alone, or in contradiction."""
     if not config.tied:
         return jobs, config
@@ -338,7 +392,7 @@ def _assign(places: _Slots, tensor: Tensor) -> None:
         setattr(module, attribute, parameter)
 
 
-def _check_complete(name: str, slots: Mapping[str, _Slots], jobs: list[_Job]) -> None:
+def _check_complete(name: str, slots: Mapping[str, _Slots], jobs: list[Job]) -> None:
     supplied = [ours for _, names, _ in jobs for ours in names]
     theirs = {ours: stored.name for stored, names, _ in jobs for ours in names}
     missing = [ours for ours in slots if ours not in theirs]
@@ -351,7 +405,9 @@ def _check_complete(name: str, slots: Mapping[str, _Slots], jobs: list[_Job]) ->
         twice = sorted({ours for ours in supplied if supplied.count(ours) > 1})
         raise CheckpointError(f"{name}: the files have {_list(twice)} twice, under two names")
     for stored, names, split in jobs:
-        if split is not None:
+        if split is None:
+            _check_shape(name, stored, names[0], stored, slots[names[0]][0][0])
+        else:
             rows = sum(slots[ours][0][0].shape[0] for ours in names)
             _check_shape(name, stored, stored.name, stored, (rows, *slots[names[0]][0][0].shape[1:]))
 
@@ -369,5 +425,11 @@ def _check_shape(
 
 def _list(names: Iterable[str], most: int = 5) -> str:
     names = list(names)
-    shown = ", ".join(name if len(name) <= 120 else name[:117] + "…" for name in names[:most])
+    shown = ", ".join(_shown(name) for name in names[:most])
     return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
+
+
+def _shown(name: str) -> str:
+    """A name from a file, fit for one line of a terminal."""
+    short = name if len(name) <= 120 else name[:117] + "…"
+    return short if short.isprintable() else ascii(short)

@@ -1,5 +1,16 @@
-"""Scores of a long text under the four ways of attending to it."""
+"""Evidence: how well a model streams, where its attention goes, and what it remembers."""
 
+from streamllm.evaluate.inspect import Attention, Recommendation, attention, recommend
+from streamllm.evaluate.recall import (
+    WORDINGS,
+    Recall,
+    Script,
+    Wording,
+    passkey,
+    passkey_script,
+    stream_eval,
+    stream_eval_script,
+)
 from streamllm.evaluate.scoring import (
     MODES,
     Bucket,
@@ -11,4 +22,25 @@ from streamllm.evaluate.scoring import (
     save,
 )
 
-__all__ = ["MODES", "Bucket", "Comparison", "Result", "compare", "load", "perplexity", "save"]
+__all__ = [
+    "MODES",
+    "WORDINGS",
+    "Attention",
+    "Bucket",
+    "Comparison",
+    "Recall",
+    "Recommendation",
+    "Result",
+    "Script",
+    "Wording",
+    "attention",
+    "compare",
+    "load",
+    "passkey",
+    "passkey_script",
+    "perplexity",
+    "recommend",
+    "save",
+    "stream_eval",
+    "stream_eval_script",
+]

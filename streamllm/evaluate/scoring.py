@@ -147,7 +147,7 @@ def perplexity(
     if mode == "dense":
         window = max(counts) + 1
     elif window is None:
-        window = _new_cache(model, mode, sinks, None, chunk).window
+        window = new_cache(model, mode, sinks, None, chunk).window
     wanted = _wanted(sum(counts), every, positions, seed)
     blank = Result(mode, sinks, window, 0.0, 0, sum(counts) if wanted is None else len(wanted), ())
     result = blank if resume is None else resume
@@ -165,7 +165,7 @@ def perplexity(
             chosen = torch.arange(len(text) - 1) if inside is None else inside
             pieces = recomputed(model, text, chosen[chosen >= result.place], sinks, window, batch, chunk)
         else:
-            cache = _continued(result, model, chunk) or _new_cache(model, mode, sinks, window, chunk)
+            cache = _continued(result, model, chunk) or new_cache(model, mode, sinks, window, chunk)
             pieces = streamed(model, text, cache, chunk)
         for places, nll in pieces:
             past = int(places[-1]) + 1
@@ -181,17 +181,25 @@ def perplexity(
     return result
 
 
-@torch.no_grad()
 def streamed(model: nn.Module, text: Tensor, cache: SinkCache, chunk: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Feed a text [N] through the cache, from where that stands, and yield (places, nll) chunk by chunk.
 
     places int64 [n] of the tokens that predict, nll float64 [n] of what each says of the token behind it.
     """
+    for places, logits, targets in predictions(model, text, cache, chunk):
+        yield places, _nll(logits, targets)
+
+
+@torch.no_grad()
+def predictions(
+    model: nn.Module, text: Tensor, cache: SinkCache, chunk: int
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """As `streamed`, with (places [n], logits [n, V], targets [n]), the latter two on the model's device."""
     device = next(model.parameters()).device
     for start in range(int(cache.seen), len(text) - 1, chunk):
         stop = min(start + chunk, len(text) - 1)
         logits = model(text[None, start:stop].to(device), cache)[0]
-        yield torch.arange(start, stop), _nll(logits, text[start + 1 : stop + 1].to(device))
+        yield torch.arange(start, stop), logits, text[start + 1 : stop + 1].to(device)
 
 
 @torch.no_grad()
@@ -208,7 +216,7 @@ def recomputed(
     early = places[places < span]
     if len(early):
         beginning = text[: int(early[-1]) + 2]
-        for passed, nll in streamed(model, beginning, _new_cache(model, "dense", 0, span, chunk), chunk):
+        for passed, nll in streamed(model, beginning, new_cache(model, "dense", 0, span, chunk), chunk):
             kept = torch.isin(passed, early)
             if kept.any():
                 yield passed[kept], nll[kept]
@@ -266,7 +274,7 @@ def compare(
     """
     tokens = tokens.cpu()
     _check([tokens], "sinks", chunk=chunk, batch=batch, positions=positions)
-    cache = _new_cache(model, "sinks", sinks, window, chunk)
+    cache = new_cache(model, "sinks", sinks, window, chunk)
     span, last = sinks + cache.window, len(tokens) - 1
     if last <= span:
         raise ValueError(f"{len(tokens)} tokens do not outgrow sinks + window = {span}: give a longer text")
@@ -327,7 +335,7 @@ def load(model: nn.Module, path: str | Path) -> Result:
         state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     if not state:
         return result
-    cache = _new_cache(model, result.mode, result.sinks, result.window, 1)
+    cache = new_cache(model, result.mode, result.sinks, result.window, 1)
     try:
         cache.load_state_dict(state)
     except ValueError as error:
@@ -335,7 +343,7 @@ def load(model: nn.Module, path: str | Path) -> Result:
     return replace(result, cache=cache)
 
 
-def _new_cache(model: nn.Module, mode: str, sinks: int, window: int | None, chunk: int) -> SinkCache:
+def new_cache(model: nn.Module, mode: str, sinks: int, window: int | None, chunk: int) -> SinkCache:
     with warnings.catch_warnings():
         if mode == "dense":  # that it outgrows what the model was trained for is what one wants to see
             warnings.simplefilter("ignore")

@@ -186,14 +186,14 @@ def visible_by_slot_instead_of_place(patch):
 
 
 def a_chunk_takes_its_slots_before_it_is_read(patch):
-    keep = cache_module._Memory.extend
+    extend = cache_module._Memory.extend
 
-    def extend(self, k, v):
+    def rash(self, k, v):
         if self._moves.late is not None:
             self._ring.write(self._moves.late, k, v)
-        return keep(self, k, v)
+        return extend(self, k, v)
 
-    patch.setattr(cache_module._Memory, "extend", extend)
+    patch.setattr(cache_module._Memory, "extend", rash)
 
 
 def padding_is_stored(patch):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from streamllm import cache as cache_module
 from streamllm.cache import SinkCache
 from tests.laws.scenarios import ROPES, TOLERANCE, Rows, cuts, defined, error, feed, text, tiny
 
@@ -42,6 +43,20 @@ def test_one_long_prompt_is_the_definition_whatever_the_chunk(sinks, window, chu
     model, tokens = tiny(), text(60)
     got = model(tokens, SinkCache(model, sinks, window, chunk=chunk))
     assert error(got, defined(model, tokens, sinks, window)) <= TOLERANCE
+
+
+@pytest.mark.parametrize("stride", [1, 3, 8])
+def test_a_ring_that_fills_in_steps_is_the_definition(monkeypatch, stride):
+    """Whatever of it a token looks at: slots that nothing stands in yet are never seen."""
+    monkeypatch.setattr(cache_module, "STRIDE", stride)
+    model, tokens = tiny(), text(60)
+    for sinks, window in [(0, 30), (4, 16), (8, 500)]:
+        cache = SinkCache(model, sinks, window, origin=10**9 * (stride % 2))
+        assert error(feed(model, cache, tokens), defined(model, tokens, sinks, window)) <= TOLERANCE
+        rows = Rows(model, SinkCache(model, sinks, window, 3))
+        for seed, lengths in enumerate([[9, 2, 0], [1, 1, 1], [5, 14, 3], *[[1, 1, 1]] * 4]):
+            rows.feed(text(max(lengths), 3, seed=seed), lengths)
+        assert rows.error() <= TOLERANCE
 
 
 def test_a_prompt_hundreds_of_windows_long_is_the_definition():

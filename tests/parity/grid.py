@@ -207,6 +207,17 @@ VARIANTS = [
     _llama("yarn-given", {"rope_type": "yarn", "factor": 4.0, "attention_factor": 0.8}),
     _llama("longrope-short", {**_LONGROPE, "factor": 4.0}, original_max_position_embeddings=700),
     _llama("longrope-long", _LONGROPE, original_max_position_embeddings=256),
+    _llama("rope-in-three-places", spell={
+        "rope_scaling": {"type": "linear", "factor": 2.0, "rope_theta": 500.0},
+        "rope_parameters": {"rope_type": "linear", "factor": 3.0, "rope_theta": 600.0}, "rope_theta": 700.0}),
+    _llama("rope-theta-outside", spell={
+        "rope_scaling": {"type": "linear", "factor": 2.0}, "rope_parameters": None, "rope_theta": 700.0}),
+    _llama("rope-of-two-types", spell={
+        "rope_scaling": {"type": "dynamic", "rope_type": "linear", "factor": 2.0}, "rope_parameters": None}),
+    _llama("rope-of-two-originals", spell={
+        "rope_parameters": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "rope_theta": 10000.0,
+                            "high_freq_factor": 4.0, "original_max_position_embeddings": 512},
+        "original_max_position_embeddings": 64}),
     _llama("sharded", shards="60KB"),
     _llama("float16", dtype=torch.float16),
     _llama("bfloat16-sharded", dtype=torch.bfloat16, shards="40KB"),
@@ -282,9 +293,10 @@ VARIANTS = [
          spell={"no_bias": False, "expansion_ratio": 2, "logit_scale": 0.5}, refused="no_bias is False"),
     _kin(MISTRAL, "v0.1", spell={"rope_parameters": None, "rope_theta": 10000.0, "head_dim": None}),
     _kin(MISTRAL, "v0.3", sliding_window=None, rope_theta=1000000.0, spell={"sliding_window": NULL}),
-    _kin(MISTRAL, "nemo", sliding_window=None, head_dim=24, spell={"sliding_window": NULL}, shards="60KB"),
+    _kin(MISTRAL, "nemo", sliding_window=None, head_dim=24, spell={"sliding_window": NULL}, shards="60KB",
+         strays=("consolidated.safetensors",)),
     _kin(MISTRAL, "window-of-1", sliding_window=1),
-    _kin(MISTRAL, "kv-heads-absent", num_attention_heads=8, num_key_value_heads=8, head_dim=8,
+    _kin(MISTRAL, "kv-heads-absent", num_attention_heads=16, num_key_value_heads=8, head_dim=4,
          spell={"num_key_value_heads": None}),
     _kin(MISTRAL, "kv-heads-null", num_attention_heads=4, num_key_value_heads=4,
          disguise={"num_key_value_heads": NULL}),  # transformers' own check refuses what its code can read
@@ -301,7 +313,7 @@ VARIANTS = [
          layer_types=["sliding_attention", "full_attention", "sliding_attention"]),
     _kin(QWEN2, "head-dim", head_dim=24),
     _kin(QWEN2, "key-of-llama", spell={"attention_bias": False}),
-    _kin(QWEN2, "kv-heads-absent", num_attention_heads=32, num_key_value_heads=32,
+    _kin(QWEN2, "kv-heads-absent", num_attention_heads=64, num_key_value_heads=32, head_dim=4,
          spell={"num_key_value_heads": None}),
     _kin(QWEN2, "yarn", {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256}),
     _kin(QWEN3, "8b", spell={"layer_types": None}),

@@ -18,7 +18,8 @@ from streamllm.cli import main
 from streamllm.models.step import Step
 from streamllm.parity import compare, compare_streaming
 from tests.checkpoints import Tensors, Variant, make, respell
-from tests.parity.grid import LLAMA, VARIANTS
+from tests.parity.cases import Case
+from tests.parity.grid import LLAMA
 
 # one of each family, with every tensor in one file
 FAMILIES = [
@@ -33,18 +34,10 @@ FAMILIES = [
 TOKENS = 70
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """The checkpoint of a variant of the grid, made once."""
-    folders: dict[str, Path] = {}
-
-    def made(name: str) -> Path:
-        if name not in folders:
-            variant = next(variant for variant in VARIANTS if variant.name == name)
-            folders[name] = make(tmp_path_factory.mktemp(name), variant)
-        return folders[name]
-
-    return made
+@pytest.fixture
+def made(cases: Callable[[str], Case]) -> Callable[[str], Path]:
+    """The checkpoint of a variant of the grid."""
+    return lambda name: cases(name).theirs
 
 
 def broken(good: Path, folder: Path, change: Callable[[Tensors], None]) -> Path:

@@ -141,7 +141,7 @@ BROKEN = {
         r"model.norm.weight has the shape \[31\].*\[32\]",
     ),
     "extra-tensor": (lambda folder: tensors(folder, mystery=torch.ones(3)), "no place for mystery"),
-    "no-tokenizer": (lambda folder: (folder / "tokenizer.json").unlink(), "no tokenizer"),
+    "no-tokenizer": (lambda folder: (folder / "tokenizer.json").unlink(), "copy has no tokenizer"),
     "bad-tokenizer": (lambda folder: (folder / "tokenizer.json").write_text("{}"), "tokenizer.json"),
     "small-vocabulary": (a_small_vocabulary, r"token id \d+ is outside the model's vocabulary of 0 … 49"),
     "bad-settings": (
