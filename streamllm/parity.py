@@ -108,10 +108,11 @@ class Report:
     rows: list[Row] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     difference: Difference | None = None
+    refused: bool = False  # it loads with match_transformers=True only
 
     @property
     def passed(self) -> bool:
-        return all(row.passed for row in self.rows)
+        return not self.refused and all(row.passed for row in self.rows)
 
     def __str__(self) -> str:
         return "\n".join(_lines(self))
@@ -129,6 +130,7 @@ def compare(
     tokens: int = 600,
     text: str | None = None,
     device: str | torch.device = "cpu",
+    allow_pickle: bool = False,
     say: Callable[[str], object] = lambda _: None,
 ) -> Report:
     """Compare the logits of a checkpoint here and in transformers, without eviction.
@@ -148,7 +150,7 @@ def compare(
         raise ValueError(f"dtype is {dtype!r}; supported: {', '.join(DTYPES)}")
     version = _transformers().__version__
     source = open_source(ours, revision=revision)
-    checkpoint = Checkpoint(source, match_transformers=True)
+    checkpoint = Checkpoint(source, match_transformers=True, allow_pickle=allow_pickle)
     where = _theirs_name(source, theirs)
     ids, words = _tokens(source, checkpoint, text, tokens, _longest(where, checkpoint))
     reference = Reference(where, checkpoint, device, say)
@@ -188,10 +190,10 @@ def compare(
         row("the same through a cache, in chunks", model(ids.to(device), cache).float().cpu())
     del model, cache
     _release()
-    matched = report.passed
+    matched = all(row.passed for row in report.rows)
 
     say("running it here, as the config says")
-    plain, deviations = _as_the_config_says(source, checkpoint)
+    plain, deviations = _as_the_config_says(source, checkpoint, allow_pickle)
     if plain is not None:
         model = plain.load(DTYPES[dtype], device)
         with torch.inference_mode():
@@ -201,8 +203,9 @@ def compare(
         del model
         _release()
     report.notes += [f"as the config says: {deviation}" for deviation in deviations]
+    report.refused = plain is None
 
-    if not report.passed:
+    if not all(row.passed for row in report.rows):
         say("looking for the first difference")
         chosen = checkpoint if not matched or plain is None else plain
         length = count if not matched else short
@@ -216,10 +219,12 @@ def compare(
     return report
 
 
-def _as_the_config_says(source: Source, matched: Checkpoint) -> tuple[Checkpoint | None, list[str]]:
+def _as_the_config_says(
+    source: Source, matched: Checkpoint, allow_pickle: bool
+) -> tuple[Checkpoint | None, list[str]]:
     """The checkpoint in the default reading; and where transformers has its own, beside float32 angles."""
     try:
-        plain = Checkpoint(source)
+        plain = Checkpoint(source, allow_pickle=allow_pickle)
     except UnsupportedConfig as error:
         return None, [f"refused, {error}"]
     found = [
@@ -587,6 +592,7 @@ def compare_streaming(
     sinks: int = 4,
     window: int = 28,
     device: str | torch.device = "cpu",
+    allow_pickle: bool = False,
     say: Callable[[str], object] = lambda _: None,
 ) -> Report:
     """Compare a stream far past eviction with its definition, in float64.
@@ -598,7 +604,7 @@ def compare_streaming(
     Arguments and errors as for `compare`; transformers is not needed.
     """
     source = open_source(name, revision=revision)
-    checkpoint = Checkpoint(source)
+    checkpoint = Checkpoint(source, allow_pickle=allow_pickle)
     ids, words = _tokens(source, checkpoint, text, 4 * (sinks + window), None)
     count = ids.shape[1]
     window = max(1, min(window, count // 2 - sinks))  # a short text: less of it is seen at once
@@ -760,10 +766,13 @@ def _difference_lines(found: Difference) -> Iterator[str]:
     "--streaming", is_flag=True, help="Compare past eviction, too: in float64, against the definition."
 )
 @click.option("--device", default="cpu", show_default=True, help="Where both compute.")
+@click.option(
+    "--allow-pickle", is_flag=True, help="Read weights that exist only as a pickle; it could run code."
+)
 @click.pass_context
 def parity(
     ctx: click.Context, name: str | None, revision: str | None, dtype: str, tokens: int, text: Any,
-    streaming: bool, device: str,
+    streaming: bool, device: str, allow_pickle: bool,
 ) -> None:  # fmt: skip
     """Compare a checkpoint with transformers: hub name or folder.
 
@@ -776,19 +785,22 @@ def parity(
         click.echo(f"… {what}", err=True)
 
     words = None if text is None else text.read()
+    both: dict[str, Any] = {"revision": revision, "text": words, "device": device, "say": say}
+    both["allow_pickle"] = allow_pickle
     try:
-        report = compare(
-            name, revision=revision, dtype=dtype, tokens=tokens, text=words, device=device, say=say
-        )
+        report = compare(name, dtype=dtype, tokens=tokens, **both)
     except ImportError as error:
         raise click.UsageError(str(error)) from error
     click.echo(str(report))
     passed = report.passed
-    if streaming:
-        streamed = compare_streaming(name, revision=revision, text=words, device=device, say=say)
+    if streaming and not report.refused:
+        streamed = compare_streaming(name, **both)
         click.echo(f"\n{streamed}")
         passed = passed and streamed.passed
-    click.echo(
-        "\nthe same: this checkpoint can be trusted here" if passed else "\nNOT the same: please report it"
-    )
+    verdict = "NOT the same: please report it"
+    if passed:
+        verdict = "the same: this checkpoint can be trusted here"
+    elif report.refused and report.difference is None:
+        verdict = "refused: what transformers ignores in this config cannot be done here"
+    click.echo(f"\n{verdict}")
     ctx.exit(0 if passed else 1)

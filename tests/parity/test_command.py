@@ -211,6 +211,14 @@ def test_where_transformers_reads_a_config_in_its_own_way_both_are_shown(made) -
     assert report.rows[2].maximum > 1e-2
 
 
+def test_what_is_refused_here_does_not_pass(made, capsys) -> None:
+    code, out, _ = run(capsys, made("mpt-no-alibi"), "--tokens", TOKENS, "--streaming")
+    assert code == 1
+    assert re.search(r"as the config says: refused, .*alibi is False", out)
+    assert out.count(" ok\n") == 2
+    assert "refused: what transformers ignores in this config cannot be done here" in out
+
+
 # Streaming: each mutation breaks the definition, and is found
 
 
