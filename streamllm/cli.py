@@ -14,6 +14,7 @@ import click
 # name -> (module, attribute, what `streamllm --help` says); imported when called, so that help comes at once
 COMMANDS = {
     "generate": ("streamllm.cli", "generate", "Let a model talk, as long as you like."),
+    "parity": ("streamllm.parity", "parity", "Compare a checkpoint with transformers, layer by layer."),
     "convert": ("streamllm.convert", "convert_command", "Write a checkpoint as safetensors."),
 }
 
