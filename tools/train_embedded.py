@@ -339,7 +339,6 @@ def write_checkpoint(out: Path, model: nn.Module, recipe: Recipe, tokenizer: Tok
         "eos_token": "</s>",
         "add_bos_token": True,
         "clean_up_tokenization_spaces": False,
-        "model_max_length": recipe.length,
     }
     (out / "tokenizer_config.json").write_text(json.dumps(tokenizer_config, indent=2) + "\n")
 
