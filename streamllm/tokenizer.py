@@ -337,7 +337,7 @@ class JsonBackend:
         return ids
 
     def token_to_id(self, token: str) -> int | None:
-        found: int | None = self._tokenizer.token_to_id(token)
+        found: int | None = self._tokenizer.token_to_id(token) if _is_unicode(token) else None
         return found
 
     def row(self, token: int) -> Row | None:
@@ -351,6 +351,11 @@ class JsonBackend:
 
     def edits(self) -> list[Callable[[str], str]]:
         return self._plan.edits()
+
+
+def _is_unicode(text: str) -> bool:
+    """JSON can spell half of a surrogate pair, which the libraries take for a wrong type."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 class _DecoderPlan:
@@ -573,8 +578,6 @@ class SentencePieceBackend:
         pieces = sentencepiece.SentencePieceProcessor()
         try:
             pieces.LoadFromSerializedProto(data)
-            if not data or pieces.vocab_size() == 0:
-                raise ValueError("it holds no pieces")
         except Exception as error:
             raise TokenizerError(
                 f"{self._path} is no model that sentencepiece {sentencepiece.__version__} can load: "
@@ -648,6 +651,8 @@ class SentencePieceBackend:
     def token_to_id(self, token: str) -> int | None:
         if token in self._ids:
             return self._ids[token]
+        if not _is_unicode(token):
+            return None
         index: int = self._pieces.piece_to_id(token)  # the id of <unk> for what it does not know
         return index if self._names[index] == token else None
 
@@ -861,7 +866,7 @@ def _flag(folder: Path, config: Mapping[str, Any], name: str) -> bool | None:
     if value is None or isinstance(value, bool):
         return value
     raise TokenizerError(
-        f"{folder}/tokenizer_config.json: {name} is {value!r}; it must be true, false or absent"
+        f"{folder}/tokenizer_config.json: {name} is {_short(value)}; it must be true, false or absent"
     )
 
 
@@ -913,7 +918,13 @@ def _added_of_config(folder: Path, entries: Any) -> dict[int, AddedToken]:
 
 
 def _new_id(path: Path, content: str, index: Any, taken: Mapping[int, AddedToken]) -> int:
-    if not isinstance(index, int) or isinstance(index, bool) or not 0 <= index < 2**31 or not content:
+    if (
+        not isinstance(index, int)
+        or isinstance(index, bool)
+        or not 0 <= index < 2**31
+        or not content
+        or not _is_unicode(content)
+    ):
         raise TokenizerError(
             f"{path}: the added token {_short(content)} has id {_short(index)}; "
             "a token is some text, an id a number from 0 on"

@@ -25,6 +25,7 @@ from tqdm import tqdm
 import streamllm
 from streamllm.evaluate import Result, compare, perplexity
 from streamllm.evaluate.corpus import held_out_texts, training_texts
+from streamllm.evaluate.texts import as_stream
 from streamllm.models.llama import Block, Model
 from streamllm.models.rotary import rotation
 from streamllm.models.step import Forgetful, Plan, Step
@@ -351,9 +352,8 @@ DENSE_TEXT = 16_384  # tokens in a text: the cost of dense attention grows with 
 
 def measure(folder: Path, seed: int, positions: int) -> Iterator[str]:
     """The numbers of the model card as lines of Markdown: held-out perplexity, in float32, by position."""
-    model = streamllm.load_model(folder, dtype=torch.float32, device="cpu")
-    stream = encode(Tokenizer.from_file(str(folder / "tokenizer.json")), held_out_texts())
-    stream = torch.cat((torch.tensor([BOS]), stream))
+    model, tokenizer = streamllm.load(folder, dtype=torch.float32, device="cpu")
+    stream = as_stream(tokenizer, held_out_texts())
     pieces = [torch.cat((stream[:1], piece)) for piece in torch.split(stream[1:], DENSE_TEXT - 1)]
 
     def score(what: str, text: Tensor | list[Tensor], **how: Any) -> Result:

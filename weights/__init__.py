@@ -4,7 +4,7 @@ from streamllm.weights import falcon, gpt_neox, llama, mistral, mpt, qwen
 from streamllm.weights.errors import CheckpointError, CheckpointNotFound, UnsupportedConfig
 from streamllm.weights.family import Family
 
-__all__ = ["FAMILIES", "CheckpointError", "CheckpointNotFound", "Family", "UnsupportedConfig", "supported"]
+__all__ = ["FAMILIES", "CheckpointError", "CheckpointNotFound", "Family", "UnsupportedConfig"]
 
 # model_type of config.json -> how such checkpoints are spelled
 FAMILIES: dict[str, Family] = {
@@ -18,8 +18,3 @@ FAMILIES: dict[str, Family] = {
     "qwen2": qwen.QWEN2,
     "qwen3": qwen.QWEN3,
 }
-
-
-def supported() -> str:
-    """What an error about an unknown model_type offers instead."""
-    return f"supported: {', '.join(sorted(FAMILIES))}"

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from streamllm.weights import FAMILIES, pickled, supported
+from streamllm.weights import FAMILIES, pickled
 from streamllm.weights.errors import CheckpointError, CheckpointNotFound, UnsupportedConfig
 from streamllm.weights.family import NOT_NEEDED, Family, Fused
 from streamllm.weights.keys import Keys, read_json
@@ -203,7 +203,7 @@ class Checkpoint:
                 _check_shape(self.source.name, stored, name, part, slots[name][0][0])
                 # A part is copied out of its fused tensor, so that the file's pages can go.
                 part = part.to(device=device, dtype=dtype, copy=split is not None).contiguous()
-                if not part.sum(dtype=torch.promote_types(dtype, torch.float32)).isfinite():
+                if not _is_finite(part):
                     doubtful.append(stored.name)
                 if part.data_ptr() % part.element_size():
                     part = part.clone()  # some writers do not align, and not every kernel can read that
@@ -287,7 +287,7 @@ def read_config(keys: Keys, match_transformers: bool = False) -> tuple[Family, A
     """config.json -> its family and the model's Config. Raises UnsupportedConfig, naming what it found."""
     model_type = keys.get("model_type")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
-        raise UnsupportedConfig(f"{keys.where}: model_type is {model_type!r}; {supported()}")
+        raise keys.wrong("model_type", model_type, ", ".join(sorted(FAMILIES)))
     if keys.get("quantization_config") is not None:
         raise UnsupportedConfig(
             f"{keys.where}: quantization_config is set, and quantised checkpoints are not supported; "
@@ -376,6 +376,12 @@ def _settle_tie(name: str, jobs: list[Job], config: Any) -> tuple[list[Job], Any
         stacklevel=4,
     )
     return jobs, dataclasses.replace(config, tied=False)
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """Whether all values are. Their extremes tell, in one pass and without a copy in another type."""
+    low, high = torch.aminmax(tensor.cpu() if tensor.device.type == "mps" else tensor)
+    return bool(low.isfinite() and high.isfinite())
 
 
 _Slots = list[tuple[nn.Parameter, nn.Module, str]]

@@ -78,7 +78,7 @@ class Keys:
             raise self.wrong(
                 name, value, "a finite number" if least == -math.inf else f"a number from {least} on"
             )
-        return value  # type: ignore[no-any-return]
+        return float(value)  # torch takes no whole number beyond 2^63
 
     def flag(self, name: str, default: bool) -> bool:
         value = self.get(name)
