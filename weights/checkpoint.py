@@ -48,6 +48,7 @@ class Source(Protocol):
     def file(self, relative: str) -> Path: ...
     def find(self, relative: str) -> Path | None: ...
     def has(self, relative: str) -> bool: ...
+    def size(self, relative: str) -> int | None: ...
 
 
 @dataclass(frozen=True)
@@ -224,12 +225,14 @@ class Checkpoint:
         config.json's where that ties a head that the files have apart.
         """
         jobs, config = self._jobs()
-        model = self._build(config)
+        model = self.build(config)
         _check_complete(self.source.name, _slots(model), jobs)
         return jobs, config, model
 
-    def _build(self, config: Any) -> nn.Module:
-        """The model on the meta device, without weights."""
+    def build(self, config: Any = None) -> nn.Module:
+        """The model on the meta device, without weights; `config` is what the files say, or None."""
+        config = self.config if config is None else config
+        self._check_depth()
         try:
             with torch.device("meta"):
                 return self.family.model(config)
@@ -237,11 +240,14 @@ class Checkpoint:
             reason = str(error).splitlines()[0]
             raise UnsupportedConfig(f"{self.keys.where}: its sizes make no model ({reason})") from None
 
+    def _check_depth(self) -> None:
+        if self.config.layers > DEEPEST:
+            raise self.keys.wrong("the number of layers", self.config.layers, f"up to {DEEPEST}")
+
     def _jobs(self) -> tuple[list[Job], Any]:
         """Each tensor that is needed, with our names for it; and the config, untied where the files are."""
         config = self.config
-        if config.layers > DEEPEST:
-            raise self.keys.wrong("the number of layers", config.layers, f"up to {DEEPEST}")
+        self._check_depth()
         if config.layers > len(self.tensors):
             raise CheckpointError(
                 f"{self.keys.where} says {config.layers} layers, but there are only "
