@@ -268,6 +268,7 @@ def inspect(
 @click.option(
     "--samples", "count", type=click.IntRange(1), default=20, show_default=True, help="Passkey: texts each."
 )
+@click.option("--digits", type=click.IntRange(1), default=5, show_default=True, help="… of an answer.")
 @click.option(
     "--wording", type=click.Choice(list(WORDINGS)), help="[default: code for the embedded model, else lines]"
 )
@@ -277,7 +278,7 @@ def inspect(
 def recall(
     model: str | None, revision: str | None, dtype: str, device: str | None, threads: int | None, mode: str,
     sinks: int, window: int | None, back: tuple[int, ...] | None, lines: int, every: int,
-    distances: tuple[int, ...] | None, count: int, wording: str | None, chunk: int, seed: int,
+    distances: tuple[int, ...] | None, count: int, digits: int, wording: str | None, chunk: int, seed: int,
     json_file: Path | None, plot: Path | None,
 ) -> None:  # fmt: skip
     """Show what a stream remembers, by distance, and what it does not.
@@ -290,7 +291,8 @@ def recall(
     wording = wording or ("code" if model is None else "lines")
     held = scoring.new_cache(loaded, mode, 0 if mode == "window" else sinks, window, chunk).window
     given: dict[str, Any] = {
-        "wording": wording, "seed": seed, "mode": mode, "sinks": sinks, "window": held, "chunk": chunk,
+        "wording": wording, "digits": digits, "seed": seed, "mode": mode, "sinks": sinks, "window": held,
+        "chunk": chunk,
     }  # fmt: skip
     with _bar("StreamEval", None) as bar:
         asked = stream_eval(
@@ -351,6 +353,7 @@ def recall_table(scores: Sequence[Recall]) -> str:
         ["tokens back", *(f"{score.distance:.0f}" for score in scores)],
         ["questions", *(str(score.questions) for score in scores)],
         ["right, %", *(f"{100 * score.accuracy:.1f}" for score in scores)],
+        ["tokens right, %", *(f"{100 * score.token_accuracy:.1f}" for score in scores)],
         ["nats per token", *(f"{score.mean:.2f}" for score in scores)],
     ]
     if any(score.lines is not None for score in scores):
