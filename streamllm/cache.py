@@ -73,8 +73,9 @@ class SinkCache:
         self.batch_size, self.chunk = batch_size, chunk
         weight = next(model.parameters())
         self.dtype, self.device = weight.dtype, weight.device
-        self._seen = [0] * batch_size
-        self._unfinished: _SinkPlan | None = None  # it counts as seen, but perhaps not every layer keeps it
+        # Tokens seen per row, and the plan that is counted there but that perhaps not every layer keeps yet.
+        # One attribute, replaced as a whole: Ctrl-C falls before or after.
+        self._stand: tuple[list[int], _SinkPlan | None] = ([0] * batch_size, None)
         # A layer whose own window w is shorter keeps W' = min(W, w). One plan per distinct window.
         self._windows = {own: window if own is None else min(window, own) for own in geometry.windows}
         shape = batch_size, geometry.kv_heads, geometry.head_dim
@@ -82,6 +83,10 @@ class SinkCache:
             (own, _Ring((*shape[:2], sinks + self._windows[own], shape[2]), self.dtype, self.device))
             for own in geometry.windows
         ]
+
+    @property
+    def _seen(self) -> list[int]:
+        return self._stand[0]
 
     @property
     def seen(self) -> Tensor:
@@ -99,9 +104,10 @@ class SinkCache:
         Raises ValueError for anything but row numbers: a mask of True and False is not a list of rows.
         """
         chosen = _row_numbers(range(self.batch_size) if rows is None else rows, self.batch_size)
-        self._finish()
-        for row in chosen:
-            self._seen[row] = 0
+        if len(set(chosen)) < self.batch_size:
+            self._finish()
+        seen = [0 if row in chosen else seen for row, seen in enumerate(self._seen)]
+        self._stand = seen, None
         for _, ring in self._rings:
             ring.keys[chosen] = 0
             ring.values[chosen] = 0
@@ -112,12 +118,15 @@ class SinkCache:
         For a forward whose result was lost after it was committed. Exact: what that token overwrote was out
         of its own window.
         """
-        self._seen = [max(0, seen - 1) for seen in self._seen]
+        seen, unfinished = self._stand
+        self._stand = [max(0, count - 1) for count in seen], unfinished
 
     def state_dict(self) -> dict[str, Tensor]:
-        """All that the streams are: "seen" int64 [B], and keys and values of each layer, not copied."""
+        """All that the streams are: "sizes" int64 [3] (sinks, window, origin), "seen" int64 [B], and keys and
+        values of each layer, not copied.
+        """
         self._finish()
-        state = {"seen": self.seen}
+        state = {"sizes": torch.tensor([self.sinks, self.window, self.origin]), "seen": self.seen}
         for layer, (_, ring) in enumerate(self._rings):
             state[f"layers.{layer}.keys"], state[f"layers.{layer}.values"] = ring.keys, ring.values
         return state
@@ -137,9 +146,15 @@ class SinkCache:
                     f"the state belongs to another cache: {name} is {given.dtype} {list(given.shape)}, "
                     f"here {tensor.dtype} {list(tensor.shape)}"
                 )
+        if not torch.equal(own.pop("sizes"), state["sizes"]):
+            raise ValueError(
+                f"the state belongs to a cache of other sinks, window and origin: {state['sizes'].tolist()}, "
+                f"here {[self.sinks, self.window, self.origin]}"
+            )
+        self._stand = [0] * self.batch_size, None  # until all of it is there
         for name, tensor in own.items():
             tensor.copy_(state[name])
-        self._seen = [int(count) for count in state["seen"]]
+        self._stand = state["seen"].tolist(), None
 
     def __repr__(self) -> str:
         seen = self._seen[0] if len(set(self._seen)) == 1 else self._seen
@@ -175,15 +190,15 @@ class SinkCache:
         whatever touches the cache next ends it: to write again is harmless, half a chunk is not.
         """
         assert isinstance(plan, _SinkPlan)
-        seen = [seen + count for seen, count in zip(self._seen, plan.advance, strict=True)]
-        self._seen, self._unfinished = seen, plan
+        self._stand = [seen + count for seen, count in zip(self._seen, plan.advance, strict=True)], plan
         self._finish()
 
     def _finish(self) -> None:
-        if self._unfinished is not None:
-            for memory in self._unfinished.memories:
+        seen, unfinished = self._stand
+        if unfinished is not None:
+            for memory in unfinished.memories:
                 memory.keep()
-            self._unfinished = None
+            self._stand = seen, None
 
 
 @dataclass(frozen=True, eq=False)
@@ -226,6 +241,11 @@ class _Memory:
 
     def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         ring, moves = self._ring, self._moves
+        if k.dtype != ring.keys.dtype or v.dtype != ring.keys.dtype:
+            raise ValueError(
+                f"the cache was made for {ring.keys.dtype}, the model computes in {v.dtype}: "
+                f"make a SinkCache for the model as it is, and leave autocast off"
+            )
         if moves.early is not None:
             ring.write(moves.early, k, v)
         held_keys, held_values = ring.keys[:, :, : moves.held], ring.values[:, :, : moves.held]

@@ -578,8 +578,6 @@ class SentencePieceBackend:
         pieces = sentencepiece.SentencePieceProcessor()
         try:
             pieces.LoadFromSerializedProto(data)
-            if not data or pieces.vocab_size() == 0:
-                raise ValueError("it holds no pieces")
         except Exception as error:
             raise TokenizerError(
                 f"{self._path} is no model that sentencepiece {sentencepiece.__version__} can load: "

@@ -114,6 +114,10 @@ class Source:
 
     def has(self, relative: str) -> bool:
         """Whether there is a file `relative`, found out without fetching it; errors as for `find`."""
+        return self.size(relative) is not None
+
+    def size(self, relative: str) -> int | None:
+        """The bytes of the file `relative`, found out without fetching it; None where there is none."""
         raise NotImplementedError
 
     def file(self, relative: str) -> Path:
@@ -143,8 +147,9 @@ class _Folder(Source):
             return None
         return _regular(path, relative, self.name)
 
-    def has(self, relative: str) -> bool:
-        return self.find(relative) is not None
+    def size(self, relative: str) -> int | None:
+        path = self.find(relative)
+        return None if path is None else path.stat().st_size
 
     def file(self, relative: str) -> Path:
         path = self.find(relative)
@@ -242,20 +247,20 @@ class _Hub(Source):
         except _Absent:
             return None
 
-    def has(self, relative: str) -> bool:
+    def size(self, relative: str) -> int | None:
         from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
 
         relative = _inside(relative).as_posix()
         cached = try_to_load_from_cache(self.name, relative, cache_dir=self._cache, revision=self.commit)
         if self._offline_by or cached is not None:
-            return isinstance(cached, str)
+            return Path(cached).stat().st_size if isinstance(cached, str) else None
         assert self.commit is not None
         url = hf_hub_url(self.name, relative, revision=self.commit)
         try:
-            self._trying(lambda: get_hf_file_metadata(url, token=self._token), relative, self.commit)
+            found = self._trying(lambda: get_hf_file_metadata(url, token=self._token), relative, self.commit)
         except _Absent:
-            return False
-        return True
+            return None
+        return found.size or 0
 
     def file(self, relative: str) -> Path:
         from huggingface_hub import try_to_load_from_cache

@@ -37,6 +37,8 @@ def read_rope(keys: Keys, dim: int, theta: float, positions: int, match_transfor
             theta, dim, float32_angles=angles, factor=_factor(scaling), positions=positions
         )
 
+    if kind in ("yarn", "longrope") and dim % 2:
+        raise scaling.wrong("rope_type", kind, f"another type where an odd number of dimensions turns, {dim}")
     original = scaling.size("original_max_position_embeddings", positions)
     original = keys.size("original_max_position_embeddings", original)
     if kind == "llama3":

@@ -253,9 +253,7 @@ def inspect(
     type=click.IntRange(1),
     help="Recent tokens that stay.  [default: 1020, or what the model was trained for]",
 )
-@click.option(
-    "--back", type=Numbers(1), default="20,40,60,80,100", show_default=True, help="StreamEval: lines back."
-)
+@click.option("--back", type=Numbers(1), help="StreamEval: lines back.  [default: ¼ to 2 windows]")
 @click.option(
     "--lines", type=click.IntRange(2, 1600), default=500, show_default=True, help="StreamEval: lines told."
 )
@@ -278,31 +276,29 @@ def inspect(
 @with_output
 def recall(
     model: str | None, revision: str | None, dtype: str, device: str | None, threads: int | None, mode: str,
-    sinks: int, window: int | None, back: tuple[int, ...], lines: int, every: int,
+    sinks: int, window: int | None, back: tuple[int, ...] | None, lines: int, every: int,
     distances: tuple[int, ...] | None, count: int, wording: str | None, chunk: int, seed: int,
     json_file: Path | None, plot: Path | None,
 ) -> None:  # fmt: skip
     """Show what a stream remembers, by distance, and what it does not.
 
-    StreamEval tells numbered facts, one per line, and asks every 10 lines for one that stood 20 lines before,
-    40, …; the passkey test hides one fact in filler. What has left the window is forgotten: sinks keep a
-    stream fluent, they do not make its memory longer.
+    StreamEval tells facts, one per line, and asks every 10 lines for one that stood so many lines before (20
+    in the paper); the passkey test hides one fact in filler. What has left the window is forgotten: sinks
+    keep a stream fluent, they do not make its memory longer.
     """
     loaded, tokenizer = _load(model, revision, dtype, device, threads)
     wording = wording or ("code" if model is None else "lines")
     held = scoring.new_cache(loaded, mode, 0 if mode == "window" else sinks, window, chunk).window
-    back = tuple(n for n in back if n < lines)
     given: dict[str, Any] = {
         "wording": wording, "seed": seed, "mode": mode, "sinks": sinks, "window": held, "chunk": chunk,
     }  # fmt: skip
-    with _bar("StreamEval", len(back)) as bar:
+    with _bar("StreamEval", None) as bar:
         asked = stream_eval(
             loaded, tokenizer, back=back, lines=lines, every=every, progress=lambda *_: bar.update(1), **given
         )
-    chosen = list(distances or (held * eighths // 8 for eighths in (2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 16)))
-    with _bar("passkey", len(chosen)) as bar:
+    with _bar("passkey", None) as bar:
         hidden = passkey(
-            loaded, tokenizer, distances=chosen, samples=count, progress=lambda *_: bar.update(1), **given
+            loaded, tokenizer, distances=distances, samples=count, progress=lambda *_: bar.update(1), **given
         )
     what = (
         "dense"

@@ -78,17 +78,7 @@ def perplexity_curves(
     _plain_numbers(axes.yaxis)
     axes.xaxis.set_major_formatter(lambda value, _: _count(value))
     if trained_length is not None:
-        axes.axvline(trained_length, color=page.ink, linewidth=1, linestyle=(0, (1, 2)))
-        axes.annotate(
-            f"trained length {trained_length:,}",
-            (trained_length, 0.985),
-            xycoords=("data", "axes fraction"),
-            xytext=(4, 0),
-            textcoords="offset points",
-            va="top",
-            fontsize=8,
-            color=page.ink,
-        )
+        _mark(axes, page, trained_length, f"trained length {trained_length:,}")
     _dress(axes, page, "position in the text (tokens)", "perplexity", title)
     _legend(figure, axes, page)
     return figure
@@ -102,7 +92,9 @@ def attention_map(attention: Attention, *, title: str = "", layers: int = 4, dar
     from matplotlib.colors import LogNorm
 
     depth, heads, length = attention.weights.shape[:3]
-    chosen = sorted({round(i * (depth - 1) / max(1, min(layers, depth) - 1)) for i in range(layers)})
+    chosen = sorted(
+        {round(i * (depth - 1) / max(1, min(layers, depth) - 1)) for i in range(min(layers, depth))}
+    )
     page, figure = _figure(2.3 * len(chosen) + 0.9, 4.9, dark)
     grid = figure.add_gridspec(2, len(chosen), height_ratios=(1.6, 1))
     panels = [figure.add_subplot(grid[0, column]) for column in range(len(chosen))]
@@ -164,14 +156,11 @@ def recall_curves(
                 label=name,
             )
     for panel, what in zip(panels, ("answers right (%)", "nats per token of the answer"), strict=True):
-        panel.set_ylim(0, 105 if what.endswith("(%)") else None)
-        panel.set_xlim(0, None)
+        panel.set_ylim(*((-4, 105) if what.endswith("(%)") else (0, None)))
+        panel.set_xscale("log", base=2)
+        panel.xaxis.set_major_formatter(lambda value, _: _count(value))
         if window is not None:
-            panel.axvline(window, color=page.ink, linewidth=1, linestyle=(0, (1, 2)))
-            panel.annotate(
-                f"window {window:,}", (window, 0.985), xycoords=("data", "axes fraction"), xytext=(4, 0),
-                textcoords="offset points", va="top", fontsize=8, color=page.ink,
-            )  # fmt: skip
+            _mark(panel, page, window, f"window {window:,}")
         _dress(panel, page, "distance (tokens)", what, "")
     if title:
         figure.suptitle(title, color=page.ink, fontsize=10)
@@ -211,7 +200,7 @@ def _dress(axes: Any, page: _Page, x: str, y: str, title: str, grid: bool = True
     axes.set_xlabel(x, color=page.ink, fontsize=9)
     axes.set_ylabel(y, color=page.ink, fontsize=9)
     if title:
-        axes.set_title(title, color=page.ink, fontsize=10)
+        axes.set_title(title, color=page.ink, fontsize=10, pad=16 if grid else 6)
     axes.tick_params(colors=page.ink, which="both", labelsize=8)
     for spine in axes.spines.values():
         spine.set_color(page.faint)
@@ -219,11 +208,21 @@ def _dress(axes: Any, page: _Page, x: str, y: str, title: str, grid: bool = True
         axes.grid(color=page.faint, linewidth=0.6, alpha=0.6)
 
 
+def _mark(axes: Any, page: _Page, x: float, name: str) -> None:
+    """A dotted line at x, its name above the frame, where no curve runs."""
+    axes.axvline(x, color=page.ink, linewidth=1, linestyle=(0, (1, 2)))
+    axes.annotate(
+        name, (x, 1), xycoords=("data", "axes fraction"), xytext=(0, 3), textcoords="offset points",
+        ha="center", va="bottom", fontsize=8, color=page.ink,
+    )  # fmt: skip
+
+
 def _legend(figure: Any, axes: Any, page: _Page) -> None:
     handles, labels = axes.get_legend_handles_labels()
+    columns = max(1, int(95 / (max(map(len, labels)) + 10)))  # as many as fit into the width
     figure.legend(
-        handles, labels, loc="outside lower center", ncols=min(4, len(labels)), fontsize=8, frameon=False,
-        labelcolor=page.ink, handlelength=3.2,
+        handles, labels, loc="outside lower center", ncols=min(columns, len(labels)), fontsize=8,
+        frameon=False, labelcolor=page.ink, handlelength=3.2,
     )  # fmt: skip
 
 

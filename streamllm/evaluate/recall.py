@@ -121,6 +121,8 @@ def stream_eval_script(
             begin, end = pieces.fill(said.question, key, answer)
             answers.append((begin, end))
             distances.append(begin - told)
+    if not answers:
+        raise ValueError(f"{lines} lines have no question {back} lines back every {every} lines: give more")
     return Script(torch.tensor(pieces.ids), tuple(answers), tuple(distances))
 
 
@@ -163,7 +165,7 @@ def stream_eval(
     model: nn.Module,
     tokenizer: Tokenizer,
     *,
-    back: Sequence[int] = (20, 40, 60, 80, 100),
+    back: Sequence[int] | None = None,
     lines: int = 500,
     every: int = 10,
     wording: str = "lines",
@@ -176,9 +178,23 @@ def stream_eval(
 ) -> tuple[Recall, ...]:
     """StreamEval with the answer `back` lines before the question: one stream, and one Recall, for each.
 
+    back=None: from a quarter of the window to twice the window, in lines; the paper's own is (20,).
     `mode`, `sinks`, `window` and `chunk` as for `perplexity` (not "recompute"). `progress` is called with
     (done, total) streams. Raises ValueError as `stream_eval_script` does.
     """
+    if back is None:
+        held = new_cache(model, mode, sinks, window, chunk).window
+        some = min(lines, 100)
+        line = (
+            len(
+                stream_eval_script(
+                    tokenizer, lines=some, every=min(every, some), back=1, wording=wording
+                ).tokens
+            )
+            / some
+        )
+        swept = (round(held * part / 8 / line) for part in (2, 4, 6, 8, 12, 16))
+        back = sorted({distance for distance in swept if 1 <= distance < lines})
     scores = []
     for done, distance in enumerate(back):
         script = stream_eval_script(
@@ -207,11 +223,14 @@ def passkey(
 ) -> tuple[Recall, ...]:
     """One hidden fact, asked for `distances` tokens later: `samples` streams, and one Recall, for each.
 
-    distances=None: from a quarter of the window to twice the window. Else as `stream_eval`.
+    distances=None: from a quarter of the window, or as near as the words allow, to twice the window. Else
+    as `stream_eval`.
     """
     if distances is None:
-        span = new_cache(model, "window" if mode == "window" else "sinks", sinks, window, chunk).window
-        distances = [span * eighths // 8 for eighths in (2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 16)]
+        held = new_cache(model, mode, sinks, window, chunk).window
+        shortest = _shortest_passkey(tokenizer, wording)
+        eighths = (held * part // 8 for part in (2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 16))
+        distances = [distance for distance in eighths if distance >= shortest]
     if samples < 1:
         raise ValueError(f"samples must be at least 1, not {samples}")
     scores = []
@@ -224,6 +243,16 @@ def passkey(
         if progress is not None:
             progress(done + 1, len(distances))
     return tuple(scores)
+
+
+def _shortest_passkey(tokenizer: Tokenizer, wording: str) -> int:
+    """A distance at which every fact and question find room."""
+    said, pieces = _wording(wording), _Pieces(tokenizer)
+    longest = 0
+    for key in (f"{first}_{second}" for first in _FIRST for second in _SECOND):
+        asked, told = (pieces.parts(text, key, "88888") for text in (said.question, said.fact))
+        longest = max(longest, len(asked[0]) + len(told[2]))
+    return longest + 10  # the answer's own tokens
 
 
 def _score(

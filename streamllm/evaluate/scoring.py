@@ -343,11 +343,14 @@ def load(model: nn.Module, path: str | Path) -> Result:
     return replace(result, cache=cache)
 
 
-def new_cache(model: nn.Module, mode: str, sinks: int, window: int | None, chunk: int) -> SinkCache:
+def new_cache(
+    model: nn.Module, mode: str, sinks: int, window: int | None, chunk: int, rows: int = 1
+) -> SinkCache:
+    """The cache of a mode; in dense mode without the warning that it outgrows what the model knows."""
     with warnings.catch_warnings():
-        if mode == "dense":  # that it outgrows what the model was trained for is what one wants to see
+        if mode == "dense":
             warnings.simplefilter("ignore")
-        return SinkCache(model, sinks=sinks, window=window, chunk=chunk)
+        return SinkCache(model, sinks=sinks, window=window, batch_size=rows, chunk=chunk)
 
 
 def _continued(result: Result, model: nn.Module, chunk: int) -> SinkCache | None:
@@ -423,4 +426,4 @@ def _check(texts: Sequence[Tensor], mode: str, **numbers: int) -> None:
 
 
 def _exp(mean: float) -> float:
-    return math.exp(mean) if mean < 700 else math.inf
+    return math.inf if mean > 700 else math.exp(mean)

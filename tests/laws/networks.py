@@ -1,4 +1,4 @@
-"""What each family has to say to the definition of streaming: its weights, read by name, for one token at a time."""
+"""What each family has to say to the definition of streaming: its weights, for one token at a time."""
 
 from __future__ import annotations
 

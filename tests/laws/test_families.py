@@ -18,7 +18,7 @@ from streamllm.models.alibi import Alibi
 from streamllm.models.rotary import Rope
 from tests.laws.scenarios import ROPES, TOLERANCE, VOCABULARY, Rows, cuts, defined, error, feed, loud, text
 
-SIZES = dict(vocab_size=VOCABULARY, width=32, mlp_width=48, layers=3, head_dim=8, norm_eps=1e-5)
+SIZES = {"vocab_size": VOCABULARY, "width": 32, "mlp_width": 48, "layers": 3, "head_dim": 8, "norm_eps": 1e-5}
 LLAMA = llama.Config(
     **SIZES, heads=4, kv_heads=2, rope=ROPES["default"], trained_length=10**6, activation="silu",
     attention_bias=True, mlp_bias=False, tied=False,
@@ -28,8 +28,8 @@ NEOX = gpt_neox.Config(
     parallel=True, tied=False,
 )  # fmt: skip
 FALCON = falcon.Config(
-    **SIZES, heads=4, kv_heads=1, position=ROPES["default"], trained_length=None, activation="gelu", bias=False,
-    parallel=True, shared_norm=True, tied=True,
+    **SIZES, heads=4, kv_heads=1, position=ROPES["default"], trained_length=None, activation="gelu",
+    bias=False, parallel=True, shared_norm=True, tied=True,
 )  # fmt: skip
 MPT = mpt.Config(
     **SIZES, heads=4, alibi=Alibi(4), trained_length=10**6, activation="gelu", clip_qkv=None,

@@ -219,3 +219,21 @@ def test_tokens_may_be_int32_and_strided():
         error(model(tokens[:, ::2], SinkCache(model, 2, 5, 2)), defined(model, tokens[:, ::2], 2, 5))
         <= TOLERANCE
     )
+
+
+@pytest.mark.parametrize(
+    ("dtype", "allowed"), [(torch.float32, 3e-6), (torch.float16, 0.01), (torch.bfloat16, 0.08)], ids=str
+)
+@pytest.mark.parametrize("origin", [0, 10**9])
+def test_smaller_types_do_not_drift(dtype, allowed, origin):
+    """A key is rounded once, however long it stays: what is late in a stream is as right as what is early.
+
+    Observed, as the mean error: 8e-7, 0.003 and 0.02, late at most 1.2 times early.
+    """
+    model, tokens = tiny("llama3", dtype=dtype), text(400)
+    cache = SinkCache(model, 4, 40, origin=origin)
+    got = feed(model, cache, tokens, [50, *[1] * 150, 150, *[1] * 50]).double()
+    difference = (got - defined(model, tokens, 4, 40)).abs()[0].mean(1) / got.std()
+    early, late = difference[:100].mean(), difference[-100:].mean()
+    assert early <= allowed
+    assert late <= 1.5 * early

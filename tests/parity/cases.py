@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import shutil
 from contextlib import nullcontext
+from copy import deepcopy
 from functools import cache
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import streamllm
 from tests.checkpoints import Variant, make, respell
@@ -27,22 +28,26 @@ class Case:
             self.folder = folder / "disguised"
             shutil.copytree(self.theirs, self.folder)
             respell(self.folder, variant.disguise)
-        self.reference = cache(self._reference)
+        self.reference = cache(self._reference)  # (length, dtype, mend): transformers' logits
+        self._model = cache(self._load)
 
     def tokens(self, length: int) -> Tensor:
         generator = torch.Generator().manual_seed(7)
         return torch.randint(0, self.variant.config["vocab_size"], (1, length), generator=generator)
 
     def _reference(self, length: int, dtype: torch.dtype, mend: bool = False) -> Tensor:
-        """transformers' logits, by a model that no earlier call has changed."""
+        model = deepcopy(self._model(dtype))  # some remember the longest text that they have seen
+        with torch.inference_mode(), mended() if mend else nullcontext():
+            return model(self.tokens(length), use_cache=False).logits
+
+    def _load(self, dtype: torch.dtype) -> nn.Module:
         from transformers import AutoModelForCausalLM
 
         model = AutoModelForCausalLM.from_pretrained(self.theirs, dtype=dtype).eval()
         # Falcon's eager attention adds ALiBi twice, and MPT has no other.
         expected = "eager" if self.variant.config["model_type"] == "mpt" else "sdpa"
         assert model.config._attn_implementation == expected
-        with torch.inference_mode(), mended() if mend else nullcontext():
-            return model(self.tokens(length), use_cache=False).logits
+        return model
 
     def distance(self, match_transformers: bool) -> float:
         """How far our float32 logits are from theirs, in standard deviations: the largest difference.

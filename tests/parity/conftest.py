@@ -1,4 +1,4 @@
-"""One copy of each checkpoint for all tests."""
+"""One copy of each checkpoint for all tests; and, with --checkpoint NAME_OR_FOLDER, one of your own."""
 
 from __future__ import annotations
 
@@ -9,6 +9,19 @@ import pytest
 
 from tests.parity.cases import Case
 from tests.parity.grid import VARIANTS
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--checkpoint", metavar="NAME|FOLDER", help="a checkpoint to compare with transformers")
+
+
+@pytest.fixture
+def checkpoint(request: pytest.FixtureRequest) -> str:
+    # pytest reads the options of this file only where its folder is named on the command line
+    name = request.config.getoption("--checkpoint", default=None)
+    if name is None:
+        pytest.skip("no --checkpoint given")
+    return str(name)
 
 
 @pytest.fixture(scope="session")

@@ -215,8 +215,9 @@ VARIANTS = [
     _llama("rope-of-two-types", spell={
         "rope_scaling": {"type": "dynamic", "rope_type": "linear", "factor": 2.0}, "rope_parameters": None}),
     _llama("rope-of-two-originals", spell={
-        "rope_parameters": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "rope_theta": 10000.0,
-                            "high_freq_factor": 4.0, "original_max_position_embeddings": 512},
+        "rope_parameters": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0,
+                            "high_freq_factor": 4.0, "original_max_position_embeddings": 512,
+                            "rope_theta": 10000.0},
         "original_max_position_embeddings": 64}),
     _llama("sharded", shards="60KB"),
     _llama("float16", dtype=torch.float16),

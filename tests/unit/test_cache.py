@@ -172,6 +172,56 @@ def test_what_was_not_a_number_in_one_row_stays_there_and_leaves_with_it():
     assert error(torch.cat((out[1][1], out[2][1])), alone) <= TOLERANCE
 
 
+@pytest.mark.parametrize("length", [1, 2, 9])
+def test_a_model_of_another_type_is_refused_in_one_sentence_and_does_no_harm(length):
+    model, tokens = tiny(), text(30)
+    cache = SinkCache(model, 2, 4)
+    model(tokens[:, :9], cache)
+    with pytest.raises(ValueError, match=r"made for torch\.float64, the model computes in torch\.float32"):
+        tiny(dtype=torch.float32)(text(length), cache)
+    assert error(model(tokens[:, 9:], cache), defined(model, tokens, 2, 4)[:, 9:]) <= TOLERANCE
+
+
+@pytest.mark.parametrize("length", [1, 2, 9])
+@pytest.mark.parametrize("other", [{"kv_heads": 4}, {"head_dim": 12}, {"layers": 1}, {"layers": 5}], ids=str)
+def test_a_model_of_another_shape_does_no_harm(other, length):
+    model, tokens = tiny(), text(30)
+    cache = SinkCache(model, 2, 4)
+    model(tokens[:, :9], cache)
+    with pytest.raises((ValueError, RuntimeError)):
+        tiny(**other)(text(length), cache)
+    assert error(model(tokens[:, 9:], cache), defined(model, tokens, 2, 4)[:, 9:]) <= TOLERANCE
+
+
+@pytest.mark.parametrize("length", [1, 9])
+def test_autocast_is_refused_in_one_sentence(length):
+    model = tiny(dtype=torch.float32)
+    with (
+        torch.autocast("cpu", torch.bfloat16),
+        pytest.raises(ValueError, match=r"computes in torch\.bfloat16.* leave autocast off"),
+    ):
+        model(text(length), SinkCache(model, 2, 4))
+
+
+@pytest.mark.parametrize("given", [{"sinks": 3, "window": 5}, {"sinks": 1, "window": 7}, {"origin": 9}])
+def test_a_state_of_other_sizes_is_refused_though_its_tensors_fit(given):
+    cache = SinkCache(tiny(), **({"sinks": 2, "window": 6} | given))
+    tiny()(text(20), cache)
+    other = SinkCache(tiny(), sinks=2, window=6)
+    tiny()(text(9), other)
+    with pytest.raises(ValueError, match=r"other sinks, window and origin: \[.*\], here \[2, 6, 0\]"):
+        other.load_state_dict(cache.state_dict())
+    assert other.seen.tolist() == [9]
+
+
+def test_a_state_of_another_model_is_refused_by_name():
+    other = SinkCache(tiny(), 2, 6)
+    with pytest.raises(ValueError, match="other layers"):
+        other.load_state_dict(SinkCache(tiny(layers=1), 2, 6).state_dict())
+    with pytest.raises(ValueError, match=r"layers\.0\.keys is torch\.float32"):
+        other.load_state_dict(SinkCache(tiny(dtype=torch.float32), 2, 6).state_dict())
+
+
 # A model whose layers have windows of their own
 
 

@@ -340,12 +340,14 @@ ENDLESS = {
     "blocks": "{% block b %}{% if x is not defined %}{{ self.b() }}{% endif %}{% endblock %}",
     "recursive loops": "{% for x in [1, 2] recursive %}{{ loop([1, 2]) if loop.depth < 60 }}{% endfor %}",
     "a filter over and over": "{% for a in range(99999) %}{% set x = range(99999) | sum %}{% endfor %}",
-    "a test over and over": "{% for a in range(99999) %}{% set x = 5 in range(99999) | list %}{% endfor %}",
+    "a test over and over": "{% for a in range(99999) %}{% set x = 5 is in(messages) %}{% endfor %}",
     "comparisons": "{% set a = 'x' * 200000 %}{% set b = 'x' * 200000 %}{% for i in range(99999) %}{{ "
     + " and ".join(["a == b"] * 50)
     + " }}{% endfor %}",
+}
+LARGE = {
     "output": "{% for a in range(99999) %}" + "x" * 10_000 + "{% endfor %}",
-    "output of a macro": "{% macro f() %}{% for a in range(99999) %}"
+    "output of a macro": "{% macro f() %}{% for a in range(9999) %}"
     + "x" * 10_000
     + "{% endfor %}{% endmacro %}{{ f() }}",
     "output of set": "{% set y %}{% for a in range(99999) %}{{ 'x' * 10000 }}{% endfor %}{% endset %}",
@@ -380,10 +382,10 @@ ENDLESS = {
     "map of a default": "{{ ([0] * 99999) | map('default', 'x' * 10000, true) | list | length }}",
     "cycler": DOUBLE.replace("@", "cycler(ns.x, ns.x).items"),
     "groups": DOUBLE.replace("'ab'", "[{'k': 1}]").replace("@", "[{'k': ns.x, 'l': ns.x}] | groupby('k')"),
-    "slices": "{% set a = 'x' * 4000000 %}" + "".join(f"{{% set b{i} = a[1:] %}}" for i in range(60)),
-    "slices of lists": "{% set a = [1] * 1000000 %}" + "".join(f"{{% set b{i} = a[:] %}}" for i in range(60)),
-    "upper": "{% set a = 'x' * 4000000 %}" + "".join(f"{{% set b{i} = a | upper %}}" for i in range(60)),
-    "upper()": "{% set a = 'x' * 4000000 %}" + "".join(f"{{% set b{i} = a.upper() %}}" for i in range(60)),
+    "slices": "{% set a = 'x' * 300000 %}" + "".join(f"{{% set b{i} = a[1:] %}}" for i in range(60)),
+    "slices of lists": "{% set a = [1] * 100000 %}" + "".join(f"{{% set b{i} = a[:] %}}" for i in range(60)),
+    "upper": "{% set a = 'x' * 300000 %}" + "".join(f"{{% set b{i} = a | upper %}}" for i in range(60)),
+    "upper()": "{% set a = 'x' * 300000 %}" + "".join(f"{{% set b{i} = a.upper() %}}" for i in range(60)),
     "center": "{{ 'x' | center(1000000000) }}",
     "center by name": "{{ 'x' | center(width=1000000000) }}",
     "center()": "{{ 'x'.center(1000000000) }}",
@@ -433,16 +435,18 @@ ENDLESS = {
     "split": "{{ ('a ' * 3000000).split() | length }}",
 }
 QUICK = Limits(steps=100_000, seconds=0.3, size=1_000_000)
+SMALL = Limits(steps=500_000, seconds=4.0, size=200_000)
 
 
-@pytest.mark.parametrize("case", ENDLESS)
+@pytest.mark.parametrize("case", [*ENDLESS, *LARGE])
 def test_templates_without_end_are_stopped(case):
     outcome = []
     started = time.monotonic()
 
     def work():
         try:
-            outcome.append(render(ENDLESS[case], CHATS["one"], limits=QUICK))
+            source, limits = (LARGE[case], SMALL) if case in LARGE else (ENDLESS[case], QUICK)
+            outcome.append(render(source, CHATS["one"], limits=limits))
         except ChatTemplateError as error:
             outcome.append(error)
 
@@ -451,21 +455,63 @@ def test_templates_without_end_are_stopped(case):
     thread.join(20)
     assert outcome, "it runs on"
     assert isinstance(outcome[0], ChatTemplateError), str(outcome[0])[:80]
-    assert re.search("stopped|no template may|too deeply|Range too big", str(outcome[0]))
+    reasons = "makes more text|no template may|Range too big" if case in LARGE else "takes over|too deeply"
+    assert re.search(reasons, str(outcome[0]))
     assert time.monotonic() - started < 5
 
 
+IN_A_MACRO = "{% macro f() %}{% for i in range(9999) %}@{% endfor %}{% endmacro %}{{ f() }}"
+
+
 @pytest.mark.parametrize(
-    "case", ["doubling by ~", "lists within lists", "slices", "output of set", "split", "joins", "upper"]
+    "source",
+    [
+        LARGE["doubling by ~"],
+        LARGE["lists within lists"],
+        LARGE["output of set"],
+        LARGE["split"],
+        LARGE["joins"],
+        "{% set a = [0] * 20000 %}" + IN_A_MACRO.replace("@", "{{ a }}"),
+        "{% set a = 'x' * 20000 %}" + IN_A_MACRO.replace("@", "{{ a | upper }}"),
+        "{% set a = 'x' * 20000 %}" + "".join(f"{{% set b{i} = a.upper() %}}" for i in range(300)),
+        "{% set a = 'x' * 20000 %}" + "".join(f"{{% set b{i} = a[1:] %}}" for i in range(300)),
+    ],
 )
-def test_templates_without_bound_stay_small(case):
+def test_templates_without_bound_stay_small(source):
+    limits = Limits(size=300_000)
+    with pytest.raises(ChatTemplateError, match="makes more text"):
+        render(source, CHATS["one"], limits=limits)  # once to compile it
     tracemalloc.start()
     try:
-        with pytest.raises(ChatTemplateError):
-            render(ENDLESS[case], CHATS["one"], limits=Limits(size=500_000))
-        assert tracemalloc.get_traced_memory()[1] < 40e6
+        with pytest.raises(ChatTemplateError, match="makes more text"):
+            render(source, CHATS["one"], limits=limits)
+        assert tracemalloc.get_traced_memory()[1] < 12e6
     finally:
         tracemalloc.stop()
+
+
+@pytest.mark.parametrize(
+    "expression",
+    [
+        "1 == n",
+        "n in [2]",
+        "n + 1",
+        "n ~ 1",
+        "[n]",
+        "{1: n}",
+        "(n, n)",
+        "n | abs",
+        "n is string",
+        "f()",
+        "a[1:]",
+    ],
+)
+def test_everything_takes_a_step(expression):
+    names = "{% macro f() %}{% endmacro %}{% set n = messages | length %}{% set a = 'text' %}"
+    source = names + "{% set x = [" + ", ".join([expression] * 40) + "] %}"
+    render(source, CHATS["one"], limits=Limits(steps=200))
+    with pytest.raises(ChatTemplateError, match="takes over 30 steps"):
+        render(source, CHATS["one"], limits=Limits(steps=30))
 
 
 def test_default_limits_stop_within_seconds_and_allow_long_chats():
