@@ -19,8 +19,6 @@ from streamllm.weights.errors import CheckpointError, CheckpointNotFound, Unsupp
 from streamllm.weights.family import NOT_NEEDED, Family, Fused
 from streamllm.weights.keys import Keys, read_json
 
-DEEPEST = 2048  # layers; a model is built before its weights are read, at about a millisecond for each
-
 LARGEST_HEADER = (
     25_000_000  # bytes of a safetensors file's header, as on the hub; in memory it is ten times that
 )
@@ -240,8 +238,6 @@ class Checkpoint:
     def _jobs(self) -> tuple[list[Job], Any]:
         """Each tensor that is needed, with our names for it; and the config, untied where the files are."""
         config = self.config
-        if config.layers > DEEPEST:
-            raise self.keys.wrong("the number of layers", config.layers, f"up to {DEEPEST}")
         if config.layers > len(self.tensors):
             raise CheckpointError(
                 f"{self.keys.where} says {config.layers} layers, but there are only "
