@@ -19,8 +19,6 @@ from streamllm.weights.errors import CheckpointError, CheckpointNotFound, Unsupp
 from streamllm.weights.family import NOT_NEEDED, Family, Fused
 from streamllm.weights.keys import Keys, read_json
 
-DEEPEST = 2048  # layers; a model is built before its weights are read, at about a millisecond for each
-
 LARGEST_HEADER = (
     25_000_000  # bytes of a safetensors file's header, as on the hub; in memory it is ten times that
 )
@@ -232,7 +230,6 @@ class Checkpoint:
     def build(self, config: Any = None) -> nn.Module:
         """The model on the meta device, without weights; `config` is what the files say, or None."""
         config = self.config if config is None else config
-        self._check_depth()
         try:
             with torch.device("meta"):
                 return self.family.model(config)
@@ -240,14 +237,9 @@ class Checkpoint:
             reason = str(error).splitlines()[0]
             raise UnsupportedConfig(f"{self.keys.where}: its sizes make no model ({reason})") from None
 
-    def _check_depth(self) -> None:
-        if self.config.layers > DEEPEST:
-            raise self.keys.wrong("the number of layers", self.config.layers, f"up to {DEEPEST}")
-
     def _jobs(self) -> tuple[list[Job], Any]:
         """Each tensor that is needed, with our names for it; and the config, untied where the files are."""
         config = self.config
-        self._check_depth()
         if config.layers > len(self.tensors):
             raise CheckpointError(
                 f"{self.keys.where} says {config.layers} layers, but there are only "

@@ -58,7 +58,7 @@ def read_config(keys: Keys, match_transformers: bool) -> Config:
         vocab_size=keys.size("vocab_size", 65024),
         width=width,
         mlp_width=keys.size("ffn_hidden_size", 4 * width),
-        layers=keys.size("num_hidden_layers", keys.size("n_layer", 32)),
+        layers=keys.depth("num_hidden_layers", keys.depth("n_layer", 32)),
         heads=heads,
         kv_heads=kv_heads,
         head_dim=head_dim,
