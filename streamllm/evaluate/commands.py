@@ -157,6 +157,7 @@ def perplexity(
 
     The columns are perplexities by position: 128 stands for the predictions at 128 … 255.
     """
+    plots.check_path(plot)
     loaded, tokenizer = _load(model, revision, dtype, device, threads)
     texts = _texts(tokenizer, files, reset_between_texts, tokens)
     settings = _settings(mode, sinks, window)
@@ -206,6 +207,7 @@ def inspect(
     the heads); --plot draws every head. Then the text is streamed with several numbers of sinks beside a
     window that fills the same cache, and the fewest that come within 1 % of the best are recommended.
     """
+    plots.check_path(plot)
     loaded, tokenizer = _load(model, revision, dtype, device, threads)
     stream = _texts(tokenizer, files, False, None)[0]
     with _bar("attention", count) as bar:
@@ -287,6 +289,7 @@ def recall(
     in the paper); the passkey test hides one fact in filler. What has left the window is forgotten: sinks
     keep a stream fluent, they do not make its memory longer.
     """
+    plots.check_path(plot)
     loaded, tokenizer = _load(model, revision, dtype, device, threads)
     wording = wording or ("code" if model is None else "lines")
     held = scoring.new_cache(loaded, mode, 0 if mode == "window" else sinks, window, chunk).window

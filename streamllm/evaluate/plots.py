@@ -51,6 +51,18 @@ class PlotsMissing(ImportError, ValueError):
     """matplotlib is not installed."""
 
 
+def check_path(path: Path | None) -> None:
+    """Whether a picture can be written there, asked before the hours of computing and not behind them.
+
+    Raises PlotsMissing, and ValueError for an ending that is no kind of picture.
+    """
+    if path is not None:
+        _, figure = _figure(1, 1, False)
+        known = figure.canvas.get_supported_filetypes()
+        if path.suffix[1:].lower() not in known:
+            raise ValueError(f"{path} has the ending of no picture: use one of {', '.join(sorted(known))}")
+
+
 def perplexity_curves(
     results: Sequence[Result], *, title: str = "", trained_length: int | None = None, dark: bool = False
 ) -> Figure:

@@ -288,7 +288,7 @@ def _score(
         cache = new_cache(model, mode, sinks if mode == "sinks" else 0, keys, chunk)
         lost, hit = [], []
         for _, logits, targets in predictions(model, script.tokens, cache, chunk):
-            lost.append(F.cross_entropy(logits.float(), targets, reduction="none").double().cpu())
+            lost.append(F.cross_entropy(logits.float(), targets, reduction="none").cpu().double())
             hit.append((logits.argmax(-1) == targets).cpu())
         nats, hits = torch.cat(lost), torch.cat(hit)  # [N - 1], of the tokens 1 … N-1
         for start, stop in script.answers:
