@@ -293,9 +293,7 @@ def _our_model(spec: Spec) -> Any:
     generator = torch.Generator(spec.device).manual_seed(0)
     for weight in model.parameters():
         weight.data.normal_(1.0 if weight.dim() == 1 else 0.0, 0.02, generator=generator)
-    arrange = getattr(layers, "arrange", None)
-    if arrange is not None:
-        arrange(model, quantize="int8" if spec.dtype == "int8" else None)
+    layers.arrange(model)
     return model
 
 
