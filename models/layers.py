@@ -134,7 +134,9 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.float() if x.dtype in HALF else x
+        if x.dtype not in HALF:
+            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        wide = x.float()
         normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
         return self.weight * normed.to(x.dtype)  # rounded before the weight, as the models were trained
 

@@ -127,6 +127,9 @@ class Plan:
 
     steps: Mapping[int | None, Step]  # by the model's own window of a layer; None: it has none
     memories: Sequence[Memory]  # one per layer
+    tensors: Sequence[Tensor] | None = (
+        None  # all that differ from this plan to the next, if nothing else does
+    )
 
 
 class Cache(Protocol):

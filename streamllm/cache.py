@@ -125,9 +125,17 @@ class SinkCache:
                 own: ragged(self.sinks, window, self.origin, self._seen, counts, length, self.device)
                 for own, window in self._windows.items()
             }
+        steady = lengths is None and length == 1 and min(self._seen) >= self.sinks + self.window
+        tensors = None
+        if (
+            steady and len(set(self._seen)) == 1
+        ):  # from now on, a token's plan is the last one's with other numbers
+            tensors = [tensor for step, moves in planned.values() for tensor in _varying(step, moves)]
+            tensors += [tensor for _, ring in self._rings for tensor in (ring.keys, ring.values)]
         return _SinkPlan(
             steps={own: step for own, (step, _) in planned.items()},
             memories=[_Memory(ring, planned[own][1]) for own, ring in self._rings],
+            tensors=tensors,
             advance=[length] * self.batch_size if lengths is None else list(lengths),
         )
 
@@ -204,10 +212,16 @@ class _Memory:
             self._ring.write(self._moves.late, *self._fresh)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class _SinkPlan(Plan):
     memories: Sequence[_Memory]
     advance: Sequence[int]  # how many tokens each row takes in
+
+
+def _varying(step: Step, moves: _Moves) -> list[Tensor]:
+    """The tensors in which one token's plan differs from the next one's."""
+    assert moves.early is not None
+    return [step.slots, step.near, step.far, step.keys, *moves.early[1:]]
 
 
 def _plan_next(
