@@ -1,6 +1,10 @@
-"""Llama (model_type "llama"): Touvron et al., arXiv 2302.13971 and 2307.09288; Llama 3, arXiv 2407.21783.
+"""Llama (model_type "llama"): Touvron et al., arXiv 2302.13971 and 2307.09288; Llama 3, arXiv 2407.21783; and
+its kin "mistral" (arXiv 2310.06825), "qwen2" (arXiv 2407.10671), "qwen3" (arXiv 2505.09388).
 
     x ── norm ── attention ── + ── norm ── gated MLP ── + ──>      (each + adds what went in)
+
+Mistral's layers see no further back than a window, those of Qwen may. Qwen2 has biases on q, k and v alone.
+Qwen3 normalises each head's queries and keys before they are rotated.
 
 B batch, T new tokens, K keys, H query heads, G key/value heads, D head dimension, C width, V vocabulary.
 """
@@ -35,6 +39,9 @@ class Config:
     attention_bias: bool
     mlp_bias: bool
     tied: bool  # the head is the embedding
+    output_bias: bool = True  # of o, too, where attention_bias is: not in Qwen2
+    head_norms: bool = False  # of queries and keys: Qwen3
+    windows: tuple[int | None, ...] = ()  # how many tokens each layer sees; (): all see all
 
 
 class Attention(nn.Module):
@@ -45,15 +52,17 @@ class Attention(nn.Module):
         self.q = Linear(C, H * D, bias=bias)
         self.k = Linear(C, G * D, bias=bias)
         self.v = Linear(C, G * D, bias=bias)
-        self.o = Linear(H * D, C, bias=bias)
+        self.o = Linear(H * D, C, bias=bias and config.output_bias)
+        self.q_norm = RMSNorm(D, config.norm_eps) if config.head_norms else nn.Identity()
+        self.k_norm = RMSNorm(D, config.norm_eps) if config.head_norms else nn.Identity()
 
     def forward(self, x: Tensor, step: Step, rotation: Rotation, memory: Memory) -> Tensor:
         q, k, v = (
             project(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [B, H or G, T, D]
             for project in (self.q, self.k, self.v)
         )
-        near, far = rotation.queries(q)
-        keys, values = memory.extend(rotation.keys(k), v)  # [B, G, K, D]
+        near, far = rotation.queries(self.q_norm(q))
+        keys, values = memory.extend(rotation.keys(self.k_norm(k)), v)  # [B, G, K, D]
         read = attend(near, far, keys, values, step, scale=self.head_dim**-0.5)
         return self.o(read.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
 
@@ -97,7 +106,8 @@ class Model(nn.Module):
     @property
     def geometry(self) -> Geometry:
         c = self.config
-        return Geometry(c.kv_heads, c.head_dim, c.vocab_size, (None,) * c.layers, c.trained_length)
+        windows = c.windows or (None,) * c.layers
+        return Geometry(c.kv_heads, c.head_dim, c.vocab_size, windows, c.trained_length)
 
     def forward(
         self,
@@ -116,10 +126,10 @@ class Model(nn.Module):
     def hidden(self, tokens: Tensor, plan: Plan) -> Tensor:
         """One chunk: int64 [B, T] -> [B, T, C], before the head."""
         x = self.embed(tokens)
-        step = plan.steps[None]
-        turned = rotation(self.config.rope, step, x.dtype)
-        for layer, memory in zip(self.layers, plan.memories, strict=True):
-            x = layer(x, step, turned, memory)
+        turned = {window: rotation(self.config.rope, step, x.dtype) for window, step in plan.steps.items()}
+        of_each_layer = zip(self.layers, self.geometry.windows, plan.memories, strict=True)
+        for layer, window, memory in of_each_layer:
+            x = layer(x, plan.steps[window], turned[window], memory)
         return self.norm(x)  # type: ignore[no-any-return]
 
     def project(self, x: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from operator import index
 from typing import Protocol
 
 import torch
@@ -186,19 +187,27 @@ def forward_in_chunks(
     Without a cache, one dense plan. With one, T is cut into chunks; each is planned, computed and committed,
     so that after an exception the stream stands at the end of the last chunk that was whole. `lengths` [B]
     says how many tokens of each row are real, the rest being padding on the right; `logits_to_keep` then
-    counts from the end of each row's own tokens (and repeats its first where a row has fewer).
+    counts from the end of each row's own tokens (and repeats its first where a row has fewer). Gradients flow
+    without a cache only.
 
     Raises ValueError for tokens that are no [B, T] of integers within the vocabulary, for lengths outside
     0 … T or without a cache, and for a batch that is not the cache's.
     """
     counts = _checked(model.geometry.vocab_size, tokens, cache, lengths, logits_to_keep)
-    length = tokens.shape[1]
     if cache is None:
+        length = tokens.shape[1]
         windows = model.geometry.windows
         steps = {window: Step.dense(length, window, tokens.device) for window in set(windows)}
         x = model.hidden(tokens, Plan(steps, [Forgetful()] * len(windows)))
         return model.project(x if logits_to_keep is None else x[:, -logits_to_keep:])
+    return _in_chunks(model, tokens, cache, counts, logits_to_keep)
 
+
+@torch.no_grad()  # a stream has no end at which its graph could be freed
+def _in_chunks(
+    model: Streamable, tokens: Tensor, cache: Cache, counts: list[int] | None, logits_to_keep: int | None
+) -> Tensor:
+    length = tokens.shape[1]
     kept: list[Tensor] = []  # the rows somebody reads: projected if all are, else [B, n, C]
     for start in range(0, length, cache.chunk):
         part = tokens[:, start : start + cache.chunk]
@@ -209,7 +218,8 @@ def forward_in_chunks(
         if logits_to_keep is None:
             kept.append(model.project(x))
         elif counts is None:
-            kept.append(x[:, max(0, length - logits_to_keep - start) :])
+            if stop > length - logits_to_keep:  # an empty part would hold on to the whole chunk
+                kept.append(x[:, max(0, length - logits_to_keep - start) :])
         else:
             kept = [_last_rows(x, start, counts, logits_to_keep, kept[0] if kept else None)]
         if stop == length:  # projected before the commit: a forward that fails has not happened
@@ -236,9 +246,9 @@ def _checked(
     logits_to_keep: int | None,
 ) -> list[int] | None:
     """The lengths as a list, or None where every token is real."""
-    if tokens.dim() != 2 or tokens.shape[1] < 1 or tokens.shape[0] < 1 or tokens.is_floating_point():
+    if tokens.dim() != 2 or 0 in tokens.shape or tokens.dtype not in (torch.int64, torch.int32):
         raise ValueError(
-            f"tokens must be integers of shape [batch, length] with at least one of each, "
+            f"tokens must be int64 or int32 of shape [batch, length] with at least one of each, "
             f"not {tokens.dtype} of shape {list(tokens.shape)}"
         )
     if tokens.device.type == "cpu":  # elsewhere the look would stall the device
@@ -259,7 +269,11 @@ def _checked(
         )
     if lengths is None:
         return None
-    counts = [int(count) for count in lengths]
+    given = lengths.tolist() if isinstance(lengths, Tensor) else lengths
+    try:
+        counts = [index(count) for count in given]
+    except TypeError:
+        counts = []
     if len(counts) != batch or not all(0 <= count <= length for count in counts):
-        raise ValueError(f"lengths must be {batch} numbers in 0 … {length}, one per row, not {counts}")
+        raise ValueError(f"lengths must be {batch} whole numbers in 0 … {length}, one per row, not {given}")
     return None if all(count == length for count in counts) else counts

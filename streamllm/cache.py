@@ -8,8 +8,9 @@ the forward, is `sinks=4, window=2001` here.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from operator import index
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,9 @@ from torch import Tensor, nn
 from streamllm.models.step import Band, Plan, Step, geometry_of
 
 DEFAULT_WINDOW = 1020
+# Slots: a ring that fills is met in steps of so many, because kernels are made anew for each size.
+STRIDE = 256
+FURTHEST = 1 << 48  # rotary angles are exact up to twice this place
 
 
 class SinkCache:
@@ -31,8 +35,8 @@ class SinkCache:
     the model's type and device, [B, G, S + W, D] for keys and for values of each layer (S + w where the
     layer's own sliding window w is shorter than W).
 
-    Raises ValueError for sinks < 0, window < 1, batch_size < 1, chunk < 1 or origin < 0. Warns when
-    sinks + window is longer than the model was trained for.
+    Raises ValueError for sinks < 0, window < 1, batch_size < 1, chunk < 1 or origin outside 0 … 2^48. Warns
+    when sinks + window is longer than the model was trained for.
     """
 
     def __init__(
@@ -56,6 +60,8 @@ class SinkCache:
                 )
         _at_least(1, window=window, batch_size=batch_size, chunk=chunk)
         _at_least(0, origin=origin)
+        if origin >= FURTHEST:
+            raise ValueError(f"origin must be below {FURTHEST}, where angles end to be exact, not {origin}")
         if trained is not None and sinks + window > trained:
             warnings.warn(
                 f"sinks + window = {sinks + window} is longer than the {trained} tokens "
@@ -67,8 +73,9 @@ class SinkCache:
         self.batch_size, self.chunk = batch_size, chunk
         weight = next(model.parameters())
         self.dtype, self.device = weight.dtype, weight.device
-        self._seen = [0] * batch_size
-        self._unfinished: _SinkPlan | None = None  # it counts as seen, but perhaps not every layer keeps it
+        # Tokens seen per row, and the plan that is counted there but that perhaps not every layer keeps yet.
+        # One attribute, replaced as a whole: Ctrl-C falls before or after.
+        self._stand: tuple[list[int], _SinkPlan | None] = ([0] * batch_size, None)
         # A layer whose own window w is shorter keeps W' = min(W, w). One plan per distinct window.
         self._windows = {own: window if own is None else min(window, own) for own in geometry.windows}
         shape = batch_size, geometry.kv_heads, geometry.head_dim
@@ -76,6 +83,10 @@ class SinkCache:
             (own, _Ring((*shape[:2], sinks + self._windows[own], shape[2]), self.dtype, self.device))
             for own in geometry.windows
         ]
+
+    @property
+    def _seen(self) -> list[int]:
+        return self._stand[0]
 
     @property
     def seen(self) -> Tensor:
@@ -88,16 +99,62 @@ class SinkCache:
         return sum(ring.keys.nbytes + ring.values.nbytes for _, ring in self._rings)
 
     def reset(self, rows: Sequence[int] | Tensor | None = None) -> None:
-        """Forget the streams in `rows` (None: all), which start again from nothing."""
-        chosen = list(range(self.batch_size)) if rows is None else [int(row) for row in rows]
-        if not all(0 <= row < self.batch_size for row in chosen):
-            raise ValueError(f"rows must be in 0 … {self.batch_size - 1}, not {chosen}")
-        self._finish()
-        for row in chosen:
-            self._seen[row] = 0
+        """Forget the streams in `rows` (None: all), which start again from nothing.
+
+        Raises ValueError for anything but row numbers: a mask of True and False is not a list of rows.
+        """
+        chosen = _row_numbers(range(self.batch_size) if rows is None else rows, self.batch_size)
+        if len(set(chosen)) < self.batch_size:
+            self._finish()
+        seen = [0 if row in chosen else seen for row, seen in enumerate(self._seen)]
+        self._stand = seen, None
         for _, ring in self._rings:
             ring.keys[chosen] = 0
             ring.values[chosen] = 0
+
+    def step_back(self) -> None:
+        """Take each stream back by the token that it took in last, once, so that it can be fed again.
+
+        For a forward whose result was lost after it was committed. Exact: what that token overwrote was out
+        of its own window.
+        """
+        seen, unfinished = self._stand
+        self._stand = [max(0, count - 1) for count in seen], unfinished
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """All that the streams are: "sizes" int64 [3] (sinks, window, origin), "seen" int64 [B], and keys and
+        values of each layer, not copied.
+        """
+        self._finish()
+        state = {"sizes": torch.tensor([self.sinks, self.window, self.origin]), "seen": self.seen}
+        for layer, (_, ring) in enumerate(self._rings):
+            state[f"layers.{layer}.keys"], state[f"layers.{layer}.values"] = ring.keys, ring.values
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Go on where another cache of the same model, sinks, window, batch and origin stood; copies.
+
+        Raises ValueError, and changes nothing, where the state is not one of such a cache.
+        """
+        own = self.state_dict()
+        if own.keys() != state.keys():
+            raise ValueError("the state is not one of this model's cache: it has other layers")
+        for name, tensor in own.items():
+            given = state[name]
+            if given.shape != tensor.shape or given.dtype != tensor.dtype:
+                raise ValueError(
+                    f"the state belongs to another cache: {name} is {given.dtype} {list(given.shape)}, "
+                    f"here {tensor.dtype} {list(tensor.shape)}"
+                )
+        if not torch.equal(own.pop("sizes"), state["sizes"]):
+            raise ValueError(
+                f"the state belongs to a cache of other sinks, window and origin: {state['sizes'].tolist()}, "
+                f"here {[self.sinks, self.window, self.origin]}"
+            )
+        self._stand = [0] * self.batch_size, None  # until all of it is there
+        for name, tensor in own.items():
+            tensor.copy_(state[name])
+        self._stand = state["seen"].tolist(), None
 
     def __repr__(self) -> str:
         seen = self._seen[0] if len(set(self._seen)) == 1 else self._seen
@@ -111,32 +168,25 @@ class SinkCache:
     def plan(self, length: int, lengths: Sequence[int] | None = None) -> Plan:
         """Where `length` new tokens per row will stand; `lengths` [B] of them are real. No row moves."""
         self._finish()
-        if lengths is None and len(set(self._seen)) == 1:
-            maker = _plan_next if length == 1 else _plan_run
-            planned = {
-                own: maker(self.sinks, window, self.origin, self._seen[0], length, self.device)
-                for own, window in self._windows.items()
-            }
-        else:
-            counts = [length] * self.batch_size if lengths is None else list(lengths)
-            # One token for every row: each may take its slot at once.
-            ragged = _plan_one if length == 1 and all(counts) else _plan_chunk
-            planned = {
-                own: ragged(self.sinks, window, self.origin, self._seen, counts, length, self.device)
-                for own, window in self._windows.items()
-            }
-        steady = lengths is None and length == 1 and min(self._seen) >= self.sinks + self.window
+        lockstep = lengths is None and len(set(self._seen)) == 1
+        seen = self._seen[:1] if lockstep else self._seen
+        counts = [length] * len(seen) if lengths is None else list(lengths)
+        alone = length == 1 and all(counts)  # one token for every row: it may take its slot at once
+        maker = _plan_one if alone else _plan_chunk
+        planned = {
+            own: maker(self.sinks, window, self.origin, seen, counts, length, self.device)
+            for own, window in self._windows.items()
+        }
         tensors = None
-        if (
-            steady and len(set(self._seen)) == 1
-        ):  # from now on, a token's plan is the last one's with other numbers
+        if alone and lockstep and seen[0] >= self.sinks + self.window:
+            # From now on, the plan of one token is that of the last one with other numbers.
             tensors = [tensor for step, moves in planned.values() for tensor in _varying(step, moves)]
             tensors += [tensor for _, ring in self._rings for tensor in (ring.keys, ring.values)]
         return _SinkPlan(
             steps={own: step for own, (step, _) in planned.items()},
             memories=[_Memory(ring, planned[own][1]) for own, ring in self._rings],
             tensors=tensors,
-            advance=[length] * self.batch_size if lengths is None else list(lengths),
+            advance=[length] * self.batch_size if lengths is None else counts,
         )
 
     def commit(self, plan: Plan) -> None:
@@ -146,15 +196,15 @@ class SinkCache:
         whatever touches the cache next ends it: to write again is harmless, half a chunk is not.
         """
         assert isinstance(plan, _SinkPlan)
-        seen = [seen + count for seen, count in zip(self._seen, plan.advance, strict=True)]
-        self._seen, self._unfinished = seen, plan
+        self._stand = [seen + count for seen, count in zip(self._seen, plan.advance, strict=True)], plan
         self._finish()
 
     def _finish(self) -> None:
-        if self._unfinished is not None:
-            for memory in self._unfinished.memories:
+        seen, unfinished = self._stand
+        if unfinished is not None:
+            for memory in unfinished.memories:
                 memory.keep()
-            self._unfinished = None
+            self._stand = seen, None
 
 
 @dataclass(frozen=True, eq=False)
@@ -173,8 +223,9 @@ class _Ring:
     """The keys and values of one layer: slots 0 … S-1 for the sinks, W more taken in turn."""
 
     def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)  # [B, G, S + W, D]
-        self.values = torch.zeros_like(self.keys)
+        with torch.inference_mode(False):  # or no forward outside of it could write to them
+            self.keys = torch.zeros(shape, dtype=dtype, device=device)  # [B, G, S + W, D]
+            self.values = torch.zeros_like(self.keys)
 
     def write(self, move: tuple[Tensor | None, Tensor, Tensor], k: Tensor, v: Tensor) -> None:
         rows, tokens, slots = move
@@ -196,6 +247,11 @@ class _Memory:
 
     def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         ring, moves = self._ring, self._moves
+        if k.dtype != ring.keys.dtype or v.dtype != ring.keys.dtype:
+            raise ValueError(
+                f"the cache was made for {ring.keys.dtype}, the model computes in {v.dtype}: "
+                f"make a SinkCache for the model as it is, and leave autocast off"
+            )
         if moves.early is not None:
             ring.write(moves.early, k, v)
         if moves.late is None:
@@ -224,9 +280,7 @@ def _varying(step: Step, moves: _Moves) -> list[Tensor]:
     return [step.slots, step.near, step.far, step.keys, *moves.early[1:]]
 
 
-def _plan_next(
-    sinks: int, window: int, origin: int, seen: int, length: int, device: torch.device
-) -> tuple[Step, _Moves]:
+def _plan_next(sinks: int, window: int, origin: int, seen: int, device: torch.device) -> tuple[Step, _Moves]:
     """One token, all rows in lockstep. It takes the slot of the key that it no longer sees, then meets all.
 
     S = 2, W = 3, t = 9: slot 2 + (9 - 2) % 3 = 3, where token 6 stood; see `Step`.
@@ -239,8 +293,10 @@ def _plan_next(
     # One small tensor instead of many: this is done for every token.
     numbers = [slot, 0, near, far] if seen >= sinks else [slot, 0, near, far, seen]
     slots, here, *places = torch.tensor(numbers).to(device, non_blocking=True).view(-1, 1, 1).unbind()
-    if seen < total:
-        keys = torch.arange(seen + 1)
+    held, visible = min(-(-(seen + 1) // STRIDE) * STRIDE, total), None
+    if held < total or seen + 1 < total:
+        keys = torch.arange(held)
+        visible = None if seen + 1 == held else (keys <= seen).to(device)[None, None]
         if origin:
             keys[sinks:] += origin
     else:  # behind the sinks: this lap's tokens up to t, then what is left of the lap before
@@ -252,11 +308,11 @@ def _plan_next(
         far=places[1],
         own=places[-1] if origin and seen < sinks else places[0],
         keys=keys.to(device, non_blocking=True)[None],
-        visible=None,
-        sinks=min(sinks, seen + 1) if apart else 0,
+        visible=visible,
+        sinks=min(sinks, held) if apart else 0,
         span=total,
     )
-    return step, _Moves(((0, min(seen + 1, total)),), (None, here[0], slots[0]), None)
+    return step, _Moves(((0, held),), (None, here[0], slots[0]), None)
 
 
 def _plan_run(
@@ -306,9 +362,11 @@ def _plan_one(
     sinks: int, window: int, origin: int, seen: Sequence[int], counts: Sequence[int], length: int,
     device: torch.device,
 ) -> tuple[Step, _Moves]:  # fmt: skip
-    """As `_plan_next`, where the rows stand at different places."""
+    """One token per row; see `_plan_next`, which serves where all rows stand at the same place."""
+    if len(seen) == 1:
+        return _plan_next(sinks, window, origin, seen[0], device)
     total = sinks + window
-    held = min(max(seen) + 1, total)
+    held = min(-(-(max(seen) + 1) // STRIDE) * STRIDE, total)
     places = torch.tensor(seen)[:, None]  # [R, 1]
     slots = torch.where(places < sinks, places, sinks + (places - sinks) % window)
     keys = _held_places(sinks, window, places + 1, held)
@@ -324,11 +382,13 @@ def _plan_chunk(
 ) -> tuple[Step, _Moves]:  # fmt: skip
     """T tokens per row, of which `counts` are real: they meet the slots held and, behind them, each other.
 
-    As `_plan_run`, but the slots stay in their order, which differs from row to row.
+    As in `_plan_run`, which serves rows in lockstep; but here the slots stay in their order.
 
     S = 2, W = 3, 4 tokens on an empty row: held is 2, the keys are the slots 0 1 and the tokens 0 1 2 3;
     tokens 0 and 1 are written first and hidden behind, so token 3 sees keys at the places 0 1 - - 2 3.
     """
+    if len(seen) == 1 and counts[0] == length:
+        return _plan_run(sinks, window, origin, seen[0], length, device)
     total = sinks + window
     ends = [start + count for start, count in zip(seen, counts, strict=True)]
     held = max(min(max(seen), total), min(max(ends), sinks))
@@ -391,6 +451,17 @@ def _move(
         return None
     where = slots[rows, tokens].to(device)
     return rows.to(device), tokens.to(device), where
+
+
+def _row_numbers(rows: Sequence[int] | Tensor, batch_size: int) -> list[int]:
+    given = rows.tolist() if isinstance(rows, Tensor) else rows
+    try:
+        numbers = [-1 if isinstance(row, bool) else index(row) for row in given]
+    except TypeError:
+        numbers = [-1]
+    if not all(0 <= number < batch_size for number in numbers):
+        raise ValueError(f"rows must be a list of row numbers in 0 … {batch_size - 1}, not {given}")
+    return numbers
 
 
 def _at_least(least: int, **given: int) -> None:

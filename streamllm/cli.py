@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import os
 import sys
 import warnings
 from typing import IO, Any
@@ -12,7 +14,23 @@ import click
 # name -> (module, attribute, what `streamllm --help` says); imported when called, so that help comes at once
 COMMANDS = {
     "generate": ("streamllm.cli", "generate", "Let a model talk, as long as you like."),
+    "parity": ("streamllm.parity", "parity", "Compare a checkpoint with transformers, layer by layer."),
+    "perplexity": (
+        "streamllm.evaluate.commands",
+        "perplexity",
+        "Score a long text: dense, window, sinks, re-computed.",
+    ),
+    "inspect": (
+        "streamllm.evaluate.commands",
+        "inspect",
+        "Show the attention sinks, and how many are needed.",
+    ),
+    "recall": ("streamllm.evaluate.commands", "recall", "Show what is remembered, by distance."),
+    "convert": ("streamllm.convert", "convert_command", "Write a checkpoint as safetensors."),
 }
+
+
+SMALL = 20_000_000  # parameters below which threads wait for each other longer than they work
 
 
 class Commands(click.Group):
@@ -28,6 +46,15 @@ class Commands(click.Group):
         command = getattr(importlib.import_module(module), attribute)
         assert isinstance(command, click.Command)
         return command
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:  # the reader went away: `streamllm generate | head`
+            for stream in (sys.stdout, sys.stderr):  # what they hold is written at exit: to nowhere
+                with contextlib.suppress(OSError, ValueError):
+                    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+            ctx.exit(141)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
@@ -59,6 +86,22 @@ class Forever(click.ParamType):  # type: ignore[type-arg]  # generic in newer ve
         if number < 0:
             self.fail(f"{value!r} is neither a number of tokens nor 'forever'", param, ctx)
         return number
+
+
+class Device(click.ParamType):  # type: ignore[type-arg]
+    """A device that can be used here."""
+
+    name = "device"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        import torch
+
+        try:
+            torch.zeros(1, device=value).item()
+        except (RuntimeError, AssertionError, NotImplementedError) as error:
+            reason = str(error).partition("\n")[0] or type(error).__name__
+            self.fail(f"{value!r} cannot be used here: {reason}", param, ctx)
+        return str(value)
 
 
 @click.command()
@@ -121,19 +164,24 @@ class Forever(click.ParamType):  # type: ignore[type-arg]  # generic in newer ve
     show_default=True,
     help="float32, bfloat16, float16, float64; auto is the checkpoint's.",
 )
-@click.option("--device", help="cpu, cuda, mps.  [default: the best there is]")
+@click.option("--device", type=Device(), help="cpu, cuda, mps.  [default: the best there is]")
+@click.option(
+    "--threads", type=click.IntRange(1), help="CPU threads.  [default: 1 for small models, else all cores]"
+)
 @click.option("--quiet", "-q", is_flag=True, help="No status line.")
 def generate(
     prompt: str | None, file: IO[str] | None, model: str | None, revision: str | None, sinks: int,
     window: int | None, chunk: int, max_new_tokens: int | str, temperature: float | None, top_k: int | None,
     top_p: float | None, min_p: float | None, repetition_penalty: float | None, seed: int | None,
-    stop: tuple[str, ...], ignore_eos: bool, dtype: str, device: str | None, quiet: bool,
+    stop: tuple[str, ...], ignore_eos: bool, dtype: str, device: str | None, threads: int | None, quiet: bool,
 ) -> None:  # fmt: skip
     """Let a model talk, as long as you like.
 
     The text goes to standard output as it comes, after PROMPT. Without a prompt it is read from --file, or
     from standard input when that is no terminal. Ctrl-C stops.
     """
+    import torch
+
     from streamllm import Stream, load
     from streamllm.status import Status
 
@@ -141,8 +189,15 @@ def generate(
         raise click.UsageError("give a prompt or a --file, not both")
     if prompt is None:
         source = file or (None if sys.stdin is None or sys.stdin.isatty() else sys.stdin)
-        prompt = source.read() if source else ""
+        try:
+            prompt = source.read() if source else ""
+        except UnicodeDecodeError as error:
+            raise ValueError(f"the prompt is not UTF-8: {error}") from None
     loaded, tokenizer = load(model, revision=revision, dtype=dtype, device=device)
+    if threads is None and sum(parameter.numel() for parameter in loaded.parameters()) < SMALL:
+        threads = 1
+    if threads is not None:
+        torch.set_num_threads(threads)
     stream = Stream(loaded, tokenizer, sinks=sinks, window=window, chunk=chunk)
     pieces = stream.generate(
         prompt,
@@ -183,13 +238,26 @@ def main(args: list[str] | None = None) -> None:
         code = error.exit_code
     except (click.Abort, KeyboardInterrupt):
         code = 130
-    except BrokenPipeError:  # the reader went away: `streamllm generate | head`
-        sys.stderr.close()
-        code = 141
-    except (CheckpointError, ValueError) as error:
+    except (CheckpointError, ValueError, OSError) as error:
         click.echo(f"Error: {' '.join(str(error).split())}", err=True)
         code = 2
+        with contextlib.suppress(OSError, ValueError):  # what a full disk did not take is not tried again
+            sys.stdout.flush()
+    except (MemoryError, RuntimeError) as error:
+        if not _out_of_memory(error):
+            raise
+        click.echo(
+            "Error: there is not enough memory: give a smaller --window or --chunk, --dtype bfloat16, "
+            "or take a smaller model",
+            err=True,
+        )
+        code = 2
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _out_of_memory(error: Exception) -> bool:
+    words = str(error).lower()  # the CPU's allocator has no type of its own
+    return isinstance(error, MemoryError) or "out of memory" in words or "allocate memory" in words
 
 
 def _show_warning(message: Warning | str, *args: Any, **kwargs: Any) -> None:

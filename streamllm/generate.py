@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -38,9 +39,10 @@ def generate(
     or Ctrl-C, `cache.seen` says how far the stream came, and the cache can be used on.
 
     Raises ValueError for tokens outside the vocabulary or none at all, and for settings out of range;
-    UnsupportedConfig where generation_config.json asks for what is not done here.
+    UnsupportedConfig where generation_config.json asks for what is not done here; TypeError for tokens that
+    are no whole numbers.
     """
-    ids = tokens.flatten().tolist() if isinstance(tokens, Tensor) else list(tokens)
+    ids = _ids(tokens)
     if not ids:
         raise ValueError("there are no tokens to begin with: give a prompt, or a BOS token")
     cache = SinkCache(model) if cache is None else cache
@@ -54,9 +56,19 @@ def generate(
         repetition_penalty=repetition_penalty,
         eos=eos,
     )
-    loop = Loop(model, cache)
-    loop.push(ids)
-    return loop.run(config, max_new_tokens, seed)
+    return Loop(model, cache).run(config, max_new_tokens, seed, ids)
+
+
+def _ids(tokens: Sequence[int] | Tensor) -> list[int]:
+    if isinstance(tokens, Tensor):
+        if tokens.dim() == 2 and len(tokens) == 1:
+            tokens = tokens[0]
+        if tokens.dim() != 1:
+            raise ValueError(
+                f"generate() runs one stream, of tokens [T] or [1, T], not of shape {list(tokens.shape)}"
+            )
+        tokens = tokens.tolist()
+    return [operator.index(token) for token in tokens]
 
 
 def settings(
@@ -106,7 +118,8 @@ class Loop:
         self.unfed.extend(tokens)
         self.past.update(tokens)
         if self.said is not None:
-            self.said[list(tokens)] = True
+            with torch.inference_mode():
+                self.said[list(tokens)] = True
 
     def feed(self) -> None:
         """Let the cache take in what is still to be fed."""
@@ -119,17 +132,30 @@ class Loop:
                 tokens = torch.tensor([self.unfed], device=self.cache.device)
                 self.logits = self.model(tokens, self.cache, logits_to_keep=1)[0, -1]
         finally:
-            del self.unfed[: int(self.cache.seen[0]) - before]
+            taken = int(self.cache.seen[0]) - before
+            if self.logits is None and taken == len(self.unfed):  # Ctrl-C while the logits were on their way
+                self.cache.step_back()
+                taken -= 1
+            del self.unfed[:taken]
 
-    def run(self, config: GenerationConfig, max_new_tokens: int | None, seed: int | None) -> Iterator[int]:
-        """Feed and choose, until an eos token or `max_new_tokens`; each token chosen is pushed."""
+    def run(
+        self,
+        config: GenerationConfig,
+        max_new_tokens: int | None,
+        seed: int | None,
+        tokens: Sequence[int] = (),
+    ) -> Iterator[int]:
+        """Push `tokens`, feed and choose, until an eos token or `max_new_tokens`; what is chosen is pushed.
+
+        Raises ValueError before anything is pushed.
+        """
         if max_new_tokens is not None and max_new_tokens < 0:
             raise ValueError(f"max_new_tokens must be 0 or above, or None for no end, not {max_new_tokens}")
-        if not self.unfed and self.logits is None:
+        if seed is not None and not -(1 << 63) <= seed < 1 << 64:
+            raise ValueError(f"seed must be a whole number of 64 bits, not {seed}")
+        if not tokens and not self.unfed and self.logits is None:
             raise ValueError("there is nothing to go on from: give a prompt")
-        if config.repetition_penalty != 1.0 and self.said is None:
-            self.said = torch.zeros(self.vocab_size, dtype=torch.bool, device=self.cache.device)
-            self.said[list(self.past)] = True
+        self.push(tokens)
         generator = None
         if seed is not None:
             generator = torch.Generator(self.cache.device).manual_seed(seed)
@@ -138,6 +164,10 @@ class Loop:
     def _tokens(
         self, config: GenerationConfig, max_new_tokens: int | None, generator: torch.Generator | None
     ) -> Iterator[int]:
+        if config.repetition_penalty != 1.0 and self.said is None:
+            with torch.inference_mode():
+                self.said = torch.zeros(self.vocab_size, dtype=torch.bool, device=self.cache.device)
+                self.said[list(self.past)] = True
         done = 0
         while max_new_tokens is None or done < max_new_tokens:
             self.feed()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -31,19 +32,29 @@ def load(
     match_transformers: bool = False,
     local_files_only: bool = False,
     token: str | None = None,
+    allow_pickle: bool = False,
 ) -> tuple[nn.Module, Tokenizer]:
     """A model and its tokenizer: a hub name ("org/name"), a folder, or None for the embedded checkpoint.
 
     revision: a branch, tag, commit or "refs/pr/1" of a hub repository. dtype: float64, float32, float16 or
     bfloat16; "auto" is what the checkpoint says it is. device: None takes CUDA if there, then MPS, then the
     CPU. match_transformers reproduces transformers' known deviations (rotary angles in float32, bfloat16
-    ALiBi of Falcon, keys of MPT's config that it ignores) and is meant for comparisons only.
+    ALiBi of Falcon, keys of MPT's config that it ignores) and is meant for comparisons only. allow_pickle:
+    read old checkpoints that have only pytorch_model.bin; a pickle could run code, so trust its author.
 
     Raises CheckpointNotFound, UnsupportedConfig or CheckpointError (all CheckpointError) and TokenizerError.
     """
     source = open_source(name, revision=revision, local_files_only=local_files_only, token=token)
-    model = _load_model(source, dtype, device, match_transformers)
-    return model, _load_tokenizer(source)
+    tokenizer = _load_tokenizer(source)  # first, because it may be wrong, and is small
+    model = _load_model(source, dtype, device, match_transformers, allow_pickle)
+    rows = getattr(model, "geometry").vocab_size  # noqa: B009  # nn.Module declares tensors and modules only
+    if tokenizer.vocab_size > rows:
+        warnings.warn(
+            f"{source.name}: the tokenizer knows {tokenizer.vocab_size} tokens, the model {rows}; a text "
+            f"that needs the others cannot be given to it",
+            stacklevel=2,
+        )
+    return model, tokenizer
 
 
 def load_model(
@@ -55,10 +66,11 @@ def load_model(
     match_transformers: bool = False,
     local_files_only: bool = False,
     token: str | None = None,
+    allow_pickle: bool = False,
 ) -> nn.Module:
     """The model alone; arguments and errors as for `load`."""
     source = open_source(name, revision=revision, local_files_only=local_files_only, token=token)
-    return _load_model(source, dtype, device, match_transformers)
+    return _load_model(source, dtype, device, match_transformers, allow_pickle)
 
 
 def load_tokenizer(
@@ -100,10 +112,15 @@ def default_device() -> torch.device:
 
 
 def _load_model(
-    source: Source, dtype: torch.dtype | str, device: torch.device | str | None, match_transformers: bool
+    source: Source,
+    dtype: torch.dtype | str,
+    device: torch.device | str | None,
+    match_transformers: bool,
+    allow_pickle: bool,
 ) -> nn.Module:
-    checkpoint = Checkpoint(source, match_transformers)
+    checkpoint = Checkpoint(source, match_transformers, allow_pickle)
     place = default_device() if device is None else torch.device(device)
+    generation_config = _generation_config(source, checkpoint.keys.get("eos_token_id"))
     if checkpoint.nbytes < PROGRESS_FROM:
         model = checkpoint.load(dtype, place)
     else:
@@ -112,7 +129,7 @@ def _load_model(
         with tqdm(total=checkpoint.nbytes, unit="B", unit_scale=True, desc=f"loading {source.name}") as bar:
             model = checkpoint.load(dtype, place, report=bar.update)
     arrange(model)
-    attach(model, _generation_config(source, checkpoint.keys.get("eos_token_id")))
+    attach(model, generation_config)
     return model
 
 
@@ -123,9 +140,11 @@ def _generation_config(source: Source, eos: Any) -> GenerationConfig:
 
 
 def _load_tokenizer(source: Source) -> Tokenizer:
-    found = [path for path in map(source.find, TOKENIZER_FILES) if path is not None]
-    if not found:
+    found = {name: path for name in TOKENIZER_FILES if (path := source.find(name)) is not None}
+    if not found.keys() & set(TOKENIZER_FILES[:2]):
+        if source.offline:
+            source.file(TOKENIZER_FILES[0])  # is not in the cache, which is all that is known
         raise CheckpointNotFound(
             f"{source.name} has no tokenizer: neither of {', '.join(TOKENIZER_FILES[:2])}"
         )
-    return load_tokenizer_files(found[0].parent)
+    return load_tokenizer_files(next(iter(found.values())).parent)

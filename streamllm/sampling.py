@@ -134,14 +134,24 @@ def attached(model: nn.Module) -> GenerationConfig:
 def next_token(
     logits: Tensor, config: GenerationConfig, generator: torch.Generator | None, said: Tensor | None = None
 ) -> int:
-    """One token from logits [V]. `said`, bool [V], marks those that the repetition penalty is for."""
+    """One token from logits [V]. `said`, bool [V], marks those that the repetition penalty is for.
+
+    Raises ValueError where a logit is no number, which a model out of its precision gives.
+    """
     scores = logits.float()
     if said is not None and config.repetition_penalty != 1.0:
         penalty = config.repetition_penalty
         scores = torch.where(said, torch.where(scores < 0, scores * penalty, scores / penalty), scores)
+    best, first = scores.max(-1)
+    if not best.isfinite():
+        raise ValueError(
+            f"the model's logits are not finite ({best:g}): in float16 take bfloat16 or float32 instead; "
+            f"else its weights are damaged"
+        )
     if config.temperature == 0:
-        return int(scores.argmax())
-    scores, tokens = _likeliest(scores / config.temperature, config)
+        return int(first)
+    # the difference, because a small temperature would make infinities of the scores themselves
+    scores, tokens = _likeliest((scores - best) / config.temperature, config)
     chosen = torch.multinomial(scores.softmax(-1), 1, generator=generator)
     return int(tokens[chosen])
 
@@ -151,11 +161,12 @@ def _likeliest(scores: Tensor, config: GenerationConfig) -> tuple[Tensor, Tensor
     if not config.top_k and config.top_p == 1 and not config.min_p:
         return scores, torch.arange(len(scores), device=scores.device)
     if config.top_k:
-        kept, tokens = _top(scores, config.top_k)
-        kept, tokens = kept[(fits := kept >= kept[config.top_k - 1 : config.top_k].min())], tokens[fits]
-        shares = kept.softmax(-1)
+        worst = scores.topk(min(config.top_k, len(scores))).values[-1]
+        tokens = (scores >= worst).nonzero().squeeze(-1)  # with all that tie with the k-th
+        kept, order = scores[tokens].sort(descending=True, stable=True)
+        tokens, shares = tokens[order], kept.softmax(-1)
     else:  # nearly always a few hundred hold all the probability that is asked for: spare the full sort
-        kept, tokens = _top(scores, 256)
+        kept, tokens = scores.topk(min(256, len(scores)))
         shares = (kept - scores.logsumexp(-1)).exp()
         enough = config.top_p < 1 and shares.sum() >= config.top_p
         if not (enough or (config.top_p == 1 and shares[-1] < config.min_p * shares[0])):
@@ -169,8 +180,3 @@ def _likeliest(scores: Tensor, config: GenerationConfig) -> tuple[Tensor, Tensor
         fits = shares >= config.min_p * shares[0]
         kept, tokens = kept[fits], tokens[fits]
     return kept, tokens
-
-
-def _top(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    values, tokens = scores.topk(min(count, len(scores)))
-    return values, tokens

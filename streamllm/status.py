@@ -26,11 +26,10 @@ class Status:
     def __init__(self, stream: Stream, terminal: TextIO, text: TextIO, quiet: bool = False) -> None:
         self._stream, self._terminal, self._quiet = stream, terminal, quiet
         self._live = not quiet and terminal.isatty() and os.environ.get("TERM") != "dumb"
-        self._shared = self._live and text.isatty()
+        self._shared = self._live and text.isatty() and self._size().lines > 2
         self._rows = 0
-        self._tokens = 0
-        self._first = stream.seen
-        self._begun = self._shown = self._said = time.monotonic()
+        self._first = stream.said
+        self._shown = self._since = time.monotonic()
 
     def __enter__(self) -> Status:
         if self._shared:
@@ -53,23 +52,21 @@ class Status:
             self._terminal.flush()
 
     def tick(self) -> None:
-        """One more token was said."""
+        """Something more was said."""
         now = time.monotonic()
-        if not self._tokens:  # the prompt was read, and is not counted in the speed
-            self._said = now
-        self._tokens += 1
+        if self._stream.said - self._first <= 1:  # the prompt was read, and is not counted in the speed
+            self._since = now
         if self._live and now - self._shown >= INTERVAL:
             self._shown = now
             self._refresh()
 
     def line(self) -> str:
         """What the status line says."""
-        seconds = time.monotonic() - self._said
-        speed = (
-            f"{(self._tokens - 1) / seconds:,.1f} tokens/s" if self._tokens > 1 and seconds else "– tokens/s"
-        )
+        seconds = time.monotonic() - self._since
+        tokens = self._stream.said - self._first
+        speed = f"{(tokens - 1) / seconds:,.1f} tokens/s" if tokens > 1 and seconds else "– tokens/s"
         parts = [
-            f"{self._tokens:,} tokens",
+            f"{tokens:,} tokens",
             speed,
             f"place {self._stream.seen:,}",
             f"cache {self._stream.cache.nbytes / 1e6:.1f} MB",
@@ -81,10 +78,10 @@ class Status:
 
     def _refresh(self) -> None:
         line = self.line()
+        size = self._size()
         if not self._shared:
-            self._terminal.write(f"\r\x1b[2K{line[: shutil.get_terminal_size().columns - 1]}")
+            self._terminal.write(f"\r\x1b[2K{line[: size.columns - 1]}")
         else:
-            size = shutil.get_terminal_size()
             if size.lines != self._rows:
                 self._reserve()
             self._terminal.write(
@@ -92,9 +89,18 @@ class Status:
             )
         self._terminal.flush()
 
+    def _size(self) -> os.terminal_size:
+        with contextlib.suppress(OSError, ValueError):
+            size = os.get_terminal_size(
+                self._terminal.fileno()
+            )  # not that of standard output, a pipe perhaps
+            if size.columns and size.lines:
+                return size
+        return shutil.get_terminal_size()
+
     def _reserve(self) -> None:
         """Keep the text out of the bottom row: a scroll region without it, the cursor where it was."""
-        self._rows = shutil.get_terminal_size().lines
+        self._rows = self._size().lines
         self._terminal.write(f"\n\x1b7\x1b[1;{self._rows - 1}r\x1b8\x1b[1A")
         self._terminal.flush()
 

@@ -31,6 +31,8 @@ class Stream:
         self.cache = SinkCache(model, sinks=sinks, window=window, chunk=chunk)
         self._loop = Loop(model, self.cache)
         self._decoder = tokenizer.decoder()
+        self._held = ""  # the end of what was said, while it may still become a stop string
+        self._said = 0
         self._started = False
 
     @property
@@ -38,14 +40,21 @@ class Stream:
         """How many tokens the cache has taken in."""
         return int(self.cache.seen[0])
 
+    @property
+    def said(self) -> int:
+        """How many tokens the model has said."""
+        return self._said
+
     def __repr__(self) -> str:
         return f"Stream({self._loop.model.__class__.__module__.rpartition('.')[2]}, {self.cache!r})"
 
     def feed(self, text: str) -> int:
         """Let the model read a text without saying anything. Returns how many tokens it was."""
-        count = self._write(text)
+        tokens = self._encode(text)
+        self._loop.push(tokens)
+        self._written(tokens)
         self._loop.feed()
-        return count
+        return len(tokens)
 
     def generate(
         self,
@@ -81,41 +90,53 @@ class Stream:
         stops = [stop] if isinstance(stop, str) else list(stop)
         if "" in stops:
             raise ValueError("a stop string must not be empty")
-        self._write(text)
-        return self._pieces(self._loop.run(config, max_new_tokens, seed), stops)
+        tokens = self._encode(text)
+        said = self._loop.run(config, max_new_tokens, seed, tokens)
+        self._written(tokens)
+        return self._pieces(said, stops)
 
     def reset(self) -> None:
         """Forget everything and start a new text."""
         self.cache.reset()
         self._loop = Loop(self._loop.model, self.cache)
         self._decoder = self.tokenizer.decoder()
+        self._held = ""
+        self._said = 0
         self._started = False
 
-    def _write(self, text: str) -> int:
+    def _encode(self, text: str) -> list[int]:
         tokens = self.tokenizer.encode(text, add_special_tokens=not self._started)
         if not tokens and not self._started:
             raise ValueError(
                 "the prompt is empty and the tokenizer adds no BOS token: give some text to begin with"
             )
-        self._loop.push(tokens)
+        return tokens
+
+    def _written(self, tokens: Sequence[int]) -> None:
+        if tokens:
+            self._held = ""  # of an answer that was left alone
         self._started = True
         for token in tokens:  # what follows a text is not decoded as if it began one
             self._decoder.push(token)
-        return len(tokens)
 
     def _pieces(self, tokens: Iterator[int], stops: Sequence[str]) -> Iterator[str]:
-        held = ""  # the end of what was said, while it may still become a stop string
         for token in tokens:
-            held += self._decoder.push(token)
-            end = min((at for at in map(held.find, stops) if at >= 0), default=-1)
-            if end >= 0:
-                yield held[:end]
+            self._said += 1
+            self._held += self._decoder.push(token)
+            # the one that is complete first, however the text is cut into tokens; at once: the longer one
+            ends = [(at + len(stop), at) for stop in stops if (at := self._held.find(stop)) >= 0]
+            if ends:
+                piece = self._release(min(ends)[1])
+                self._held = ""
+                yield piece
                 return
-            keep = _overlap(held, stops)
-            yield held[: len(held) - keep]
-            held = held[len(held) - keep :]
-        if held:
-            yield held
+            yield self._release(len(self._held) - _overlap(self._held, stops))
+        if self._held:
+            yield self._release(len(self._held))
+
+    def _release(self, length: int) -> str:
+        piece, self._held = self._held[:length], self._held[length:]
+        return piece
 
 
 def _overlap(text: str, stops: Sequence[str]) -> int:

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 Tensors = dict[str, Tensor]
+NULL = object()  # in `spell`: a key whose value is null
 
 
 @dataclass(frozen=True)
@@ -25,8 +26,12 @@ class Variant:
     dtype: torch.dtype = torch.float32  # on disk
     shards: str | None = None  # max_shard_size, "20KB"
     spell: dict[str, Any] = field(default_factory=dict)  # laid over config.json; None removes a key
+    disguise: dict[str, Any] = field(default_factory=dict)  # as `spell`, where transformers cannot read it
     tensors: Callable[[Tensors], Tensors] | None = None  # renames, drops or adds tensors on disk
+    strays: tuple[str, ...] = ()  # safetensors that nobody names, whose weights are wrong
     length: int = 600  # tokens compared under match_transformers
+    faulty: bool = False  # transformers does not do what the config says, by a fault that can be mended
+    refused: str | None = None  # what we say instead of doing what the config says
 
     def __str__(self) -> str:
         return self.name
@@ -48,18 +53,20 @@ def make(folder: Path, variant: Variant, seed: int = 0) -> Path:
         save_file(variant.tensors(tensors), path)
     if variant.spell:
         respell(folder, variant.spell)
+    for stray in variant.strays:
+        save_file({name: weight.neg() for name, weight in model.state_dict().items()}, folder / stray)
     (folder / "generation_config.json").unlink(missing_ok=True)
     return folder
 
 
 def respell(folder: Path, changes: dict[str, Any]) -> None:
-    """Lay `changes` over config.json; None removes a key."""
+    """Lay `changes` over config.json; None removes a key, NULL sets it to null."""
     path = folder / "config.json"
     values = json.loads(path.read_text())
     for name, value in changes.items():
         values.pop(name, None)
         if value is not None:
-            values[name] = value
+            values[name] = None if value is NULL else value
     path.write_text(json.dumps(values))
 
 

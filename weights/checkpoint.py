@@ -14,12 +14,19 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from streamllm.weights import FAMILIES, supported
+from streamllm.weights import FAMILIES, pickled
 from streamllm.weights.errors import CheckpointError, CheckpointNotFound, UnsupportedConfig
 from streamllm.weights.family import NOT_NEEDED, Family, Fused
 from streamllm.weights.keys import Keys, read_json
 
+DEEPEST = 2048  # layers; a model is built before its weights are read, at about a millisecond for each
+
+LARGEST_HEADER = (
+    25_000_000  # bytes of a safetensors file's header, as on the hub; in memory it is ten times that
+)
+
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+PICKLE_INDEX, PICKLE = "pytorch_model.bin.index.json", "pytorch_model.bin"
 
 # As safetensors names them. Anything else, integers and 8-bit floats, is some quantised format.
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -36,8 +43,11 @@ class Source(Protocol):
 
     @property
     def name(self) -> str: ...
+    @property
+    def offline(self) -> bool: ...  # nothing can be fetched: what is not found may be there all the same
     def file(self, relative: str) -> Path: ...
     def find(self, relative: str) -> Path | None: ...
+    def has(self, relative: str) -> bool: ...
 
 
 @dataclass(frozen=True)
@@ -48,6 +58,7 @@ class Stored:
     path: Path
     shape: tuple[int, ...]
     dtype: str  # safetensors' name for it
+    pickled: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -56,21 +67,61 @@ class Stored:
 
     def read(self) -> Tensor:
         """The tensor, mapped from its file: pages are read when touched, and go when the tensor goes."""
-        from safetensors import safe_open
+        return Reader().read(self, keep=False)
 
-        with safe_open(self.path, framework="pt", device="cpu") as file:
-            return file.get_tensor(self.name)  # type: ignore[no-any-return]
+
+# Bytes that may be read through one mapping before it is replaced by a new one.
+MAPPED = 64 << 20
+
+
+class Reader:
+    """Reads tensors of safetensors files, and lets go of the pages that were read.
+
+    A tensor is a part of its file's mapping, and the pages touched through a mapping stay in memory as long
+    as any tensor of it lives. So tensors that are kept and tensors that are only copied from have a mapping
+    each, and the latter's is dropped from time to time: not after each, because to open a file is to parse
+    its header, and there are headers of 100 MB.
+    """
+
+    def __init__(self) -> None:
+        self._open: dict[tuple[Path, bool], tuple[Callable[[str], Tensor], int]] = {}
+
+    def read(self, stored: Stored, keep: bool) -> Tensor:
+        from safetensors import SafetensorError
+
+        keep = keep or (stored.pickled and not pickled.is_mapped(stored.path))  # read whole: once, then
+        file, seen = self._open.get((stored.path, keep), (None, 0))
+        try:
+            if file is None or (not keep and seen + stored.nbytes > MAPPED):
+                self._open.pop((stored.path, keep), None)
+                file, seen = _open(stored), 0
+            self._open[stored.path, keep] = file, seen + stored.nbytes
+            return file(stored.name)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{stored.path} has changed while it was read ({error})") from None
+
+
+def _open(stored: Stored) -> Callable[[str], Tensor]:
+    """The tensors of its file by name, mapped."""
+    if stored.pickled:
+        return pickled.unpickle(stored.path).__getitem__
+    from safetensors import safe_open
+
+    file: Any = safe_open(stored.path, framework="pt", device="cpu")
+    return file.get_tensor  # type: ignore[no-any-return]
 
 
 class Checkpoint:
     """A checkpoint whose config is read and whose tensors are listed, before any weight is.
 
     Raises CheckpointNotFound for a missing file, UnsupportedConfig for a model_type, a config value or a
-    format that this library does not know, CheckpointError for files that are broken.
+    format that this library does not know, CheckpointError for files that are broken. Weights that exist only
+    as a pickle are read with `allow_pickle` alone.
     """
 
-    def __init__(self, source: Source, match_transformers: bool = False) -> None:
+    def __init__(self, source: Source, match_transformers: bool = False, allow_pickle: bool = False) -> None:
         self.source = source
+        self._allow_pickle = allow_pickle
         self.keys = Keys(read_json(_config_file(source)), f"config.json of {source.name}")
         self.family, self.config = read_config(self.keys, match_transformers)
 
@@ -79,10 +130,17 @@ class Checkpoint:
         """All tensors on disk, by their name there."""
         index = self.source.find(INDEX)
         if index is not None:
-            return _read_shards(self.source, index)
+            return _read_shards(self.source, index, list_tensors)
         single = self.source.find(SINGLE)
         if single is not None:
             return {stored.name: stored for stored in list_tensors(single)}
+        if self._allow_pickle:
+            index = self.source.find(PICKLE_INDEX)
+            if index is not None:
+                return _read_shards(self.source, index, list_pickled)
+            single = self.source.find(PICKLE)
+            if single is not None:
+                return {stored.name: stored for stored in list_pickled(single)}
         raise self._no_weights()
 
     @property
@@ -91,11 +149,14 @@ class Checkpoint:
         return sum(stored.nbytes for stored in self.tensors.values())
 
     def _no_weights(self) -> CheckpointError:
-        for other in ("pytorch_model.bin", "pytorch_model.bin.index.json"):
-            if self.source.find(other) is not None:
+        if self.source.offline:
+            self.source.file(SINGLE)  # is not in the cache, which is all that is known
+        for other in (PICKLE, PICKLE_INDEX):
+            if self.source.has(other):
                 return UnsupportedConfig(
-                    f"{self.source.name} has its weights only as {other}, a pickle, which can run code; "
-                    f"convert it to safetensors first"
+                    f"{self.source.name} has its weights only as {other}, a pickle, which could run code; if "
+                    f"you trust its author, load it with allow_pickle=True, or make safetensors of it with "
+                    f"'streamllm convert --allow-pickle'"
                 )
         return CheckpointNotFound(f"{self.source.name} has no weights: neither {SINGLE} nor {INDEX}")
 
@@ -128,20 +189,23 @@ class Checkpoint:
         cast, split or moved is read and released. `report` is told the bytes of each tensor that is done.
         """
         dtype, device = self.dtype(dtype), torch.device(device)
-        jobs, config = self._jobs()
-        with torch.device("meta"):
-            model = self.family.model(config)
+        jobs, config, model = self.plan()
         slots = _slots(model)
-        _check_complete(self.source.name, slots, jobs)
         doubtful: list[str] = []
+        reader = Reader()
         for stored, names, split in jobs:
-            parts = (stored.read(),) if split is None else split(stored.read(), config)
+            stays = split is None and FLOATS[stored.dtype] == dtype and device.type == "cpu"
+            whole = reader.read(stored, keep=stays)
+            parts = (whole,) if split is None else split(whole, config)
+            del whole
             for name, part in zip(names, parts, strict=True):
                 _check_shape(self.source.name, stored, name, part, slots[name][0][0])
                 # A part is copied out of its fused tensor, so that the file's pages can go.
                 part = part.to(device=device, dtype=dtype, copy=split is not None).contiguous()
-                if not part.sum(dtype=torch.promote_types(dtype, torch.float32)).isfinite():
+                if not _is_finite(part):
                     doubtful.append(stored.name)
+                if part.data_ptr() % part.element_size():
+                    part = part.clone()  # some writers do not align, and not every kernel can read that
                 _assign(slots[name], part)
             if report is not None:
                 report(stored.nbytes)
@@ -153,15 +217,37 @@ class Checkpoint:
             )
         return model.eval()
 
-    def _jobs(self) -> tuple[list[_Job], Any]:
+    def plan(self) -> tuple[list[Job], Any, nn.Module]:
+        """What is to be read for which parameters, the config, and the model on the meta device.
+
+        All tensors are there by then, and have the shapes that the config says. The config is not quite
+        config.json's where that ties a head that the files have apart.
+        """
+        jobs, config = self._jobs()
+        model = self._build(config)
+        _check_complete(self.source.name, _slots(model), jobs)
+        return jobs, config, model
+
+    def _build(self, config: Any) -> nn.Module:
+        """The model on the meta device, without weights."""
+        try:
+            with torch.device("meta"):
+                return self.family.model(config)
+        except (RuntimeError, OverflowError) as error:  # even the meta device multiplies sizes
+            reason = str(error).splitlines()[0]
+            raise UnsupportedConfig(f"{self.keys.where}: its sizes make no model ({reason})") from None
+
+    def _jobs(self) -> tuple[list[Job], Any]:
         """Each tensor that is needed, with our names for it; and the config, untied where the files are."""
         config = self.config
+        if config.layers > DEEPEST:
+            raise self.keys.wrong("the number of layers", config.layers, f"up to {DEEPEST}")
         if config.layers > len(self.tensors):
             raise CheckpointError(
                 f"{self.keys.where} says {config.layers} layers, but there are only "
                 f"{len(self.tensors)} tensors"
             )
-        jobs: list[_Job] = []
+        jobs: list[Job] = []
         unknown: list[str] = []
         for stored in self.tensors.values():
             found = self.family.target(stored.name)
@@ -188,14 +274,14 @@ class Checkpoint:
         return _settle_tie(self.source.name, jobs, config)
 
 
-_Job = tuple[Stored, tuple[str, ...], Callable[[Tensor, Any], tuple[Tensor, ...]] | None]
+Job = tuple[Stored, tuple[str, ...], Callable[[Tensor, Any], tuple[Tensor, ...]] | None]
 
 
 def read_config(keys: Keys, match_transformers: bool = False) -> tuple[Family, Any]:
     """config.json -> its family and the model's Config. Raises UnsupportedConfig, naming what it found."""
     model_type = keys.get("model_type")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
-        raise UnsupportedConfig(f"{keys.where}: model_type is {model_type!r}; {supported()}")
+        raise keys.wrong("model_type", model_type, ", ".join(sorted(FAMILIES)))
     if keys.get("quantization_config") is not None:
         raise UnsupportedConfig(
             f"{keys.where}: quantization_config is set, and quantised checkpoints are not supported; "
@@ -210,6 +296,13 @@ def list_tensors(path: Path) -> list[Stored]:
     from safetensors import SafetensorError, safe_open
 
     try:
+        with path.open("rb") as file:
+            start = file.read(8)
+        if start == b"version ":
+            raise CheckpointError(f"{path} is a pointer of git-lfs, not the file itself; run 'git lfs pull'")
+        length = int.from_bytes(start, "little")
+        if LARGEST_HEADER < length < path.stat().st_size:
+            raise CheckpointError(f"{path} has a header of {length} bytes; up to {LARGEST_HEADER} are read")
         with safe_open(path, framework="pt", device="cpu") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
             return [
@@ -230,7 +323,18 @@ def _config_file(source: Source) -> Path:
     raise CheckpointNotFound(f"{source.name} has no config.json: it is not a Hugging Face checkpoint")
 
 
-def _read_shards(source: Source, index: Path) -> dict[str, Stored]:
+def list_pickled(path: Path) -> list[Stored]:
+    """The tensors in one pickle, which is run for that, as weights/pickled.py says."""
+    names = {dtype: name for name, dtype in FLOATS.items()}
+    return [
+        Stored(name, path, tuple(tensor.shape), names.get(tensor.dtype, str(tensor.dtype)), pickled=True)
+        for name, tensor in pickled.unpickle(path).items()
+    ]
+
+
+def _read_shards(
+    source: Source, index: Path, list_tensors: Callable[[Path], list[Stored]]
+) -> dict[str, Stored]:
     """All tensors of all shards that the index names. The shards' headers count, not the index."""
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, Mapping) or not weight_map:
@@ -249,7 +353,7 @@ def _read_shards(source: Source, index: Path) -> dict[str, Stored]:
     return tensors
 
 
-def _settle_tie(name: str, jobs: list[_Job], config: Any) -> tuple[list[_Job], Any]:
+def _settle_tie(name: str, jobs: list[Job], config: Any) -> tuple[list[Job], Any]:
     """A tied head may lie in the file, too, as a copy, alone, or in contradiction."""
     if not config.tied:
         return jobs, config
@@ -266,6 +370,12 @@ def _settle_tie(name: str, jobs: list[_Job], config: Any) -> tuple[list[_Job], A
         stacklevel=4,
     )
     return jobs, dataclasses.replace(config, tied=False)
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """Whether all values are. Their extremes tell, in one pass and without a copy in another type."""
+    low, high = torch.aminmax(tensor.cpu() if tensor.device.type == "mps" else tensor)
+    return bool(low.isfinite() and high.isfinite())
 
 
 _Slots = list[tuple[nn.Parameter, nn.Module, str]]
@@ -288,7 +398,7 @@ def _assign(places: _Slots, tensor: Tensor) -> None:
         setattr(module, attribute, parameter)
 
 
-def _check_complete(name: str, slots: Mapping[str, _Slots], jobs: list[_Job]) -> None:
+def _check_complete(name: str, slots: Mapping[str, _Slots], jobs: list[Job]) -> None:
     supplied = [ours for _, names, _ in jobs for ours in names]
     theirs = {ours: stored.name for stored, names, _ in jobs for ours in names}
     missing = [ours for ours in slots if ours not in theirs]
@@ -301,7 +411,9 @@ def _check_complete(name: str, slots: Mapping[str, _Slots], jobs: list[_Job]) ->
         twice = sorted({ours for ours in supplied if supplied.count(ours) > 1})
         raise CheckpointError(f"{name}: the files have {_list(twice)} twice, under two names")
     for stored, names, split in jobs:
-        if split is not None:
+        if split is None:
+            _check_shape(name, stored, names[0], stored, slots[names[0]][0][0])
+        else:
             rows = sum(slots[ours][0][0].shape[0] for ours in names)
             _check_shape(name, stored, stored.name, stored, (rows, *slots[names[0]][0][0].shape[1:]))
 
@@ -319,5 +431,11 @@ def _check_shape(
 
 def _list(names: Iterable[str], most: int = 5) -> str:
     names = list(names)
-    shown = ", ".join(name if len(name) <= 120 else name[:117] + "…" for name in names[:most])
+    shown = ", ".join(_shown(name) for name in names[:most])
     return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
+
+
+def _shown(name: str) -> str:
+    """A name from a file, fit for one line of a terminal."""
+    short = name if len(name) <= 120 else name[:117] + "…"
+    return short if short.isprintable() else ascii(short)

@@ -40,10 +40,17 @@ class Family:
 
     def target(self, name: str) -> tuple[Target, str] | None:
         """What a tensor on disk is for us, and its layer's number; None for a name that we do not know."""
+        full = self.full_name(name)
+        if full is None:
+            return None
+        pattern, layer = _pattern(full)
+        return self.tensors[pattern], layer
+
+    def full_name(self, name: str) -> str | None:
+        """A tensor's name as files of the whole model have it; None for a name that we do not know."""
         for candidate in (name, self.prefix + name):
-            pattern, layer = _pattern(candidate)
-            if pattern in self.tensors:
-                return self.tensors[pattern], layer
+            if _pattern(candidate)[0] in self.tensors:
+                return candidate
         return None
 
 
@@ -62,4 +69,12 @@ def with_bias(names: Mapping[str, str]) -> dict[str, Target]:
     """The rows of a table for modules, each with its weight and its bias."""
     return {
         f"{theirs}.{part}": f"{ours}.{part}" for theirs, ours in names.items() for part in ("weight", "bias")
+    }
+
+
+def fused_qkv(name: str, split: Callable[[Tensor, Any], tuple[Tensor, ...]]) -> dict[str, Target]:
+    """The rows of a table for a module that holds a layer's q, k and v, with weight and bias."""
+    return {
+        f"{name}.{part}": Fused(tuple(f"layers.{{}}.attention.{ours}.{part}" for ours in "qkv"), split)
+        for part in ("weight", "bias")
     }

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from streamllm.weights.errors import CheckpointError, UnsupportedConfig
 
-LARGEST_JSON = 256 << 20  # bytes; the index of a model with a hundred thousand tensors has 10 MB
+# Bytes, and brackets of both kinds: the index of a model with a hundred thousand tensors has 10 MB and four
+# brackets. A value of two bytes can take sixty in memory, so that a file of small ones is refused unparsed.
+LARGEST_JSON = 32 << 20
+MOST_BRACKETS = 100_000
 LARGEST_NUMBER = 1 << 31  # of a size in a config; beyond it a product would overflow somewhere
 
 
@@ -21,7 +25,10 @@ def read_json(path: Path) -> dict[str, Any]:
             raise CheckpointError(
                 f"{path.name} has {path.stat().st_size} bytes, too many for a JSON file of a model"
             )
-        value = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        if text.count("[") + text.count("{") > MOST_BRACKETS:
+            raise CheckpointError(f"{path} holds more lists and objects than a JSON file of a model has")
+        value = json.loads(text)
     except (OSError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{path} cannot be read as text: {error}; download the file again") from None
     except (ValueError, RecursionError) as error:
@@ -65,11 +72,13 @@ class Keys:
         value = self.get(name)
         if value is None:
             return default
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value < math.inf:
+        # Compared with the largest float, because there are whole numbers beyond it.
+        known = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not known or not max(least, -sys.float_info.max) <= value <= sys.float_info.max:
             raise self.wrong(
                 name, value, "a finite number" if least == -math.inf else f"a number from {least} on"
             )
-        return value
+        return float(value)  # torch takes no whole number beyond 2^63
 
     def flag(self, name: str, default: bool) -> bool:
         value = self.get(name)

@@ -19,8 +19,9 @@ import re
 import stat
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, TypeVar
 
 from .errors import CheckpointError, CheckpointNotFound
 
@@ -30,6 +31,8 @@ RETRY_SECONDS = (1.0, 4.0, 10.0)
 
 # Files below this size are fetched without a progress bar.
 PROGRESS_BYTES = 16_000_000
+
+_T = TypeVar("_T")
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _MODEL = re.compile(
@@ -91,11 +94,13 @@ def resolve(
 class Source:
     """The files of one revision of a checkpoint, fetched when they are asked for.
 
-    `name` is what the caller gave; `commit` the 40 digits of the hub's commit, None for a folder.
+    `name` is what the caller gave; `commit` the 40 digits of the hub's commit, None for a folder. `offline`
+    says that nothing can be fetched, so that what is not found may be on the hub all the same.
     """
 
     name: str
     commit: str | None
+    offline: bool
 
     def find(self, relative: str) -> Path | None:
         """The local path of the file `relative`, fetched if need be; None if this revision has no such file.
@@ -105,6 +110,14 @@ class Source:
         cache knows nothing about counts as absent, with a warning: caches that other tools filled seldom say
         which files a model does not have.
         """
+        raise NotImplementedError
+
+    def has(self, relative: str) -> bool:
+        """Whether there is a file `relative`, found out without fetching it; errors as for `find`."""
+        return self.size(relative) is not None
+
+    def size(self, relative: str) -> int | None:
+        """The bytes of the file `relative`, found out without fetching it; None where there is none."""
         raise NotImplementedError
 
     def file(self, relative: str) -> Path:
@@ -117,6 +130,7 @@ class _Folder(Source):
     def __init__(self, name: str, folder: Path) -> None:
         self.name = name
         self.commit = None
+        self.offline = False
         self._folder = folder
         root = Path(os.path.realpath(folder))
         self._roots = (root, *_blobs(root))
@@ -132,6 +146,10 @@ class _Folder(Source):
         if not os.path.lexists(path):
             return None
         return _regular(path, relative, self.name)
+
+    def size(self, relative: str) -> int | None:
+        path = self.find(relative)
+        return None if path is None else path.stat().st_size
 
     def file(self, relative: str) -> Path:
         path = self.find(relative)
@@ -171,6 +189,7 @@ class _Hub(Source):
         self._offline_by = (
             "local_files_only" if local_files_only else "HF_HUB_OFFLINE" if constants.HF_HUB_OFFLINE else None
         )
+        self.offline = self._offline_by is not None
         self._token = token
         self._progress = progress
         self._cache = Path(constants.HF_HUB_CACHE)
@@ -228,6 +247,21 @@ class _Hub(Source):
         except _Absent:
             return None
 
+    def size(self, relative: str) -> int | None:
+        from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+
+        relative = _inside(relative).as_posix()
+        cached = try_to_load_from_cache(self.name, relative, cache_dir=self._cache, revision=self.commit)
+        if self._offline_by or cached is not None:
+            return Path(cached).stat().st_size if isinstance(cached, str) else None
+        assert self.commit is not None
+        url = hf_hub_url(self.name, relative, revision=self.commit)
+        try:
+            found = self._trying(lambda: get_hf_file_metadata(url, token=self._token), relative, self.commit)
+        except _Absent:
+            return None
+        return found.size or 0
+
     def file(self, relative: str) -> Path:
         from huggingface_hub import try_to_load_from_cache
 
@@ -260,18 +294,14 @@ class _Hub(Source):
         options: dict[str, Any] = {}
         if "tqdm_class" in inspect.signature(hf_hub_download).parameters:
             options["tqdm_class"] = _bars(self._progress)
+        options |= {"revision": revision, "cache_dir": self._cache, "token": self._token}
+        return Path(self._trying(lambda: hf_hub_download(self.name, relative, **options), relative, revision))
+
+    def _trying(self, ask: Callable[[], _T], relative: str, revision: str) -> _T:
+        """What `ask` answers, asked again after errors that may pass."""
         for seconds in (*RETRY_SECONDS, None):
             try:
-                return Path(
-                    hf_hub_download(
-                        self.name,
-                        relative,
-                        revision=revision,
-                        cache_dir=self._cache,
-                        token=self._token,
-                        **options,
-                    )
-                )
+                return ask()
             except Exception as error:
                 absent = _absent(error, revision)
                 if absent is not None:
@@ -402,12 +432,12 @@ def _absent(error: Exception, revision: str) -> _Absent | None:
 
     # A mirror may answer 404 without the hub's error code. At a commit that is known already it can only be
     # the file.
-    plain_404 = bool(_COMMIT.fullmatch(revision)) and _status(error.__cause__) == 404
+    plain_404 = bool(_COMMIT.fullmatch(revision)) and 404 in (_status(error), _status(error.__cause__))
     if isinstance(error, errors.LocalEntryNotFoundError):
         refused = (errors.RepositoryNotFoundError, errors.RevisionNotFoundError)
         return _Absent(revision) if plain_404 and not isinstance(error.__cause__, refused) else None
     if not isinstance(error, errors.EntryNotFoundError):
-        return None
+        return _Absent(revision) if plain_404 and type(error) is errors.HfHubHTTPError else None
     response = getattr(error, "response", None)
     commit = response.headers.get("X-Repo-Commit") if response is not None else None
     if commit is None and _COMMIT.fullmatch(revision):

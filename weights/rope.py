@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 
 from streamllm.models import rotary
 from streamllm.weights.keys import Keys
@@ -36,6 +37,8 @@ def read_rope(keys: Keys, dim: int, theta: float, positions: int, match_transfor
             theta, dim, float32_angles=angles, factor=_factor(scaling), positions=positions
         )
 
+    if kind in ("yarn", "longrope") and dim % 2:
+        raise scaling.wrong("rope_type", kind, f"another type where an odd number of dimensions turns, {dim}")
     original = scaling.size("original_max_position_embeddings", positions)
     original = keys.size("original_max_position_embeddings", original)
     if kind == "llama3":
@@ -106,7 +109,7 @@ def _divisors(scaling: Keys, name: str, dim: int) -> tuple[float, ...]:
     if (
         not isinstance(values, list)
         or len(values) != dim // 2
-        or not all(isinstance(value, (int, float)) and 0 < value < math.inf for value in values)
+        or not all(isinstance(value, (int, float)) and 0 < value <= sys.float_info.max for value in values)
     ):
         raise scaling.wrong(name, values, f"a list of {dim // 2} numbers above 0")
     return tuple(float(value) for value in values)

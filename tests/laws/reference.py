@@ -25,8 +25,8 @@ class Encoding(Protocol):
         """Heads [heads, D] as they look at a place."""
         ...
 
-    def bias(self, distance: int) -> Array | float:
-        """What is added to the scores of H heads, for a key that far back."""
+    def bias(self, distance: int) -> Array:
+        """What is added to the scores of the heads ([H], or [1] for all alike), for a key that far back."""
         ...
 
 
@@ -44,8 +44,8 @@ class Rotary:
         turned = self.factor * np.exp(1j * place * self.frequencies) * pairs
         return np.concatenate((turned.real, turned.imag, x[:, 2 * n :]), axis=1)
 
-    def bias(self, distance: int) -> float:
-        return 0.0
+    def bias(self, distance: int) -> Array:
+        return np.zeros(1)
 
 
 class Alibi:
@@ -112,21 +112,14 @@ class Stream:
     def attend(self, queries: Array, cached: Sequence[Cached], encoding: Encoding) -> Array:
         """The query stands at the last rank. [H, D] in and out."""
         last = len(cached) - 1
-        heads = len(queries)
-        queries = encoding.turn(queries, last)
-        scores = np.empty((heads, len(cached)))
-        for rank, entry in enumerate(cached):
-            keys = self.shared(encoding.turn(entry.key, rank), heads)
-            scores[:, rank] = (queries * keys).sum(1) * self.network.scale + encoding.bias(last - rank)
-        weights = np.exp(scores - scores.max(1, keepdims=True))
-        weights /= weights.sum(1, keepdims=True)
-        values = np.stack([self.shared(entry.value, heads) for entry in cached], axis=1)  # [H, n, D]
-        return (weights[:, :, None] * values).sum(1)
-
-    @staticmethod
-    def shared(x: Array, heads: int) -> Array:
-        """[G, D] -> [H, D]: neighbouring query heads share a head of keys and values."""
-        return x[np.arange(heads) * len(x) // heads]
+        owner = np.arange(len(queries)) * len(cached[0].key) // len(queries)  # neighbours share a key head
+        keys = np.stack([encoding.turn(entry.key, rank) for rank, entry in enumerate(cached)])[:, owner]
+        values = np.stack([entry.value for entry in cached])[:, owner]  # [n, H, D]
+        bias = np.stack([encoding.bias(last - rank) for rank in range(len(cached))])  # [n, H]
+        scores = (encoding.turn(queries, last) * keys).sum(2) * self.network.scale + bias
+        weights = np.exp(scores - scores.max(0))
+        weights /= weights.sum(0)
+        return (weights[:, :, None] * values).sum(0)
 
 
 def run(network: Network, tokens: Sequence[int], sinks: int, window: int) -> torch.Tensor:

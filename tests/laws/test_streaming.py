@@ -9,6 +9,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from streamllm import cache as cache_module
 from streamllm.cache import SinkCache
 from tests.laws.scenarios import ROPES, TOLERANCE, Rows, cuts, defined, error, feed, text, tiny
 
@@ -19,7 +20,7 @@ WINDOWS = [1, 2, 7, 16, 500]
 @pytest.mark.parametrize("window", WINDOWS)
 @pytest.mark.parametrize("sinks", SINKS)
 def test_token_by_token_is_the_definition(sinks, window):
-    model, tokens = tiny(), text(80)
+    model, tokens = tiny(), text(60)
     got = feed(model, SinkCache(model, sinks, window), tokens)
     assert error(got, defined(model, tokens, sinks, window)) <= TOLERANCE
 
@@ -28,20 +29,34 @@ def test_token_by_token_is_the_definition(sinks, window):
 @pytest.mark.parametrize("sinks", SINKS)
 @pytest.mark.parametrize("seed", range(3))
 def test_any_split_is_the_definition(sinks, window, seed):
-    model, tokens = tiny(), text(80)
-    parts = cuts(80, seed=seed, longest=[5, 20, 60][seed])
+    model, tokens = tiny(), text(60)
+    parts = cuts(60, seed=seed, longest=[5, 20, 60][seed])
     cache = SinkCache(model, sinks, window)
     assert error(feed(model, cache, tokens, parts), defined(model, tokens, sinks, window)) <= TOLERANCE
-    assert cache.seen.tolist() == [80]
+    assert cache.seen.tolist() == [60]
 
 
 @pytest.mark.parametrize("chunk", [2, 13, 1000])
 @pytest.mark.parametrize("window", WINDOWS)
 @pytest.mark.parametrize("sinks", SINKS)
 def test_one_long_prompt_is_the_definition_whatever_the_chunk(sinks, window, chunk):
-    model, tokens = tiny(), text(80)
+    model, tokens = tiny(), text(60)
     got = model(tokens, SinkCache(model, sinks, window, chunk=chunk))
     assert error(got, defined(model, tokens, sinks, window)) <= TOLERANCE
+
+
+@pytest.mark.parametrize("stride", [1, 3, 8])
+def test_a_ring_that_fills_in_steps_is_the_definition(monkeypatch, stride):
+    """Whatever of it a token looks at: slots that nothing stands in yet are never seen."""
+    monkeypatch.setattr(cache_module, "STRIDE", stride)
+    model, tokens = tiny(), text(60)
+    for sinks, window in [(0, 30), (4, 16), (8, 500)]:
+        cache = SinkCache(model, sinks, window, origin=10**9 * (stride % 2))
+        assert error(feed(model, cache, tokens), defined(model, tokens, sinks, window)) <= TOLERANCE
+        rows = Rows(model, SinkCache(model, sinks, window, 3))
+        for seed, lengths in enumerate([[9, 2, 0], [1, 1, 1], [5, 14, 3], *[[1, 1, 1]] * 4]):
+            rows.feed(text(max(lengths), 3, seed=seed), lengths)
+        assert rows.error() <= TOLERANCE
 
 
 def test_a_prompt_hundreds_of_windows_long_is_the_definition():
@@ -54,10 +69,10 @@ def test_a_prompt_hundreds_of_windows_long_is_the_definition():
 @pytest.mark.parametrize("rope", ROPES)
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2), (4, 1)])
 def test_every_rope_and_head_grouping_is_the_definition(rope, heads):
-    model, tokens = tiny(rope, *heads), text(60)
-    for sinks, window in [(4, 9), (0, 5), (3, 4)]:  # the last is under the switch of dynamic and longrope
+    model, tokens = tiny(rope, *heads), text(40)
+    for sinks, window in [(4, 9), (3, 4)]:  # above and below the switch of dynamic and longrope
         wanted = defined(model, tokens, sinks, window)
-        for parts in (None, cuts(60, seed=1), [60]):
+        for parts in (None, cuts(40, seed=1), [40]):
             assert error(feed(model, SinkCache(model, sinks, window), tokens, parts), wanted) <= TOLERANCE
 
 
@@ -89,12 +104,12 @@ def test_dense_is_causal_and_is_the_definition_without_eviction():
 
 
 @pytest.mark.parametrize("rope", ROPES)
-@pytest.mark.parametrize("origin", [1, 1000, 10**9, 10**12])
+@pytest.mark.parametrize("origin", [1, 10**9, 10**12])
 def test_the_place_in_the_text_does_not_matter(origin, rope):
-    model, tokens = tiny(rope), text(50)
-    for sinks, window in [(4, 9), (0, 5), (8, 100)]:
+    model, tokens = tiny(rope), text(40)
+    for sinks, window in [(4, 9), (0, 5)] if rope != "default" else [(4, 9), (0, 5), (4, 1), (8, 100)]:
         wanted = defined(model, tokens, sinks, window)
-        for parts in (None, cuts(50, seed=4), [50]):
+        for parts in (None, cuts(40, seed=4), [40]):
             cache = SinkCache(model, sinks, window, origin=origin, chunk=16)
             assert error(feed(model, cache, tokens, parts), wanted) <= TOLERANCE
 
@@ -139,6 +154,7 @@ def test_a_ragged_batch_row_is_that_stream_alone(sinks, window, chunk, origin):
     ):
         longest = 5 if lengths is None else max(lengths) + (seed % 2)  # padding behind the longest, too
         rows.feed(text(max(longest, 1), rows=4, seed=seed), lengths)
+        assert rows.cache.seen.tolist() == [len(given) for given in rows.given]
         if lengths is None:
             for extra in range(3):
                 rows.feed(text(1, rows=4, seed=100 + extra))
@@ -203,3 +219,21 @@ def test_tokens_may_be_int32_and_strided():
         error(model(tokens[:, ::2], SinkCache(model, 2, 5, 2)), defined(model, tokens[:, ::2], 2, 5))
         <= TOLERANCE
     )
+
+
+@pytest.mark.parametrize(
+    ("dtype", "allowed"), [(torch.float32, 3e-6), (torch.float16, 0.01), (torch.bfloat16, 0.08)], ids=str
+)
+@pytest.mark.parametrize("origin", [0, 10**9])
+def test_smaller_types_do_not_drift(dtype, allowed, origin):
+    """A key is rounded once, however long it stays: what is late in a stream is as right as what is early.
+
+    Observed, as the mean error: 8e-7, 0.003 and 0.02, late at most 1.2 times early.
+    """
+    model, tokens = tiny("llama3", dtype=dtype), text(400)
+    cache = SinkCache(model, 4, 40, origin=origin)
+    got = feed(model, cache, tokens, [50, *[1] * 150, 150, *[1] * 50]).double()
+    difference = (got - defined(model, tokens, 4, 40)).abs()[0].mean(1) / got.std()
+    early, late = difference[:100].mean(), difference[-100:].mean()
+    assert early <= allowed
+    assert late <= 1.5 * early

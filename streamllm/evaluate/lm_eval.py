@@ -1,0 +1,226 @@
+"""Standard tasks over streams: the `LM` interface of lm-evaluation-harness (extra `lm-eval`).
+
+    import lm_eval
+    from streamllm.evaluate.lm_eval import harness_model
+
+    lm = harness_model(model, tokenizer, sinks=4, window=1020)
+    lm_eval.simple_evaluate(lm, tasks=["lambada_openai"])
+
+In mode "sinks" (or "window") every request is a stream of its own, however long: nothing is cut off, and
+what has left the window is forgotten. In mode "dense" a request is read as the harness's own backends read
+it: what is longer than the model was trained for loses its beginning, and a rolling text is cut into pieces.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from streamllm.cache import SinkCache
+from streamllm.evaluate.scoring import new_cache
+from streamllm.evaluate.texts import beginning
+from streamllm.models.step import geometry_of
+from streamllm.stream import Stream
+from streamllm.tokenizer import Tokenizer
+
+MAX_NEW_TOKENS = 256  # where a task does not say
+PIECE = 2048  # the longest dense text, where the model sets no end
+
+
+def harness_model(model: nn.Module, tokenizer: Tokenizer, **settings: Any) -> Any:
+    """An `lm_eval.api.model.LM` for `simple_evaluate`. `settings` as for `Requests`.
+
+    Raises ImportError where lm-evaluation-harness is not installed.
+    """
+    try:
+        LM = importlib.import_module("lm_eval.api.model").LM
+    except ImportError:
+        raise ImportError(
+            "the adapter needs lm-evaluation-harness: pip install 'streamllm[lm-eval]'"
+        ) from None
+
+    made = type("StreamLM", (Requests, LM), {})(model, tokenizer, **settings)
+    LM.__init__(made)  # rank, world size and the hook of its answer cache
+    return made
+
+
+class Requests:
+    """What the harness asks, answered; a request is anything whose `args` are as the harness documents.
+
+    mode: "sinks", "window" or "dense". sinks, window: as for SinkCache. batch: requests read together; of a
+    batch, each row is a stream of its own. chunk: tokens of each read at once.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Tokenizer,
+        *,
+        mode: str = "sinks",
+        sinks: int = 4,
+        window: int | None = None,
+        batch: int = 8,
+        chunk: int = 256,
+    ) -> None:
+        if mode not in ("sinks", "window", "dense"):
+            raise ValueError(f"mode must be sinks, window or dense, not {mode!r}")
+        if batch < 1 or chunk < 1:
+            raise ValueError(f"batch and chunk must be at least 1, not {batch} and {chunk}")
+        self.model, self.streaming_tokenizer = model, tokenizer
+        self.mode, self.batch, self.chunk = mode, batch, chunk
+        self.sinks = sinks if mode == "sinks" else 0
+        self.longest = geometry_of(model).trained_length or PIECE
+        self.window = window
+        if mode != "dense":
+            self.window = new_cache(model, mode, self.sinks, window, chunk).window
+
+    @property
+    def tokenizer_name(self) -> str:
+        return "streamllm"
+
+    def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """For each (context, continuation): log-probability in nats, and whether greedy decoding says it."""
+        texts, counts = [], []
+        for request in requests:
+            context, continuation = self._pair(*request.args)
+            texts.append(self._fit([*context, *continuation], len(continuation)))
+            counts.append(len(continuation))
+        answers = []
+        for (nats, hits), count in zip(self._score(texts), counts, strict=True):
+            last = slice(len(nats) - count, None)
+            answers.append((-float(nats[last].sum()), bool(hits[last].all())))
+        return answers
+
+    def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
+        """For each (text,): log-probability of the whole text in nats, each token once."""
+        pieces, owners = [], []
+        for owner, request in enumerate(requests):
+            tokens = self._encode(request.args[0], alone=False)
+            for piece in self._pieces([self._prefix(), *tokens]):
+                pieces.append(piece)
+                owners.append(owner)
+        sums = [0.0] * len(requests)
+        for (nats, _), (_, count), owner in zip(
+            self._score([piece for piece, _ in pieces]), pieces, owners, strict=True
+        ):
+            sums[owner] -= float(nats[len(nats) - count :].sum())
+        return sums
+
+    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
+        """For each (context, settings): what the model says up to one of `until`; greedy unless told else."""
+        return [self._generate(context, dict(settings)) for context, settings in (r.args for r in requests)]
+
+    def _generate(self, context: str, settings: dict[str, Any]) -> str:
+        until = settings.get("until") or []
+        until = [until] if isinstance(until, str) else list(until)
+        most = int(settings.get("max_gen_toks", MAX_NEW_TOKENS))
+        heat = float(settings.get("temperature", 0.0)) if settings.get("do_sample", False) else 0.0
+        window = self.window
+        if self.mode == "dense":
+            room = max(1, self.longest - most)
+            ids = self._encode(context, alone=True)
+            if len(ids) > room:  # the harness drops the beginning
+                context = self.streaming_tokenizer.decode(ids[-room:], skip_special_tokens=False)
+            window = min(len(ids), room) + most + 1
+        stream = Stream(
+            self.model, self.streaming_tokenizer, sinks=self.sinks, window=window, chunk=self.chunk
+        )
+        said = stream.generate(
+            context,
+            max_new_tokens=most,
+            stop=[stop for stop in until if stop],
+            temperature=heat,
+            top_p=settings.get("top_p") if heat else None,
+            seed=0,
+        )
+        return "".join(said)
+
+    def _pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """The tokens of both, as the harness cuts them: blanks between belong to the continuation."""
+        blanks = len(context) - len(context.rstrip())
+        if blanks:
+            context, continuation = context[:-blanks], context[-blanks:] + continuation
+        if not context:
+            ids = self._encode(continuation, alone=False)
+            return [self._prefix()], ids
+        whole, before = self._encode(context + continuation, alone=True), self._encode(context, alone=True)
+        cut = min(len(before), len(whole) - 1)  # where both merge into one token, it is scored
+        return whole[:cut], whole[cut:]
+
+    def _fit(self, tokens: list[int], scored: int) -> list[int]:
+        """Streams are read whole; a dense text keeps its end, as the harness's own backends do it."""
+        if self.mode != "dense":
+            return tokens
+        if scored > self.longest:
+            raise ValueError(
+                f"a continuation of {scored} tokens is longer than the {self.longest} tokens that the model "
+                f"was trained for: score it in mode 'sinks'"
+            )
+        return tokens[-(self.longest + 1) :]
+
+    def _pieces(self, tokens: list[int]) -> Iterator[tuple[list[int], int]]:
+        """A rolling text as pieces that are scored apart, and how many tokens at the end of each count.
+
+        A stream is one piece. Dense pieces follow each other; the last is as long as the others, and only
+        what the one before left is scored of it.
+        """
+        if self.mode != "dense" or len(tokens) <= self.longest + 1:
+            if len(tokens) > 1:
+                yield tokens, len(tokens) - 1
+            return
+        done = 0  # predictions
+        while done < len(tokens) - 1:
+            stop = min(done + self.longest, len(tokens) - 1)
+            yield tokens[max(0, stop - self.longest) : stop + 1], stop - done
+            done = stop
+
+    @torch.no_grad()
+    def _score(self, texts: Sequence[list[int]]) -> Iterable[tuple[Tensor, Tensor]]:
+        """For each text [N]: nats float64 [N-1] of the tokens 1 … N-1, and whether each is the likeliest."""
+        found: list[tuple[Tensor, Tensor]] = [(torch.empty(0), torch.empty(0))] * len(texts)
+        order = sorted(range(len(texts)), key=lambda index: -len(texts[index]))  # those of a length together
+        device = next(self.model.parameters()).device
+        for first in range(0, len(order), self.batch):
+            rows = order[first : first + self.batch]
+            read = [len(texts[row]) - 1 for row in rows]
+            tokens = torch.zeros(len(rows), max(read) + 1, dtype=torch.int64)
+            for row, index in enumerate(rows):
+                tokens[row, : len(texts[index])] = torch.tensor(texts[index])
+            tokens = tokens.to(device)
+            cache = self._cache(len(rows), max(read))
+            nats, hits = [], []
+            for start in range(0, max(read), self.chunk):
+                stop = min(start + self.chunk, max(read))
+                lengths = torch.tensor([min(max(count - start, 0), stop - start) for count in read])
+                logits = self.model(tokens[:, start:stop], cache, lengths=lengths)
+                targets = tokens[:, start + 1 : stop + 1]
+                wide = logits if logits.dtype == torch.float64 else logits.float()
+                nats.append(F.cross_entropy(wide.transpose(1, 2), targets, reduction="none").double().cpu())
+                hits.append((logits.argmax(-1) == targets).cpu())
+            every_nats, every_hit = torch.cat(nats, 1), torch.cat(hits, 1)
+            for row, index in enumerate(rows):
+                found[index] = every_nats[row, : read[row]], every_hit[row, : read[row]]
+        return found
+
+    def _cache(self, rows: int, length: int) -> SinkCache:
+        window = length if self.mode == "dense" else cast(int, self.window)
+        return new_cache(self.model, self.mode, self.sinks, window, self.chunk, rows)
+
+    def _encode(self, text: str, alone: bool) -> list[int]:
+        return self.streaming_tokenizer.encode(text, add_special_tokens=alone)
+
+    def _prefix(self) -> int:
+        """What stands before the first token of a text that has nothing before it."""
+        for ids in (
+            beginning(self.streaming_tokenizer)[-1:],
+            [self.streaming_tokenizer.bos_token_id],
+            [self.streaming_tokenizer.eos_token_id],
+        ):
+            if ids and ids[0] is not None:
+                return ids[0]
+        raise ValueError("the tokenizer has neither BOS nor EOS to begin a text with")

@@ -1,0 +1,245 @@
+"""The pictures: perplexity along a text, attention on the first tokens, recall by distance.
+
+Colours are those of Okabe and Ito, which colour-blind readers tell apart, and every curve has a marker and a
+stroke of its own. `dark` draws for dark pages. matplotlib is needed (extra `plots`) and imported when called.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from streamllm.evaluate.inspect import Attention
+from streamllm.evaluate.recall import Recall
+from streamllm.evaluate.scoring import Result
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# per mode: colour on light pages, on dark pages, marker
+MODE_STYLES = {
+    "sinks": ("#0072B2", "#56B4E9", "o"),
+    "window": ("#D55E00", "#E69F00", "s"),
+    "dense": ("#A0527D", "#CC79A7", "^"),
+    "recompute": ("#007A5A", "#29C79A", "D"),
+}
+CURVES = (
+    ("#0072B2", "#56B4E9", "o"),
+    ("#D55E00", "#E69F00", "s"),
+    ("#007A5A", "#29C79A", "D"),
+    ("#A0527D", "#CC79A7", "^"),
+    ("#4D4D4D", "#C8C8C8", "v"),
+    ("#8A6D00", "#F0E442", "P"),
+)
+STROKES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 2)))
+
+
+@dataclass(frozen=True)
+class _Page:
+    paper: str
+    ink: str
+    faint: str
+
+
+LIGHT, DARK = _Page("#ffffff", "#1f2328", "#c9d1d9"), _Page("#0d1117", "#e6edf3", "#3d444d")
+
+
+class PlotsMissing(ImportError, ValueError):
+    """matplotlib is not installed."""
+
+
+def perplexity_curves(
+    results: Sequence[Result], *, title: str = "", trained_length: int | None = None, dark: bool = False
+) -> Figure:
+    """Perplexity by position in the text, both on logarithmic scales, a curve for each result.
+
+    The point of a bucket stands at the geometric middle of its positions. `trained_length` draws a line.
+    """
+    page, figure = _figure(7.2, 4.2, dark)
+    axes = figure.add_subplot()
+    many = len({result.mode for result in results}) < len(results)
+    for index, result in enumerate(results):
+        light, bright, marker = CURVES[index % len(CURVES)] if many else MODE_STYLES[result.mode]
+        buckets = [bucket for bucket in result.buckets if bucket.tokens and bucket.start >= 4]
+        axes.plot(
+            [(bucket.start * (bucket.stop - 1)) ** 0.5 for bucket in buckets],
+            [bucket.perplexity for bucket in buckets],
+            color=bright if dark else light,
+            marker=marker,
+            linestyle=STROKES[index % len(STROKES)],
+            markersize=5,
+            linewidth=1.8,
+            label=label(result),
+        )
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    _plain_numbers(axes.yaxis)
+    axes.xaxis.set_major_formatter(lambda value, _: _count(value))
+    if trained_length is not None:
+        _mark(axes, page, trained_length, f"trained length {trained_length:,}")
+    _dress(axes, page, "position in the text (tokens)", "perplexity", title)
+    _legend(figure, axes, page)
+    return figure
+
+
+def attention_map(attention: Attention, *, title: str = "", layers: int = 4, dark: bool = False) -> Figure:
+    """The attention of some layers, averaged over heads, and the share of every head on the first token.
+
+    Above, query by key, as in figure 2 of the paper, on a logarithmic scale; below, head by layer.
+    """
+    from matplotlib.colors import LogNorm
+
+    depth, heads, length = attention.weights.shape[:3]
+    chosen = sorted(
+        {round(i * (depth - 1) / max(1, min(layers, depth) - 1)) for i in range(min(layers, depth))}
+    )
+    page, figure = _figure(2.3 * len(chosen) + 0.9, 4.9, dark)
+    grid = figure.add_gridspec(2, len(chosen), height_ratios=(1.6, 1))
+    panels = [figure.add_subplot(grid[0, column]) for column in range(len(chosen))]
+    shown = None
+    for panel, layer in zip(panels, chosen, strict=True):
+        mean = attention.weights[layer].mean(0).clamp(min=1e-6)
+        hidden = mean.masked_fill(mean.new_ones(length, length).triu(1).bool(), float("nan"))
+        shown = panel.imshow(hidden.numpy(), cmap="cividis", norm=LogNorm(1e-3, 1), interpolation="nearest")
+        _dress(panel, page, "key", "query" if layer == chosen[0] else "", f"layer {layer}", grid=False)
+        panel.set_yticks(panel.get_xticks()[1:-1])
+        panel.set_xlim(-0.5, length - 0.5)
+        panel.set_ylim(length - 0.5, -0.5)
+        if layer != chosen[0]:
+            panel.set_yticklabels([])
+    _bar(figure, shown, panels, page, "attention (mean of heads)")
+    below = figure.add_subplot(grid[1, :])
+    share = attention.first(1)[:, :, 0].T  # [H, L]
+    shown = below.imshow(
+        share.numpy(), cmap="cividis", vmin=0, vmax=1, aspect="auto", interpolation="nearest"
+    )
+    _dress(below, page, "layer", "head", "share of attention on the first token", grid=False)
+    below.set_xticks(range(0, depth, max(1, depth // 16)))
+    below.set_yticks(range(0, heads, max(1, heads // 8)))
+    if depth * heads <= 64:
+        for layer in range(depth):
+            for head in range(heads):
+                value = float(share[head, layer])
+                below.text(
+                    layer, head, f"{value:.2f}", ha="center", va="center", fontsize=8,
+                    color="black" if value > 0.5 else "white",
+                )  # fmt: skip
+    _bar(figure, shown, [below], page, "share")
+    if title:
+        figure.suptitle(title, color=page.ink, fontsize=10)
+    return figure
+
+
+def recall_curves(
+    curves: Mapping[str, Sequence[Recall]], *, window: int | None, title: str = "", dark: bool = False
+) -> Figure:
+    """Answers right, and nats per token of them, by distance in tokens; a line where the window ends."""
+    page, figure = _figure(7.2, 3.9, dark)
+    panels = figure.subplots(1, 2)
+    for index, (name, scores) in enumerate(curves.items()):
+        light, bright, marker = CURVES[index % len(CURVES)]
+        for panel, values in zip(
+            panels,
+            ([100 * score.accuracy for score in scores], [score.mean for score in scores]),
+            strict=True,
+        ):
+            panel.plot(
+                [score.distance for score in scores],
+                values,
+                color=bright if dark else light,
+                marker=marker,
+                linestyle=STROKES[index % len(STROKES)],
+                markersize=5,
+                linewidth=1.8,
+                label=name,
+            )
+    for panel, what in zip(panels, ("answers right (%)", "nats per token of the answer"), strict=True):
+        panel.set_ylim(*((-4, 105) if what.endswith("(%)") else (0, None)))
+        panel.set_xscale("log", base=2)
+        panel.xaxis.set_major_formatter(lambda value, _: _count(value))
+        if window is not None:
+            _mark(panel, page, window, f"window {window:,}")
+        _dress(panel, page, "distance (tokens)", what, "")
+    if title:
+        figure.suptitle(title, color=page.ink, fontsize=10)
+    _legend(figure, panels[0], page)
+    return figure
+
+
+def save_figure(figure: Figure, path: str | Path) -> None:
+    """Write a picture; the ending (.png, .svg, .pdf) says how."""
+    figure.savefig(path, dpi=160, facecolor=figure.get_facecolor())
+
+
+def label(result: Result) -> str:
+    """How a result is called in tables and pictures."""
+    if result.mode == "dense":
+        return "dense"
+    if result.mode == "window":
+        return f"window {result.window}"
+    return f"{result.sinks} sinks + window {result.window}" + (
+        ", re-computed" if result.mode == "recompute" else ""
+    )
+
+
+def _figure(width: float, height: float, dark: bool) -> tuple[_Page, Figure]:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise PlotsMissing(
+            "pictures need matplotlib: pip install 'streamllm[plots]', or leave the picture out"
+        ) from None
+    page = DARK if dark else LIGHT
+    return page, Figure(figsize=(width, height), facecolor=page.paper, layout="constrained")
+
+
+def _dress(axes: Any, page: _Page, x: str, y: str, title: str, grid: bool = True) -> None:
+    axes.set_facecolor(page.paper)
+    axes.set_xlabel(x, color=page.ink, fontsize=9)
+    axes.set_ylabel(y, color=page.ink, fontsize=9)
+    if title:
+        axes.set_title(title, color=page.ink, fontsize=10, pad=16 if grid else 6)
+    axes.tick_params(colors=page.ink, which="both", labelsize=8)
+    for spine in axes.spines.values():
+        spine.set_color(page.faint)
+    if grid:
+        axes.grid(color=page.faint, linewidth=0.6, alpha=0.6)
+
+
+def _mark(axes: Any, page: _Page, x: float, name: str) -> None:
+    """A dotted line at x, its name above the frame, where no curve runs."""
+    axes.axvline(x, color=page.ink, linewidth=1, linestyle=(0, (1, 2)))
+    axes.annotate(
+        name, (x, 1), xycoords=("data", "axes fraction"), xytext=(0, 3), textcoords="offset points",
+        ha="center", va="bottom", fontsize=8, color=page.ink,
+    )  # fmt: skip
+
+
+def _legend(figure: Any, axes: Any, page: _Page) -> None:
+    handles, labels = axes.get_legend_handles_labels()
+    columns = max(1, int(95 / (max(map(len, labels)) + 10)))  # as many as fit into the width
+    figure.legend(
+        handles, labels, loc="outside lower center", ncols=min(columns, len(labels)), fontsize=8,
+        frameon=False, labelcolor=page.ink, handlelength=3.2,
+    )  # fmt: skip
+
+
+def _bar(figure: Any, shown: Any, panels: list[Any], page: _Page, name: str) -> None:
+    bar = figure.colorbar(shown, ax=panels, fraction=0.05, pad=0.02)
+    bar.set_label(name, color=page.ink, fontsize=8)
+    bar.ax.tick_params(colors=page.ink, which="both", labelsize=8)
+    bar.outline.set_edgecolor(page.faint)
+
+
+def _plain_numbers(axis: Any) -> None:
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    axis.set_major_locator(LogLocator(10, subs=(1, 2, 5), numticks=20))
+    axis.set_major_formatter(lambda value, _: f"{value:,.0f}" if value >= 1 else f"{value:g}")
+    axis.set_minor_formatter(NullFormatter())
+
+
+def _count(value: float) -> str:
+    return f"{value / 1024:,.0f}K" if value >= 1024 else f"{value:,.0f}"

@@ -1,0 +1,44 @@
+"""Texts as the token ids that a model knows them by."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from streamllm.tokenizer import Tokenizer
+
+
+def beginning(tokenizer: Tokenizer) -> list[int]:
+    """The ids that the tokenizer puts in front of every text (BOS, or nothing)."""
+    whole, plain = tokenizer.encode("a"), tokenizer.encode("a", add_special_tokens=False)
+    return next((whole[:i] for i in range(len(whole)) if whole[i : i + len(plain)] == plain), [])
+
+
+def as_stream(tokenizer: Tokenizer, texts: Sequence[str]) -> Tensor:
+    """One stream, int64 [N]: BOS once at its start, EOS behind every text, where the tokenizer has them."""
+    ids, end = beginning(tokenizer), tokenizer.eos_token_id
+    for text in texts:
+        ids += tokenizer.encode(text, add_special_tokens=False)
+        ids += [] if end is None else [end]
+    return torch.tensor(ids)
+
+
+def as_texts(tokenizer: Tokenizer, texts: Sequence[str]) -> list[Tensor]:
+    """Each text for itself, with its own BOS; left out are those of fewer than two tokens."""
+    return [tokens for text in texts if len(tokens := as_stream(tokenizer, [text])) > 1]
+
+
+def samples(tokenizer: Tokenizer, stream: Tensor, count: int, length: int, seed: int = 0) -> Tensor:
+    """`count` random stretches of a stream [N], each behind a BOS of its own: int64 [count, length].
+
+    Raises ValueError for a stream shorter than `length`.
+    """
+    first = torch.tensor(beginning(tokenizer), dtype=torch.int64)
+    body = length - len(first)
+    if body < 1 or len(stream) < length:
+        raise ValueError(f"{len(stream)} tokens are too few for samples of {length}: give a longer text")
+    generator = torch.Generator().manual_seed(seed)
+    starts = torch.randint(len(first), len(stream) - body + 1, (count,), generator=generator)
+    return torch.stack([torch.cat((first, stream[start : start + body])) for start in starts.tolist()])

@@ -1,0 +1,90 @@
+"""What each family has to say to the definition of streaming: its weights, for one token at a time."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from torch import nn
+
+from streamllm.models import falcon, gpt_neox, llama, mpt
+from streamllm.models.alibi import Alibi
+from tests.laws import reference
+from tests.laws.reference import Array
+
+
+class Llama(reference.Llama):
+    """With what Mistral and Qwen add: windows of a layer's own, norms of the heads."""
+
+    def __init__(self, model: llama.Model) -> None:
+        super().__init__(model)
+        if self.config.windows:
+            self.windows = list(self.config.windows)
+
+    def project(self, layer: int, x: Array) -> tuple[Array, Array, Array]:
+        q, k, v = super().project(layer, x)
+        if self.config.head_norms:
+            q = np.stack([self.norm(f"layers.{layer}.attention.q_norm", head) for head in q])
+            k = np.stack([self.norm(f"layers.{layer}.attention.k_norm", head) for head in k])
+        return q, k, v
+
+
+class Layered(reference.Llama):
+    """Norms that subtract the mean, and an MLP without a gate."""
+
+    def mlp(self, layer: int, x: Array) -> Array:
+        assert self.config.activation == "gelu"
+        x = self.linear(f"layers.{layer}.mlp.up", x)
+        x = x * 0.5 * (1 + np.vectorize(math.erf)(x / math.sqrt(2)))
+        return self.linear(f"layers.{layer}.mlp.down", x)
+
+    def norm(self, name: str, x: Array) -> Array:
+        x = x - x.mean()
+        x = x / np.sqrt((x * x).mean() + self.config.norm_eps) * self.weights[f"{name}.weight"]
+        return x + self.weights.get(f"{name}.bias", 0.0)
+
+
+class GPTNeoX(Layered):
+    def join(self, layer: int, x: Array, read: Array) -> Array:
+        after = x + self.linear(f"layers.{layer}.attention.o", read.reshape(-1))
+        seen = x if self.config.parallel else after
+        return after + self.mlp(layer, self.norm(f"layers.{layer}.mlp_norm", seen))
+
+
+class Falcon(Layered):
+    def encoding(self, span: int) -> reference.Encoding:
+        position = self.config.position
+        if not isinstance(position, Alibi):
+            return reference.Rotary(position.frequencies(span), position.attention_factor)
+        return reference.Alibi(position.slopes().double() * self.scale)  # added before scaling
+
+    def join(self, layer: int, x: Array, read: Array) -> Array:
+        after = x + self.linear(f"layers.{layer}.attention.o", read.reshape(-1))
+        norm = "attention_norm" if self.config.shared_norm else "mlp_norm"
+        seen = x if self.config.parallel else after
+        return after + self.mlp(layer, self.norm(f"layers.{layer}.{norm}", seen))
+
+
+class MPT(Layered):
+    def __init__(self, model: mpt.Model) -> None:
+        super().__init__(model)
+        self.scale = self.config.softmax_scale
+
+    def encoding(self, span: int) -> reference.Alibi:
+        return reference.Alibi(self.config.alibi.slopes())
+
+    def project(self, layer: int, x: Array) -> tuple[Array, Array, Array]:
+        clip = self.config.clip_qkv or np.inf
+        q, k, v = (np.clip(part, -clip, clip) for part in super().project(layer, x))
+        return q, k, v
+
+    def join(self, layer: int, x: Array, read: Array) -> Array:
+        x = x + self.linear(f"layers.{layer}.attention.o", read.reshape(-1))
+        return x + self.mlp(layer, self.norm(f"layers.{layer}.mlp_norm", x))
+
+
+NETWORKS = {llama.Model: Llama, gpt_neox.Model: GPTNeoX, falcon.Model: Falcon, mpt.Model: MPT}
+
+
+def network(model: nn.Module) -> reference.Network:
+    return NETWORKS[type(model)](model)

@@ -1,0 +1,283 @@
+"""SinkCache as its user meets it: what it refuses and says, copies, and windows of the model's own."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import warnings
+from dataclasses import replace
+
+import pytest
+import torch
+
+from streamllm.cache import SinkCache
+from streamllm.models import llama
+from streamllm.models.step import Geometry
+from tests.laws import reference
+from tests.laws.scenarios import (
+    TOLERANCE,
+    Interrupted,
+    cuts,
+    defined,
+    error,
+    failing,
+    feed,
+    text,
+    tiny,
+)
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"sinks": -1}, "sinks must be a whole number of at least 0, not -1"),
+        ({"sinks": True}, "sinks must be a whole number of at least 0, not True"),
+        ({"sinks": 1.5}, "sinks must be a whole number of at least 0, not 1.5"),
+        ({"window": 0}, "window must be a whole number of at least 1, not 0"),
+        ({"window": "8"}, "window must be a whole number of at least 1, not '8'"),
+        ({"batch_size": 0}, "batch_size must be a whole number of at least 1, not 0"),
+        ({"chunk": 0}, "chunk must be a whole number of at least 1, not 0"),
+        ({"origin": -1}, "origin must be a whole number of at least 0, not -1"),
+        ({"origin": 2**48}, "origin must be below 281474976710656"),
+    ],
+)
+def test_a_cache_that_cannot_be_is_refused_in_one_sentence(given, says):
+    with pytest.raises(ValueError, match=says) as caught:
+        SinkCache(tiny(), **given)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "rows", [[3], [-1], [0, 3], 1, [True, False, False], torch.tensor([True, False, True]), [0.5], "0", [[0]]]
+)
+def test_rows_that_are_none_are_refused_and_nothing_is_reset(rows):
+    cache = SinkCache(tiny(), 2, 4, batch_size=3)
+    tiny()(text(5, 3), cache)
+    with pytest.raises(ValueError, match="rows must be a list of row numbers in 0 … 2, not"):
+        cache.reset(rows)
+    assert cache.seen.tolist() == [5, 5, 5]
+
+
+@pytest.mark.parametrize("rows", [[1], (1,), {1}, range(1, 2), torch.tensor([1]), torch.tensor([1]).numpy()])
+def test_rows_are_reset_alone(rows):
+    cache = SinkCache(tiny(), 2, 4, batch_size=3)
+    tiny()(text(5, 3), cache)
+    cache.reset(rows)
+    assert cache.seen.tolist() == [5, 0, 5]
+    cache.reset([])
+    assert cache.seen.tolist() == [5, 0, 5]
+    cache.reset()
+    assert cache.seen.tolist() == [0, 0, 0]
+
+
+def test_the_window_by_default_is_what_the_model_was_trained_for_and_at_most_1020():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert SinkCache(tiny(trained_length=4096)).window == 1020
+        assert SinkCache(tiny(trained_length=100)).window == 96
+        assert SinkCache(tiny(trained_length=100), sinks=99).window == 1
+        assert SinkCache(tiny(trained_length=100), sinks=4, window=96).window == 96
+    with pytest.raises(
+        ValueError, match="100 sinks leave no room for a window: the model was trained for 100"
+    ):
+        SinkCache(tiny(trained_length=100), sinks=100)
+
+
+def test_more_than_the_model_was_trained_for_is_allowed_with_a_warning():
+    with pytest.warns(UserWarning, match=r"sinks \+ window = 101 is longer than the 100 tokens .* window=96"):
+        SinkCache(tiny(trained_length=100), sinks=4, window=97)
+
+
+def test_a_cache_says_what_it_is():
+    cache = SinkCache(tiny(), sinks=4, window=1020, batch_size=2, chunk=64)
+    bytes_held = 3 * 2 * 2 * 2 * 1024 * 8 * 8  # layers, keys and values, B, G, slots, D, bytes
+    assert cache.nbytes == bytes_held == 1572864
+    assert repr(cache) == (
+        "SinkCache(sinks=4, window=1020, batch_size=2, chunk=64, seen=0, 1.6 MB of torch.float64 on cpu)"
+    )
+    tiny()(text(5, 2), cache, lengths=[5, 3])
+    assert "seen=[5, 3]" in repr(cache)
+    assert cache.nbytes == bytes_held
+
+
+def test_seen_is_a_count_that_nobody_can_write_to():
+    cache = SinkCache(tiny(), 2, 4, batch_size=2)
+    tiny()(text(5, 2), cache)
+    seen = cache.seen
+    assert seen.dtype == torch.int64
+    seen += 1
+    assert cache.seen.tolist() == [5, 5]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_cache_has_the_models_type(dtype):
+    cache = SinkCache(tiny(dtype=dtype), 2, 4)
+    assert cache.dtype == dtype
+    assert tiny(dtype=dtype)(text(20), cache).dtype == dtype
+
+
+@pytest.mark.parametrize("twin", [copy.deepcopy, lambda cache: pickle.loads(pickle.dumps(cache))])
+@pytest.mark.parametrize("before", [0, 3, 20])
+def test_a_copy_goes_its_own_way(twin, before):
+    model, tokens, other = tiny(), text(30), text(30, seed=1)
+    cache = SinkCache(model, 2, 5)
+    if before:
+        model(tokens[:, :before], cache)
+    with failing(model.layers[1]), pytest.raises(Interrupted):  # a copy of an interrupted one is no worse
+        model(other[:, :9], cache)
+    copied = twin(cache)
+    other[:, :before] = tokens[:, :before]
+    for stream, given in [(copied, other), (cache, tokens)]:
+        got = feed(model, stream, given[:, before:], cuts(30 - before, seed=1))
+        assert error(got, defined(model, given, 2, 5)[:, before:]) <= TOLERANCE
+
+
+def test_a_copy_is_no_larger_than_what_is_held():
+    cache = SinkCache(tiny(), 2, 500)
+    assert len(pickle.dumps(cache)) < 1.05 * cache.nbytes + 10_000
+
+
+def test_a_cache_made_in_inference_mode_works_outside_of_it_and_the_other_way_round():
+    model, tokens = tiny(), text(30)
+    with torch.inference_mode():
+        inside = SinkCache(model, 2, 5)
+        model(tokens[:, :7], inside)
+    outside = SinkCache(model, 2, 5)
+    model(tokens[:, :7], outside)
+    with torch.inference_mode():
+        first = feed(model, outside, tokens[:, 7:], [1, 10, 12])
+        inside.reset()
+    second = feed(model, inside, tokens, [7, 1, 10, 12])[:, 7:]
+    assert torch.equal(first, second)
+    outside.reset()
+
+
+def test_what_was_not_a_number_in_one_row_stays_there_and_leaves_with_it():
+    """A row of NaN, reset, leaves nothing behind: neither what is masked nor what is multiplied by zero."""
+    model = type(tiny())(tiny().config).double()
+    model.load_state_dict(tiny().state_dict())
+    model.requires_grad_(False)
+    tokens = text(30, 2) % 60  # token 60 stands for what overflows
+    model.embed.weight[60] = torch.nan
+    cache = SinkCache(model, 2, 5, batch_size=2)
+    poisoned = tokens[:, :9].clone()
+    poisoned[1] = 60
+    out = [model(poisoned, cache)]
+    cache.reset([1])
+    out += [model(tokens[:, 9:10], cache), model(tokens[:, 10:16], cache, lengths=[3, 6])]
+    assert out[0][1].isnan().all()
+    whole = defined(tiny(), tokens, 2, 5)
+    assert error(torch.cat((out[0][0], out[1][0], out[2][0, :3])), whole[0, :13]) <= TOLERANCE
+    alone = defined(tiny(), tokens[1:, 9:16], 2, 5)[0]
+    assert error(torch.cat((out[1][1], out[2][1])), alone) <= TOLERANCE
+
+
+@pytest.mark.parametrize("length", [1, 2, 9])
+def test_a_model_of_another_type_is_refused_in_one_sentence_and_does_no_harm(length):
+    model, tokens = tiny(), text(30)
+    cache = SinkCache(model, 2, 4)
+    model(tokens[:, :9], cache)
+    with pytest.raises(ValueError, match=r"made for torch\.float64, the model computes in torch\.float32"):
+        tiny(dtype=torch.float32)(text(length), cache)
+    assert error(model(tokens[:, 9:], cache), defined(model, tokens, 2, 4)[:, 9:]) <= TOLERANCE
+
+
+@pytest.mark.parametrize("length", [1, 2, 9])
+@pytest.mark.parametrize("other", [{"kv_heads": 4}, {"head_dim": 12}, {"layers": 1}, {"layers": 5}], ids=str)
+def test_a_model_of_another_shape_does_no_harm(other, length):
+    model, tokens = tiny(), text(30)
+    cache = SinkCache(model, 2, 4)
+    model(tokens[:, :9], cache)
+    with pytest.raises((ValueError, RuntimeError)):
+        tiny(**other)(text(length), cache)
+    assert error(model(tokens[:, 9:], cache), defined(model, tokens, 2, 4)[:, 9:]) <= TOLERANCE
+
+
+@pytest.mark.parametrize("length", [1, 9])
+def test_autocast_is_refused_in_one_sentence(length):
+    model = tiny(dtype=torch.float32)
+    with (
+        torch.autocast("cpu", torch.bfloat16),
+        pytest.raises(ValueError, match=r"computes in torch\.bfloat16.* leave autocast off"),
+    ):
+        model(text(length), SinkCache(model, 2, 4))
+
+
+@pytest.mark.parametrize("given", [{"sinks": 3, "window": 5}, {"sinks": 1, "window": 7}, {"origin": 9}])
+def test_a_state_of_other_sizes_is_refused_though_its_tensors_fit(given):
+    cache = SinkCache(tiny(), **({"sinks": 2, "window": 6} | given))
+    tiny()(text(20), cache)
+    other = SinkCache(tiny(), sinks=2, window=6)
+    tiny()(text(9), other)
+    with pytest.raises(ValueError, match=r"other sinks, window and origin: \[.*\], here \[2, 6, 0\]"):
+        other.load_state_dict(cache.state_dict())
+    assert other.seen.tolist() == [9]
+
+
+def test_a_state_of_another_model_is_refused_by_name():
+    other = SinkCache(tiny(), 2, 6)
+    with pytest.raises(ValueError, match="other layers"):
+        other.load_state_dict(SinkCache(tiny(layers=1), 2, 6).state_dict())
+    with pytest.raises(ValueError, match=r"layers\.0\.keys is torch\.float32"):
+        other.load_state_dict(SinkCache(tiny(dtype=torch.float32), 2, 6).state_dict())
+
+
+# A model whose layers have windows of their own
+
+
+class Layered(llama.Model):
+    """Llama with sliding windows, to show that a cache keeps one plan for each distinct window."""
+
+    windows = (None, 3, 8)
+
+    @property
+    def geometry(self) -> Geometry:
+        return replace(super().geometry, windows=self.windows)
+
+    def hidden(self, tokens, plan):
+        x = self.embed(tokens)
+        for layer, memory, window in zip(self.layers, plan.memories, self.windows, strict=True):
+            step = plan.steps[window]
+            x = layer(x, step, llama.rotation(self.config.rope, step, x.dtype), memory)
+        return self.norm(x)
+
+
+@pytest.fixture(scope="module")
+def layered():
+    model = Layered(tiny().config).double()
+    model.load_state_dict(tiny().state_dict())
+    network = reference.Llama(model)
+    network.windows = list(Layered.windows)
+    return model.requires_grad_(False), network
+
+
+@pytest.mark.parametrize(("sinks", "window"), [(0, 5), (2, 2), (2, 5), (4, 20), (0, 100)])
+def test_each_layer_keeps_its_own_window(layered, sinks, window):
+    model, network = layered
+    tokens = text(40)
+    wanted = reference.run(network, tokens[0].tolist(), sinks, window)[None]
+    for parts in (None, cuts(40, seed=2), [40]):
+        cache = SinkCache(model, sinks, window, origin=len(parts or []) * 10**9, chunk=13)
+        assert error(feed(model, cache, tokens, parts), wanted) <= TOLERANCE
+    slots = [sinks + min(window, own or window) for own in Layered.windows]
+    assert cache.nbytes == sum(2 * 2 * slot * 8 * 8 for slot in slots)
+
+
+def test_without_sinks_a_layer_window_is_the_band_of_the_dense_forward(layered):
+    model, network = layered
+    tokens = text(40)
+    dense = model(tokens)
+    assert error(dense, reference.run(network, tokens[0].tolist(), 0, 100)[None]) <= TOLERANCE
+    assert error(feed(model, SinkCache(model, 0, 100), tokens, cuts(40, seed=3)), dense) <= TOLERANCE
+
+
+def test_an_interruption_leaves_every_layer_whatever_its_window(layered):
+    model, network = layered
+    tokens = text(40)
+    cache = SinkCache(model, 2, 6)
+    model(tokens[:, :15], cache)
+    for length in (1, 12):
+        with failing(model.layers[2]), pytest.raises(Interrupted):
+            model(text(length, seed=4), cache)
+    wanted = reference.run(network, tokens[0].tolist(), 2, 6)[None]
+    assert error(feed(model, cache, tokens[:, 15:], [1, 4, 20]), wanted[:, 15:]) <= TOLERANCE

@@ -1,0 +1,245 @@
+"""The command line as a user meets it: where a prompt comes from, what wrong input says, how it ends."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import streamllm
+from streamllm.cli import COMMANDS, main
+
+
+class Result(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def run(capsys, monkeypatch) -> Callable[..., Result]:
+    def run(*args: object, typed: bytes | None = None) -> Result:
+        """The command line in this process; `typed` is standard input, None for a terminal."""
+        stdin = io.TextIOWrapper(io.BytesIO(typed or b""), encoding="utf-8")
+        monkeypatch.setattr(stdin, "isatty", lambda: typed is None, raising=False)
+        monkeypatch.setattr(sys, "stdin", stdin)
+        with pytest.raises(SystemExit) as end:
+            main([str(arg) for arg in args])
+        return Result(end.value.code, *capsys.readouterr())
+
+    return run
+
+
+def test_help_names_every_command_and_every_option_explains_itself(run) -> None:
+    result = run("--help")
+    assert result.code == 0
+    assert all(re.search(rf"^ +{name} +\w", result.out, re.MULTILINE) for name in COMMANDS)
+    for name in COMMANDS:
+        result = run(name, "-h")
+        assert result.code == 0
+        assert result.out.startswith("Usage:")
+    assert run("--version").out.strip().endswith(streamllm.__version__)
+    assert run("unknown").code == 2
+
+
+def test_the_prompt_and_what_follows_it_go_to_standard_output(run, checkpoint, loaded) -> None:
+    said = "".join(streamllm.Stream(*loaded).generate("one two", max_new_tokens=20, eos=[]))
+    result = run("generate", "one two", "-m", checkpoint, "-n", 20, "--ignore-eos", "--device", "cpu")
+    assert (result.code, result.out) == (0, f"one two{said}\n")
+    assert re.fullmatch(r"20 tokens · [\d.,]+ tokens/s · place \d+ · cache [\d.]+ MB.*\n", result.err)
+    assert run("generate", "a", "-m", checkpoint, "-n", 2, "--quiet").err == ""
+
+
+def test_the_prompt_may_come_from_a_file_or_from_standard_input(run, checkpoint, tmp_path: Path) -> None:
+    text = "für alle\r\nZeilen"
+    options = ("-m", checkpoint, "-n", 5, "-q")
+    expected = run("generate", "für alle\nZeilen", *options)
+    assert expected.code == 0
+    (tmp_path / "prompt.txt").write_bytes(text.encode())
+    assert run("generate", "--file", tmp_path / "prompt.txt", *options) == expected
+    assert run("generate", *options, typed="für alle\nZeilen".encode()) == expected
+    assert run("generate", "--file", "-", *options, typed="für alle\nZeilen".encode()) == expected
+    assert run("generate", *options).code == 0  # a terminal, and a tokenizer with BOS
+
+
+def test_numbers_reach_the_stream(run, checkpoint, loaded) -> None:
+    stream = streamllm.Stream(*loaded, sinks=1, window=7, chunk=3)
+    said = stream.generate(
+        "one", max_new_tokens=40, temperature=1.3, top_k=9, top_p=0.9, min_p=0.01, repetition_penalty=1.2,
+        seed=5, eos=[],
+    )  # fmt: skip
+    options = ("-m", checkpoint, "-n", 40, "-t", 1.3, "--top-k", 9, "--top-p", 0.9, "--min-p", 0.01,
+               "--repetition-penalty", 1.2, "--seed", 5, "--sinks", 1, "--window", 7, "--chunk", 3,
+               "--ignore-eos")  # fmt: skip
+    result = run("generate", "one", *options)
+    assert result.out == "one" + "".join(said) + "\n"
+    stop = result.out[6:9]
+    again = run("generate", "one", *options, "--stop", stop)
+    assert again.out == result.out[: result.out.index(stop, 3)] + "\n"
+
+
+def test_a_window_beyond_the_trained_length_is_a_warning(run, checkpoint) -> None:
+    result = run("generate", "a", "-m", checkpoint, "-n", 1, "--window", 300)
+    assert result.code == 0
+    assert result.err.startswith("Warning: sinks + window = 304 is longer than the 256 tokens")
+
+
+# What a user can get wrong: one sentence, exit code 2
+
+
+def config(folder: Path, **changes: object) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def tensors(folder: Path, **changes: torch.Tensor | None) -> None:
+    path = folder / "model.safetensors"
+    changed = {**load_file(path), **changes}
+    save_file({name: tensor for name, tensor in changed.items() if tensor is not None}, path)
+
+
+def lose_a_shard(folder: Path) -> None:
+    everything = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    index = {"weight_map": dict.fromkeys(everything, "model-00001-of-00001.safetensors")}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def a_small_vocabulary(folder: Path) -> None:
+    config(folder, vocab_size=50)
+    weights = load_file(folder / "model.safetensors")
+    names = ("model.embed_tokens.weight", "lm_head.weight")
+    tensors(folder, **{name: weights[name][:50].clone() for name in names})
+
+
+BROKEN = {
+    "no-config": (lambda folder: (folder / "config.json").unlink(), "has no config.json"),
+    "bad-json": (lambda folder: (folder / "config.json").write_text("{"), "not valid JSON"),
+    "foreign": (lambda folder: config(folder, model_type="gptj"), "model_type is 'gptj'; supported: .*llama"),
+    "quantised": (lambda folder: config(folder, quantization_config={"bits": 4}), "quantised checkpoints"),
+    "bad-value": (lambda folder: config(folder, hidden_size="wide"), "hidden_size is 'wide'"),
+    "no-weights": (lambda folder: (folder / "model.safetensors").unlink(), "has no weights"),
+    "lost-shard": (lose_a_shard, "model-00001-of-00001.safetensors"),
+    "cut-off": (
+        lambda folder: os.truncate(folder / "model.safetensors", 9999),
+        "not a whole safetensors file",
+    ),
+    "lost-tensor": (lambda folder: tensors(folder, **{"model.norm.weight": None}), "norm.weight"),
+    "misshapen": (
+        lambda folder: tensors(folder, **{"model.norm.weight": torch.ones(31)}),
+        r"model.norm.weight has the shape \[31\].*\[32\]",
+    ),
+    "extra-tensor": (lambda folder: tensors(folder, mystery=torch.ones(3)), "no place for mystery"),
+    "no-tokenizer": (lambda folder: (folder / "tokenizer.json").unlink(), "copy has no tokenizer"),
+    "bad-tokenizer": (lambda folder: (folder / "tokenizer.json").write_text("{}"), "tokenizer.json"),
+    "small-vocabulary": (a_small_vocabulary, r"token id \d+ is outside the model's vocabulary of 0 … 49"),
+    "bad-settings": (
+        lambda folder: (folder / "generation_config.json").write_text('{"num_beams": 4}'),
+        "num_beams=4, which is not done here",
+    ),
+    "not-finite": (
+        lambda folder: tensors(folder, **{"model.norm.weight": torch.full((32,), torch.inf)}),
+        "logits are not finite",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", BROKEN)
+def test_a_broken_checkpoint_is_named_in_one_sentence(run, copy: Path, what: str) -> None:
+    change, said = BROKEN[what]
+    change(copy)
+    result = run("generate", "one", "-m", copy, "-q", "-n", 3)
+    assert result.code == 2
+    sentence = [line for line in result.err.splitlines() if not line.startswith("Warning: ")]
+    assert len(sentence) == 1
+    assert re.match(f"Error: .*{said}", sentence[0])
+
+
+WRONG = {
+    "no such folder": (["-m", "./nowhere"], "there is no folder './nowhere'"),
+    "window 0": (["--window", "0"], "--window"),
+    "sinks -1": (["--sinks", "-1"], "--sinks"),
+    "no room": (["--sinks", "256"], "256 sinks leave no room"),
+    "chunk 0": (["--chunk", "0"], "--chunk"),
+    "tokens -1": (["-n", "-1"], "neither a number of tokens nor 'forever'"),
+    "tokens many": (["-n", "many"], "neither a number of tokens nor 'forever'"),
+    "temperature": (["-t", "-1"], "--temperature"),
+    "temperature nan": (["-t", "nan"], "temperature must be 0"),
+    "top-p": (["--top-p", "0"], "--top-p"),
+    "seed": (["--seed", "9" * 30], "seed must be"),
+    "stop": (["--stop", ""], "stop string must not be empty"),
+    "dtype": (["--dtype", "int4"], "dtype is 'int4'; supported: auto, float64"),
+    "device": (["--device", "toaster"], "--device.*'toaster'"),
+    "device number": (["--device", "cuda:99"], "--device.*'cuda:99'"),
+    "window too large": (["--window", str(10**13)], "not enough memory"),
+    "revision": (["--revision", "main"], "a folder has no revision 'main'"),
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_a_wrong_option_is_named_in_one_sentence(run, checkpoint: Path, what: str) -> None:
+    options, said = WRONG[what]
+    model = [] if "-m" in options else ["-m", checkpoint]
+    result = run("generate", "one", *model, *options)
+    assert result.code == 2
+    sentence = [line for line in result.err.splitlines() if line.startswith("Error: ")]
+    assert len(sentence) == 1
+    assert re.search(said, sentence[0])
+    assert result.out == ""
+
+
+def test_a_wrong_prompt_is_named_in_one_sentence(run, checkpoint, checkpoint_without_bos, tmp_path) -> None:
+    for prompt in ((), ("",)):
+        result = run("generate", *prompt, "-m", checkpoint_without_bos, "-q")
+        assert (result.code, result.out) == (2, "")
+        assert result.err.startswith("Error: the prompt is empty and the tokenizer adds no BOS token")
+    result = run("generate", "a", "--file", __file__, "-m", checkpoint)
+    assert result.code == 2
+    assert "give a prompt or a --file, not both" in result.err
+    for wrong in (tmp_path, tmp_path / "nothing"):
+        result = run("generate", "--file", wrong, "-m", checkpoint)
+        assert result.code == 2
+        assert "--file" in result.err
+    (tmp_path / "latin").write_bytes(b"caf\xe9")
+    for options, typed in ((("--file", tmp_path / "latin"), None), ((), b"caf\xe9")):
+        result = run("generate", *options, "-m", checkpoint, typed=typed)
+        assert (result.code, result.out) == (2, "")
+        assert re.match(r"Error: the prompt is not UTF-8.*\n$", result.err)
+
+
+# How it ends, in a process of its own
+
+
+def start(*args: object, **options: object) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "streamllm", *map(str, args)]
+    one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}  # two would wait for each other on a busy machine
+    return subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, env=one_thread, **options
+    )
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals and pipes of POSIX")
+def test_a_reader_that_goes_away_and_ctrl_c_end_it_without_a_traceback(checkpoint: Path) -> None:
+    args = ("generate", "one", "-m", checkpoint, "-n", "forever", "--ignore-eos")
+    piped = start(*args, stdout=subprocess.PIPE)
+    stopped = start(*args, stdout=subprocess.PIPE)
+    assert piped.stdout.read(100).startswith(b"one")
+    piped.stdout.close()
+    assert stopped.stdout.read(100).startswith(b"one")
+    stopped.send_signal(signal.SIGINT)
+    stopped.stdout.read()
+    assert (piped.stderr.read(), piped.wait(30)) == (b"", 141)
+    said = stopped.stderr.read().decode()
+    assert stopped.wait(30) == 130
+    assert re.fullmatch(r"[\d,]+ tokens · .*\n\n?", said)

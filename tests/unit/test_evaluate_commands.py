@@ -1,0 +1,168 @@
+"""`streamllm perplexity`, `inspect` and `recall` on a tiny checkpoint."""
+
+import importlib.util
+import json
+import re
+
+import pytest
+from click.testing import CliRunner
+
+from streamllm.evaluate import commands, scoring
+from streamllm.evaluate.texts import as_stream, as_texts, beginning, samples
+
+DRAWS = importlib.util.find_spec("matplotlib") is not None
+WORDS = "one two three four five six seven eight nine ten eleven twelve, and so on without end.\n"
+
+
+@pytest.fixture
+def text(tmp_path):
+    (tmp_path / "text").write_text(WORDS * 30)
+    return str(tmp_path / "text")
+
+
+@pytest.fixture
+def run(checkpoint):
+    def run(command, *arguments, code=0):
+        result = CliRunner().invoke(command, [*arguments, "--model", str(checkpoint), "--device", "cpu"])
+        assert result.exit_code == code, result.output
+        return result.output
+
+    return run
+
+
+def drawn(file):
+    return ["--plot", str(file)] if DRAWS else []
+
+
+def cells(output, first):
+    (line,) = (line for line in output.splitlines() if line.startswith(first))
+    return line.split()
+
+
+def test_perplexity_is_what_the_library_says(run, text, tmp_path, model, tokenizer):
+    output = run(
+        commands.perplexity, text, "--mode", "all", "--sinks", "0,2", "--window", "30", "--positions", "20",
+        "--dense-tokens", "100", "--json", str(tmp_path / "out.json"),
+    )  # fmt: skip
+    ids = as_stream(tokenizer, [WORDS * 30])
+    results = json.loads((tmp_path / "out.json").read_text())["results"]
+    assert [(r["mode"], r["sinks"], r["window"], r["tokens"]) for r in results] == [
+        ("sinks", 0, 30, len(ids) - 1),
+        ("sinks", 2, 30, len(ids) - 1),
+        ("window", 0, 30, len(ids) - 1),
+        ("dense", 0, 100, 99),
+        ("recompute", 0, 30, 20),
+        ("recompute", 2, 30, 20),
+    ]
+    expected = scoring.perplexity(model, ids, sinks=2, window=30)
+    assert results[1]["nll"] == pytest.approx(expected.nll, rel=1e-6)
+    rows = [line.split() for line in output.splitlines()]
+    assert [row[0] for row in rows[1:]] == ["sinks", "sinks", "window", "dense", "recompute", "recompute"]
+    assert rows[2][4] == f"{expected.perplexity:.4g}"
+
+
+def test_texts_are_one_stream_or_apart(run, text, tmp_path, tokenizer):
+    (tmp_path / "other").write_text("café")
+    counts = []
+    for arguments in ([], ["--reset-between-texts"], ["--tokens", "50"]):
+        file = tmp_path / "out.json"
+        run(commands.perplexity, text, str(tmp_path / "other"), *arguments, "--json", str(file))
+        counts.append(json.loads(file.read_text())["results"][0]["tokens"])
+    words, other = (len(tokenizer.encode(text)) for text in (WORDS * 30, "café"))
+    assert counts == [words + 1 + other - 1 + 1 - 1, words + other, 49]
+
+
+def test_an_interrupted_run_is_finished_by_the_next(run, text, tmp_path, tokenizer, monkeypatch):
+    arguments = [text, "--sinks", "0,2", "--window", "30", "--chunk", "64"]
+    whole = run(commands.perplexity, *arguments)
+    state = str(tmp_path / "state")
+    monkeypatch.setattr(commands, "SAVE_EVERY", 0.0)
+    original, calls = scoring.streamed, []
+
+    def interrupted(*given):
+        for piece in original(*given):
+            calls.append(piece)
+            if len(calls) == 12:
+                raise KeyboardInterrupt
+            yield piece
+
+    monkeypatch.setattr(scoring, "streamed", interrupted)
+    run(commands.perplexity, *arguments, "--resume", state, code=1)
+    assert (tmp_path / "state.cache").exists()
+    scored = len(calls)
+    assert run(commands.perplexity, *arguments, "--resume", state) == whole
+    pieces = -(-(len(as_stream(tokenizer, [WORDS * 30])) - 1) // 64)
+    assert len(calls) - scored == 2 * pieces - 11  # the piece that was lost, and what came after
+    assert not (tmp_path / "state.cache").exists()
+    assert run(commands.perplexity, *arguments, "--resume", state) == whole
+    assert len(calls) - scored == 2 * pieces - 11  # nothing was left to do
+    output = run(commands.perplexity, *arguments[:-1], "32", "--resume", state, code=2)
+    assert "another model, text or setting" in output
+
+
+def test_inspect_recommends(run, text, tmp_path):
+    file, picture = tmp_path / "out.json", tmp_path / "out.png"
+    output = run(
+        commands.inspect, text, "--samples", "3", "--length", "20", "--span", "16", "--sinks", "0,1,2",
+        "--json", str(file), *drawn(picture),
+    )  # fmt: skip
+    found = json.loads(file.read_text())
+    assert cells(output, "token") == ["token", *map(str, range(8))]
+    share = found["share"][1]
+    assert cells(output, "layer 1")[2] == f"{100 * sum(head[0] for head in share) / len(share):.1f}"
+    assert cells(output, "sinks") == ["sinks", "0", "1", "2"]
+    assert re.search(r"This model needs (no|1|2) sinks?: ", output)
+    assert [result["window"] for result in found["sweep"]] == [16, 15, 14]
+    assert not DRAWS or picture.stat().st_size > 10_000
+
+
+def test_recall_by_distance(run, tmp_path):
+    file = tmp_path / "out.json"
+    output = run(
+        commands.recall, "--lines", "30", "--back", "1,20", "--distances", "120,300", "--samples", "2",
+        "--window", "100", "--json", str(file), *drawn(tmp_path / "out.svg"),
+    )  # fmt: skip
+    found = json.loads(file.read_text())
+    assert [score["lines"] for score in found["StreamEval"]] == [1, 20]
+    assert [score["distance"] for score in found["passkey"]] == [120, 300]
+    assert "more than 100 tokens back has left the window" in output
+    assert not DRAWS or (tmp_path / "out.svg").read_text().startswith("<?xml")
+
+
+@pytest.mark.skipif(not DRAWS, reason="matplotlib is not installed")
+@pytest.mark.parametrize("dark", [False, True])
+def test_every_result_is_drawn(model, tokenizer, tmp_path, dark):
+    from streamllm.evaluate import plots
+
+    ids = as_stream(tokenizer, [WORDS * 20])
+    results = [scoring.perplexity(model, ids, mode=mode, window=20, positions=9) for mode in scoring.MODES]
+    figure = plots.perplexity_curves(results, trained_length=256, dark=dark)
+    labels = [line.get_label() for line in figure.axes[0].lines][:4]
+    assert labels == ["4 sinks + window 20", "window 20", "dense", "4 sinks + window 20, re-computed"]
+    plots.save_figure(figure, tmp_path / "out.png")
+    assert (tmp_path / "out.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--sinks", "two"], "'two' is not a list of numbers of at least 0"),
+        (["--window", "0"], "'0' is not a list of numbers of at least 1"),
+        (["--mode", "sliding"], "'sliding' is not one of sinks, window, dense, recompute, all"),
+        (["nowhere.txt"], "nowhere.txt"),
+    ],
+)
+def test_wrong_arguments_are_named(run, arguments, message):
+    assert message in run(commands.perplexity, *arguments, code=2)
+
+
+def test_texts_begin_as_the_model_knows(tokenizer):
+    begin = tokenizer.bos_token_id
+    assert beginning(tokenizer) == [begin]
+    end = tokenizer.eos_token_id
+    stream = as_stream(tokenizer, ["one", "two"]).tolist()
+    assert stream == [*tokenizer.encode("one"), end, *tokenizer.encode("two")[1:], end]
+    assert [text.tolist() for text in as_texts(tokenizer, ["one"])] == [[*tokenizer.encode("one"), end]]
+    drawn = samples(tokenizer, as_stream(tokenizer, [WORDS]), 5, 9)
+    assert drawn.shape == (5, 9)
+    assert set(drawn[:, 0].tolist()) == {begin}

@@ -1,0 +1,124 @@
+"""Recall by distance, of a model that copies whatever its window still holds."""
+
+import pytest
+import torch
+from torch import nn
+
+from streamllm.evaluate import WORDINGS, passkey, passkey_script, stream_eval, stream_eval_script
+from streamllm.models.step import Geometry, forward_in_chunks
+from streamllm.tokenizer import load_tokenizer_files
+from tests import tiny
+
+S, W = 4, 256
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return load_tokenizer_files(tiny.write(tmp_path_factory.mktemp("bytes"), tiny.tokenizer()))
+
+
+class Copier(nn.Module):
+    """Says what followed the longest repetition of the latest tokens, among the tokens that it may see.
+
+    Its keys are the tokens themselves, so it remembers through the cache, and nothing else.
+    """
+
+    geometry = Geometry(1, 1, 258, (None,), None)
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+
+    def forward(self, tokens, cache=None):
+        return forward_in_chunks(self, tokens, cache, None, None)
+
+    def hidden(self, tokens, plan):
+        step = plan.steps[None]
+        ids = tokens[:, None, :, None].to(self.weight.dtype)
+        keys, _ = plan.memories[0].extend(ids, ids)
+        keys, places, mask = keys[0, 0, :, 0].long().tolist(), step.keys[0].tolist(), step.mask()
+        said = torch.zeros(1, tokens.shape[1], 258)
+        for t in range(tokens.shape[1]):
+            visible = range(len(keys)) if mask is None else mask[0, t].nonzero()[:, 0].tolist()
+            held = {places[j]: keys[j] for j in visible}
+            now, best, choice = int(step.near[0, t]), 0, 0
+            for place in held:
+                length = 0
+                while held.get(place - length, -1) == held.get(now - length, -2) and place < now:
+                    length += 1
+                if length > best:
+                    best, choice = length, held.get(place + 1, 0)
+            said[0, t, choice] = 9.0
+        return said
+
+    def project(self, x):
+        return x
+
+
+def told(tokenizer, script):
+    """Every answer as (the same tokens where it was told, where it was asked for)."""
+    for (start, stop), distance in zip(script.answers, script.distances, strict=True):
+        yield script.tokens[start - distance : stop - distance].tolist(), script.tokens[start:stop].tolist()
+
+
+@pytest.mark.parametrize("wording", WORDINGS)
+def test_every_question_has_its_answer_before(tokenizer, wording):
+    script = stream_eval_script(tokenizer, lines=100, every=10, back=20, wording=wording, seed=3)
+    pairs = list(told(tokenizer, script))
+    assert len(pairs) == 8  # the first question comes behind line 20 + 9
+    assert all(before == asked for before, asked in pairs)
+    assert len({tuple(asked) for _, asked in pairs}) == 8
+    text = tokenizer.decode(script.tokens.tolist()).splitlines()
+    assert len(text) == 108
+    answer = tokenizer.decode(script.tokens[slice(*script.answers[0])].tolist()).strip()
+    lines = [n for n, line in enumerate(text) if answer in line]
+    assert lines == [9, 30]  # asked behind line 29, for the line 20 above it
+    assert torch.equal(
+        script.tokens, stream_eval_script(tokenizer, lines=100, wording=wording, seed=3).tokens
+    )
+    assert not torch.equal(script.tokens[:50], stream_eval_script(tokenizer, wording=wording).tokens[:50])
+
+
+@pytest.mark.parametrize("wording", WORDINGS)
+@pytest.mark.parametrize("distance", [150, 151, 400])
+def test_a_passkey_is_as_far_as_it_says(tokenizer, wording, distance):
+    script = passkey_script(tokenizer, distance=distance, lead=60, wording=wording, seed=1)
+    ((before, asked),) = told(tokenizer, script)
+    assert before == asked
+    assert script.distances == (distance,)
+    assert script.answers[0][0] - distance >= 60
+    text = tokenizer.decode(script.tokens.tolist())
+    assert text.count(tokenizer.decode(asked).strip()) == 2
+
+
+def test_what_the_window_holds_is_recalled_and_the_rest_is_not(tokenizer):
+    near, far, gone = passkey(
+        Copier(), tokenizer, distances=(150, W - 10, W + 1), samples=3, sinks=S, window=W, chunk=100
+    )
+    assert (near.accuracy, far.accuracy, gone.accuracy) == (1, 1, 0)
+    assert near.mean < 0.1 < gone.mean
+    assert (near.distance, near.questions, near.lines) == (150, 3, None)
+
+
+def test_stream_eval_falls_to_zero_past_the_window(tokenizer):
+    scores = stream_eval(
+        Copier(), tokenizer, back=(2, 4, 10), lines=40, every=5, sinks=S, window=400, chunk=64
+    )
+    assert [score.lines for score in scores] == [2, 4, 10]
+    assert [score.accuracy for score in scores] == [1, 1, 0]
+    assert scores[1].distance < 400 < scores[2].distance
+    (dense,) = stream_eval(Copier(), tokenizer, back=(10,), lines=20, every=5, mode="dense")
+    assert dense.accuracy == 1
+
+
+def test_wrong_arguments_are_named(tokenizer):
+    with pytest.raises(ValueError, match="too short"):
+        passkey_script(tokenizer, distance=10)
+    with pytest.raises(ValueError, match="wording must be one of lines, code"):
+        stream_eval_script(tokenizer, wording="verse")
+    with pytest.raises(ValueError, match="lines"):
+        stream_eval_script(tokenizer, lines=2000)
+    with pytest.raises(ValueError, match="back"):
+        stream_eval_script(tokenizer, lines=20, back=20)
+    with pytest.raises(ValueError, match="mode"):
+        stream_eval(Copier(), tokenizer, mode="recompute")

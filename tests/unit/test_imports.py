@@ -1,0 +1,144 @@
+"""Which room may import which; and nothing of torch is changed by any of them."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+ROOMS = {"models": "streamllm.models", "weights": "streamllm.weights", "streamllm": "streamllm"}
+FILES = [path for room in ROOMS for path in sorted((ROOT / room).rglob("*.py"))]
+
+# what a room may import of the project; each may import itself
+ALLOWED = {
+    "models": (),
+    "weights": ("streamllm.models",),
+    "streamllm": ("streamllm.models", "streamllm.weights"),
+}
+
+
+def room_of(path: Path) -> str:
+    return path.relative_to(ROOT).parts[0]
+
+
+def module_of(path: Path) -> str:
+    room, *inner = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join([ROOMS[room], *(part for part in inner if part != "__init__")])
+
+
+def imports(path: Path) -> list[tuple[str, bool]]:
+    """Every module that a file imports, by its full name, and whether at once (True) or inside a function."""
+    package = module_of(path).split(".")
+    if path.name != "__init__.py":
+        package.pop()
+    found: list[tuple[str, bool]] = []
+
+    def visit(node: ast.AST, at_once: bool) -> None:
+        if isinstance(node, ast.Import):
+            found.extend((alias.name, at_once) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            name = ".".join([*base, *([node.module] if node.module else [])])
+            found.append((name, at_once))
+            found.extend((f"{name}.{alias.name}", at_once) for alias in node.names if name in PACKAGES)
+        inside = at_once and not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
+        for child in ast.iter_child_nodes(node):
+            visit(child, inside)
+
+    visit(ast.parse(path.read_text(encoding="utf-8")), True)
+    return found
+
+
+PACKAGES = {module_of(path) for path in FILES if path.name == "__init__.py"}
+
+
+def within(name: str, package: str) -> bool:
+    return name == package or name.startswith(package + ".")
+
+
+def test_the_reader_of_imports_reads() -> None:
+    found = dict(imports(ROOT / "streamllm" / "load.py"))
+    assert found["streamllm.weights.checkpoint"] is True
+    assert found["tqdm"] is False
+    assert "streamllm.models.llama" in dict(imports(ROOT / "models" / "__init__.py"))
+    assert len(FILES) > 20
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_arrow_runs_back(path: Path) -> None:
+    room = room_of(path)
+    own = ROOMS[room]
+    for name, _ in imports(path):
+        top = name.split(".")[0]
+        if top == "streamllm":
+            inner = next(
+                (package for package in ("streamllm.models", "streamllm.weights") if within(name, package)),
+                "streamllm",
+            )
+            allowed = inner == own or inner in ALLOWED[room]
+            assert allowed, f"{path.relative_to(ROOT)} imports {name}"
+        elif room == "models":
+            standard = top in sys.stdlib_module_names
+            assert standard or top == "torch", f"{path.relative_to(ROOT)} imports {name}"
+        assert top not in ("tools", "tests"), f"{path.relative_to(ROOT)} imports {name}"
+
+
+def test_transformers_stays_inside_a_function() -> None:
+    users = {
+        path.relative_to(ROOT).as_posix(): at_once
+        for path in FILES
+        for name, at_once in imports(path)
+        if within(name, "transformers")
+    }
+    assert set(users) <= {"streamllm/parity.py"}
+    assert not any(users.values())
+
+
+PROBE = '''
+import importlib, inspect, sys
+import torch, torch.nn.functional as F
+
+
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("transformers", "matplotlib", "pytest"):
+            raise ImportError(f"{name} is not for those who run the package")
+
+
+def contents():
+    """Every function, class and attribute that a user of torch could meet, by identity."""
+    owners = [torch, torch.nn, F, torch.Tensor, torch.nn.Module, torch.nn.Linear, torch.nn.Embedding]
+    owners += [value for _, value in inspect.getmembers(torch.nn, inspect.isclass)]
+    return {
+        (repr(owner), name): id(value)
+        for owner in owners
+        for name, value in vars(owner).items()
+        if callable(value) and not name.startswith("_C")
+    }
+
+
+before = contents()
+sys.meta_path.insert(0, Blocked())
+for name in sys.argv[2:]:
+    importlib.import_module(name)
+import streamllm
+model, tokenizer = streamllm.load(sys.argv[1], device="cpu")
+text = "".join(streamllm.Stream(model, tokenizer).generate("one two", max_new_tokens=5, temperature=1.0))
+after = contents()
+changed = [key for key in before if after.get(key) != before[key]]
+assert not changed, changed
+assert len(before) > 1000
+assert not any(name.split(".")[0] == "transformers" for name in sys.modules)
+print("unchanged")
+'''
+
+
+def test_everything_runs_without_transformers_and_leaves_torch_alone(checkpoint: Path) -> None:
+    modules = [module_of(path) for path in FILES if path.name != "__main__.py"]
+    command = [sys.executable, "-c", PROBE, str(checkpoint), *modules]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=checkpoint)
+    assert result.stdout == "unchanged\n", result.stderr[-2000:]

@@ -1,0 +1,165 @@
+"""Step and the loop over chunks: worked examples, what a forward leaves behind, what it refuses."""
+
+from __future__ import annotations
+
+import weakref
+
+import pytest
+import torch
+
+from streamllm.cache import SinkCache
+from streamllm.models.step import Step, geometry_of
+from tests.laws.scenarios import text, tiny
+
+
+def trainable(**options):
+    """A model of its own, whose weights ask for gradients."""
+    model = tiny(**options)
+    twin = type(model)(model.config).to(model.embed.weight.dtype)
+    twin.load_state_dict(model.state_dict())
+    return twin
+
+
+def test_the_worked_example_of_step():
+    cache = SinkCache(tiny(), sinks=2, window=3)
+    tiny()(text(9), cache)
+    step = cache.plan(1).steps[None]
+    assert step.slots.tolist() == [[3]]
+    assert step.keys.tolist() == [[0, 1, 8, 9, 7]]
+    assert step.visible is None
+    assert (step.near.item(), step.far.item(), step.sinks) == (9, 4, 2)
+    assert sorted(step.distance().flatten().tolist()) == [0, 1, 2, 3, 4]
+
+
+def test_the_worked_example_of_a_chunk():
+    step = SinkCache(tiny(), sinks=2, window=3).plan(4).steps[None]
+    assert step.keys.tolist() == [[0, 1, -1, -1, 2, 3]]
+    seen = [step.keys[0, visible].tolist() for visible in step.visible[0]]
+    assert seen == [[0], [0, 1], [0, 1, 2], [0, 1, 2, 3]]
+
+
+def test_distances_are_ranks_behind_the_query():
+    """Whatever was evicted, and wherever the text begins: n keys stand 0 … n-1 steps away."""
+    for origin in (0, 5, 10**12):
+        cache = SinkCache(tiny(), sinks=3, window=4, origin=origin)
+        for length in (1, 1, 2, 9, 1, 30, 1, 1):
+            step = cache.plan(length).steps[None]
+            visible = (
+                torch.ones(1, length, step.keys.shape[1]).bool() if step.visible is None else step.visible
+            )
+            for row, seen in zip(step.distance()[0], visible[0], strict=True):
+                assert sorted(row[seen].tolist()) == list(range(int(seen.sum())))
+            tiny()(text(length), cache)
+
+
+@pytest.mark.parametrize("window", [None, 1, 3, 8, 9])
+def test_a_dense_step_is_causal_and_banded(window):
+    step = Step.dense(8, window)
+    expected = torch.ones(8, 8).tril().bool()
+    if window is not None:
+        expected &= torch.ones(8, 8).triu(1 - window).bool()
+    assert torch.equal(step.mask()[0], expected)
+    assert torch.equal(step.distance()[0], torch.arange(8)[:, None] - torch.arange(8))
+    assert Step.dense(1, window).mask() is None
+
+
+def test_a_forward_with_a_cache_builds_no_graph():
+    model, cache = trainable(), SinkCache(tiny(), 2, 5, chunk=8)
+    for tokens in (text(30), text(1), text(20)):
+        assert not model(tokens, cache).requires_grad
+    model(text(20)).sum().backward()  # without one it does
+    assert all(weight.grad is not None for weight in model.parameters())
+
+
+def test_streams_and_training_may_alternate():
+    """What is remembered of frequencies and masks serves inference mode and autograd alike."""
+    model = trainable(rope="yarn")
+    cache = SinkCache(model, 2, 5)
+    for _ in range(2):
+        with torch.inference_mode():
+            model(text(12), cache)
+            model(text(12))
+        model(text(12)).sum().backward()
+        model(text(1), cache)
+
+
+@pytest.mark.parametrize("options", [{}, {"lengths": [1590]}])
+def test_a_long_prompt_keeps_the_activations_of_one_chunk(options):
+    """However long it is: what the norm gave out for earlier chunks is gone when the next one comes."""
+    model, cache, given, alive = tiny(), SinkCache(tiny(), 2, 5, chunk=16), [], []
+
+    def remember(module, inputs, output):
+        given.append(weakref.ref(output))
+
+    def count(module, inputs):
+        alive.append(sum(output() is not None for output in given))
+
+    hooks = [model.norm.register_forward_hook(remember), model.embed.register_forward_pre_hook(count)]
+    try:
+        model(text(1600), cache, logits_to_keep=3, **options)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    assert len(alive) == 100
+    assert max(alive) <= 1
+
+
+@pytest.mark.parametrize(
+    ("tokens", "says"),
+    [
+        (torch.zeros(1, 3), "not torch.float32 of shape"),
+        (torch.zeros(1, 3, dtype=torch.complex64), "not torch.complex64"),
+        (torch.zeros(1, 3, dtype=torch.bool), "not torch.bool"),
+        (torch.zeros(1, 3, dtype=torch.uint8), "not torch.uint8"),
+        (torch.zeros(3, dtype=torch.int64), r"of shape \[3\]"),
+        (torch.zeros(1, 0, dtype=torch.int64), r"of shape \[1, 0\]"),
+        (torch.zeros(0, 3, dtype=torch.int64), r"of shape \[0, 3\]"),
+        (torch.tensor([[0, 61]]), "token id 61 is outside the model's vocabulary of 0 … 60"),
+        (torch.tensor([[0, -1]]), "token id -1 is outside"),
+    ],
+)
+@pytest.mark.parametrize("cached", [False, True])
+def test_tokens_that_are_none_are_refused_in_one_sentence(tokens, says, cached):
+    cache = SinkCache(tiny(), 2, 5) if cached else None
+    with pytest.raises(ValueError, match=says):
+        tiny()(tokens, cache)
+    assert cache is None or cache.seen.tolist() == [0]
+
+
+@pytest.mark.parametrize(
+    ("rows", "options", "says"),
+    [
+        (3, {}, "made for a batch of 2, the tokens have 3 rows"),
+        (2, {"lengths": torch.tensor([1, 6])}, r"2 whole numbers in 0 … 5, one per row, not \[1, 6\]"),
+        (2, {"lengths": [-1, 5]}, r"not \[-1, 5\]"),
+        (2, {"lengths": [1, 2, 3]}, r"2 whole numbers in 0 … 5, one per row, not \[1, 2, 3\]"),
+        (2, {"lengths": [1.5, 2]}, r"not \[1.5, 2\]"),
+        (2, {"lengths": torch.tensor([1.0, 2.0])}, r"not \[1.0, 2.0\]"),
+        (2, {"lengths": torch.tensor(3)}, "2 whole numbers in 0 … 5, one per row, not 3"),
+        (2, {"lengths": torch.ones(2, 1).long()}, r"not \[\[1\], \[1\]\]"),
+        (2, {"logits_to_keep": 0}, r"logits_to_keep must be at least 1 \(None: all\), not 0"),
+    ],
+)
+def test_a_forward_that_does_not_fit_the_cache_is_refused_in_one_sentence(rows, options, says):
+    cache = SinkCache(tiny(), 2, 5, batch_size=2)
+    with pytest.raises(ValueError, match=says):
+        tiny()(text(5, rows), cache, **options)
+    assert cache.seen.tolist() == [0, 0]
+
+
+def test_lengths_need_a_cache():
+    with pytest.raises(ValueError, match="lengths need a cache"):
+        tiny()(text(5), lengths=[3])
+
+
+def test_lengths_may_be_a_list_or_a_tensor():
+    one, other = (SinkCache(tiny(), 2, 5, batch_size=2) for _ in range(2))
+    given = tiny()(text(5, 2), one, lengths=[5, 2])
+    assert torch.equal(given, tiny()(text(5, 2), other, lengths=torch.tensor([5, 2], dtype=torch.int32)))
+    assert one.seen.tolist() == other.seen.tolist() == [5, 2]
+
+
+def test_somebody_elses_model_is_refused_by_name():
+    with pytest.raises(TypeError, match=r"torch\.nn\.modules\.linear\.Linear is not a model of this library"):
+        SinkCache(torch.nn.Linear(2, 2))
+    assert geometry_of(tiny()) == tiny().geometry

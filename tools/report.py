@@ -1,0 +1,377 @@
+"""Make every table and picture of the README from the embedded checkpoint, or from another one.
+
+    python tools/report.py                        # into tools/report/, about a quarter of an hour on one core
+
+Writes report.md (tables with their settings, pictures), report.json (the numbers) and the pictures, each for
+light and for dark pages.
+"""
+
+import json
+import platform
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import streamllm
+from streamllm.evaluate import (
+    Comparison,
+    Recall,
+    Result,
+    attention,
+    compare,
+    passkey,
+    perplexity,
+    plots,
+    recommend,
+    stream_eval,
+)
+from streamllm.evaluate.corpus import held_out_texts, training_texts
+from streamllm.evaluate.texts import as_stream, samples
+from streamllm.models.step import geometry_of
+from streamllm.status import resident_bytes
+
+
+@dataclass
+class Report:
+    """What is written, piece by piece."""
+
+    folder: Path
+    lines: list[str] = field(default_factory=list)
+    numbers: dict[str, Any] = field(default_factory=dict)
+
+    def say(self, text: str) -> None:
+        self.lines += [text, ""]
+        click.echo(text + "\n")
+
+    def table(self, caption: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        """A Markdown table, the first column to the left, and its caption."""
+        ruler = ["---", *["---:"] * (len(head) - 1)]
+        self.say("\n".join("| " + " | ".join(row) + " |" for row in (head, ruler, *rows)))
+        self.say(f"*{caption}*")
+
+    def picture(self, name: str, caption: str, draw: Callable[[bool], Any]) -> None:
+        """One picture in two files; a page takes the one that suits it."""
+        for dark in (False, True):
+            plots.save_figure(draw(dark), self.folder / f"{name}-{'dark' if dark else 'light'}.png")
+        self.say(
+            f'<picture><source media="(prefers-color-scheme: dark)" srcset="{name}-dark.png">'
+            f'<img src="{name}-light.png" alt="{caption}"></picture>'
+        )
+
+    def write(self) -> None:
+        (self.folder / "report.md").write_text("\n".join(self.lines))
+        (self.folder / "report.json").write_text(json.dumps(self.numbers, indent=1) + "\n")
+
+
+@dataclass(frozen=True)
+class Subject:
+    """The model and what it reads."""
+
+    model: nn.Module
+    tokenizer: streamllm.Tokenizer
+    stream: Tensor  # held-out text, int64 [N]
+    span: int  # sinks + window
+    sinks: int
+    quick: bool
+
+    @property
+    def window(self) -> int:
+        return self.span - self.sinks
+
+    def few(self, count: int, least: int = 1) -> int:
+        return max(least, count // 50) if self.quick else count
+
+    def score(self, stream: Tensor | None = None, **settings: Any) -> Result:
+        tokens = self.stream if stream is None else stream
+        with tqdm(total=None, desc=" ".join(map(str, settings.values())), disable=None, leave=False) as bar:
+
+            def progress(result: Result) -> None:
+                bar.total = result.total
+                bar.n = result.tokens
+                bar.set_postfix_str(f"perplexity {result.perplexity:.4g}")
+
+            return perplexity(self.model, tokens, progress=progress, **settings)
+
+
+def modes(report: Report, subject: Subject) -> None:
+    """The four modes on one text."""
+    S, W, span, stream = subject.sinks, subject.window, subject.span, subject.stream
+    trained = geometry_of(subject.model).trained_length
+    dense, positions = stream[: subject.few(32_768, 2048)], subject.few(5000)
+    results = [
+        subject.score(mode="dense", stream=dense),
+        subject.score(mode="window", window=span),
+        subject.score(mode="sinks", sinks=S, window=W),
+        subject.score(mode="recompute", sinks=S, window=W, positions=positions),
+    ]
+    starts = [span * times for times in (1, 4, 16, 64, 256)]
+
+    def cells(result: Result) -> list[str]:
+        found = []
+        for start, stop in zip(starts, [*starts[1:], 1 << 60], strict=True):
+            inside = [b for b in result.buckets if start <= b.start < stop]
+            tokens = sum(b.tokens for b in inside)
+            nll = sum(b.nll for b in inside)
+            found.append(f"{torch.tensor(nll / tokens).exp():.4g}" if tokens else "–")
+        return found
+
+    def within(result: Result) -> str:
+        known = [b for b in result.buckets if b.stop <= span]
+        tokens = sum(b.tokens for b in known)
+        return f"{torch.tensor(sum(b.nll for b in known) / tokens).exp():.4g}" if tokens else "–"
+
+    report.table(
+        f"Perplexity by position in the text, {len(stream):,} held-out tokens as one stream, never reset. "
+        f"Trained length {trained or 'any'}; windows count the token itself. Dense reads {len(dense):,} "
+        f"tokens; re-computation is scored at {positions:,} random positions.",
+        ["", f"< {span}", *(f"from {start:,}" for start in starts), f"all beyond {2 * span}"],
+        [
+            [
+                plots.label(result),
+                within(result),
+                *cells(result),
+                f"{result.beyond(2 * span).perplexity:.4g}",
+            ]
+            for result in results
+        ],
+    )
+    report.picture(
+        "perplexity",
+        "Perplexity by position for dense, window, sinks and re-computation",
+        lambda dark: plots.perplexity_curves(results, trained_length=trained, dark=dark),
+    )
+    report.numbers["modes"] = [result.to_dict() for result in results]
+
+
+def against_recomputation(report: Report, subject: Subject) -> None:
+    """What streaming loses, prediction by prediction."""
+    found: Comparison = compare(
+        subject.model, subject.stream, sinks=subject.sinks, window=subject.window,
+        positions=subject.few(5000, 50),
+    )  # fmt: skip
+    drift = ", ".join(f"{value:+.3f}" for value in found.eighths)
+    report.say(
+        f"Streaming against re-computation with the same {found.sinks} sinks and window {found.window}, at "
+        f"{found.tokens:,} random positions of {len(subject.stream):,} tokens: "
+        f"{found.difference:+.4f} ± {found.error:.4f} nats per token, perplexity × {found.ratio:.4f}. "
+        f"By eighths of the text: {drift}."
+    )
+    report.numbers["against re-computation"] = {**asdict(found), "error": found.error, "ratio": found.ratio}
+
+
+def ablations(report: Report, subject: Subject) -> None:
+    """How many sinks, and how long a window."""
+    span = subject.span
+    stream = subject.stream[: subject.few(100_000, 4 * span + 1)]
+    with tqdm(total=None, desc="sinks", disable=None, leave=False):
+        found = recommend(subject.model, stream, span=span)
+    report.table(
+        f"Sinks, in a cache of sinks + window = {span}: perplexity beyond position {2 * span} of "
+        f"{len(stream):,} held-out tokens. Fewest within 1 % of the best: {found.sinks}.",
+        ["sinks", *map(str, found.scores())],
+        [["perplexity", *(f"{score:.4g}" for score in found.scores().values())]],
+    )
+    spans = [span // 16, span // 8, span // 4, span // 2, span, 2 * span, 4 * span]
+    spans = [some for some in spans if some > subject.sinks]
+    warnings.filterwarnings("ignore", "sinks . window = ")  # that it breaks there is what the table shows
+    results = [subject.score(stream, sinks=subject.sinks, window=some - subject.sinks) for some in spans]
+    report.table(
+        f"Windows behind {subject.sinks} sinks: perplexity beyond position {4 * span} of {len(stream):,} "
+        f"held-out tokens. Past the trained length, {geometry_of(subject.model).trained_length or 'any'}, a "
+        f"model meets distances that it never saw.",
+        ["window", *(str(result.window) for result in results)],
+        [["perplexity", *(f"{result.beyond(4 * span).perplexity:.4g}" for result in results)]],
+    )
+    report.numbers["sinks"] = {"recommended": found.sinks, "perplexity": found.scores()}
+    report.numbers["windows"] = [result.to_dict() for result in results]
+
+
+def where_attention_goes(report: Report, subject: Subject) -> None:
+    """The heat-map, and the first tokens' share."""
+    count, length = subject.few(64, 2), min(64, subject.span)
+    seen = attention(subject.model, samples(subject.tokenizer, subject.stream, count, length))
+    share = seen.first(8)
+    report.table(
+        f"Share of attention that the later half of {length} tokens pays to each of the first eight, in %; "
+        f"mean of the heads, {count} held-out texts.",
+        ["layer", *map(str, range(share.shape[2]))],
+        [[str(n), *(f"{100 * s:.1f}" for s in layer)] for n, layer in enumerate(share.mean(1).tolist())],
+    )
+    report.picture(
+        "attention",
+        "Attention by query and key, and the share of every head on the first token",
+        lambda dark: plots.attention_map(seen, dark=dark),
+    )
+    report.numbers["attention"] = share.tolist()
+
+
+def what_is_remembered(report: Report, subject: Subject) -> None:
+    """Recall by distance, through and past the window."""
+    given: dict[str, Any] = {"sinks": subject.sinks, "window": subject.window, "wording": "code"}
+    curves: dict[str, Sequence[Recall]] = {
+        "StreamEval": stream_eval(
+            subject.model, subject.tokenizer, every=2, lines=subject.few(1000, 100), **given
+        ),
+        "passkey": passkey(subject.model, subject.tokenizer, samples=subject.few(200, 2), **given),
+    }
+    for name, scores in curves.items():
+        report.table(
+            f"{name}, {subject.sinks} sinks + window {subject.window}, {scores[0].questions} questions and "
+            f"more each; right: greedy decoding gives all five digits.",
+            ["tokens back", *(f"{score.distance:.0f}" for score in scores)],
+            [
+                ["right, %", *(f"{100 * score.accuracy:.1f}" for score in scores)],
+                ["nats per token", *(f"{score.mean:.2f}" for score in scores)],
+            ],
+        )
+    report.picture(
+        "recall",
+        "Answers right and nats per token by distance, with the end of the window",
+        lambda dark: plots.recall_curves(curves, window=subject.window, dark=dark),
+    )
+    report.numbers["recall"] = {name: [asdict(score) for score in scores] for name, scores in curves.items()}
+
+
+def speed(report: Report, subject: Subject, folder: Path) -> None:
+    """Exact chunks against one token at a time, ours and transformers'."""
+    S, W, stream = subject.sinks, subject.window, subject.stream
+    short, long = stream[: subject.few(2000, 2 * subject.span)], stream[: subject.few(100_000, 4096)]
+    rows: list[tuple[str, Tensor, Callable[[Tensor], object]]] = [
+        ("exact chunks of 256", long, lambda text: subject.score(text, sinks=S, window=W)),
+        ("one token per forward", short, lambda text: subject.score(text, sinks=S, window=W, chunk=1)),
+    ]
+    theirs = _transformers(folder, next(subject.model.parameters()).dtype)
+    if theirs is not None:
+        rows.append(
+            ("transformers, one token per forward", short, lambda text: _their_loop(theirs, text, S, W - 1))
+        )
+    rates = {}
+    for name, text, score in rows:
+        score(text[: 2 * subject.span])  # whatever is made once is made now
+        begun = time.perf_counter()
+        score(text)
+        rates[name] = (len(text) - 1) / (time.perf_counter() - begun)
+    fastest = rates["exact chunks of 256"]
+    report.table(
+        f"Speed of scoring with {S} sinks and window {W}, {torch.get_num_threads()} CPU thread(s), "
+        f"{next(subject.model.parameters()).dtype}. The loop over transformers keeps and cuts its cache as "
+        f"streaming-llm's eval_long_ppl.py does, without the rotation of all keys for every token.",
+        ["", "tokens/s", "chunks are faster by"],
+        [[name, f"{rate:,.0f}", f"{fastest / rate:.1f} ×"] for name, rate in rates.items()],
+    )
+    report.numbers["tokens per second"] = rates
+
+
+def _transformers(folder: Path, dtype: torch.dtype) -> Any:
+    try:
+        from transformers import AutoModelForCausalLM
+    except ImportError:
+        return None
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)  # as it comes: eval
+
+
+@torch.no_grad()
+def _their_loop(model: Any, text: Tensor, start: int, recent: int) -> float:
+    """One token per forward; the cache is cut to start + recent after each."""
+    from transformers import DynamicCache
+
+    cache: Any = DynamicCache()
+    nll = 0.0
+    for place in range(len(text) - 1):
+        logits = model(input_ids=text[None, place, None], past_key_values=cache, use_cache=True).logits
+        nll += float(torch.nn.functional.cross_entropy(logits[0].float(), text[place + 1, None]))
+        for layer in cache.layers:
+            if layer.keys.shape[2] > start + recent:
+                layer.keys = torch.cat((layer.keys[:, :, :start], layer.keys[:, :, -recent:]), 2)
+                layer.values = torch.cat((layer.values[:, :, :start], layer.values[:, :, -recent:]), 2)
+    return nll
+
+
+def memory(report: Report, subject: Subject, tokens: int) -> None:
+    """A long text, and what it does to the memory of this process and to the time of a token."""
+    read = as_stream(subject.tokenizer, [*held_out_texts(), *training_texts()])
+    read = read.repeat(-(-tokens // len(read)))[:tokens]
+    marks = [tokens // 100, tokens // 10, tokens]
+    found: list[dict[str, float]] = []
+    before, begun = 0, time.perf_counter()
+
+    def progress(result: Result) -> None:
+        nonlocal before, begun
+        if result.tokens >= marks[len(found)] - 1:
+            now = time.perf_counter()
+            rate = (result.tokens - before) / (now - begun)
+            found.append({"tokens": marks[len(found)], "memory": resident_bytes() or 0, "rate": rate})
+            before, begun = result.tokens, now
+
+    result = perplexity(subject.model, read, sinks=subject.sinks, window=subject.window, progress=progress)
+    report.table(
+        f"One stream of {tokens:,} tokens ({subject.sinks} sinks, window {subject.window}): resident memory "
+        f"of the process at that place, and speed since the one before. The text is the standard library, "
+        f"most of which the model was trained on; perplexity {result.perplexity:.4g}.",
+        ["after tokens", *(f"{mark['tokens']:,}" for mark in found)],
+        [
+            ["resident memory, MiB", *(f"{mark['memory'] / 2**20:,.1f}" for mark in found)],
+            ["tokens/s", *(f"{mark['rate']:,.0f}" for mark in found)],
+        ],
+    )
+    report.numbers["memory"] = found
+
+
+@click.command()
+@click.option("--model", "-m", metavar="NAME|FOLDER", help="[default: the embedded model]")
+@click.option("--out", type=click.Path(path_type=Path), default=Path(__file__).parent / "report")
+@click.option("--sinks", type=click.IntRange(0), default=4, show_default=True)
+@click.option("--span", type=click.IntRange(16), help="Sinks + window.  [default: the trained length]")
+@click.option("--long", "long_tokens", type=click.IntRange(0), default=1_000_000, show_default=True,
+              help="Tokens of the memory run; 0 leaves it out.")  # fmt: skip
+@click.option("--tokens", type=click.IntRange(2), help="Held-out tokens read.  [default: all]")
+@click.option("--threads", type=click.IntRange(1), default=1, show_default=True)
+@click.option("--quick", is_flag=True, help="A fiftieth of everything: to see that it works.")
+def main(
+    model: str | None,
+    out: Path,
+    sinks: int,
+    span: int | None,
+    long_tokens: int,
+    tokens: int | None,
+    threads: int,
+    quick: bool,
+) -> None:
+    """Make every table and picture of the README."""
+    from streamllm.load import open_source
+
+    torch.set_num_threads(threads)
+    out.mkdir(parents=True, exist_ok=True)
+    loaded, tokenizer = streamllm.load(model, device="cpu")
+    trained = geometry_of(loaded).trained_length
+    stream = as_stream(tokenizer, held_out_texts())[:tokens]
+    subject = Subject(loaded, tokenizer, stream, span or min(1024, trained or 1024), sinks, quick)
+    report = Report(out)
+    parameters = sum(parameter.numel() for parameter in loaded.parameters())
+    report.say(
+        f"{model or 'The embedded checkpoint'}: {parameters:,} parameters, "
+        f"{next(loaded.parameters()).dtype}, trained for {trained or 'any number of'} tokens. Held out: "
+        f"{len(stream):,} tokens of the standard library of Python {platform.python_version()}. "
+        f"torch {torch.__version__}. Made by tools/report.py."
+    )
+    if long_tokens:  # first, while the process is small
+        memory(report, subject, long_tokens)
+    speed(report, subject, open_source(model).file("config.json").parent)
+    modes(report, subject)
+    against_recomputation(report, subject)
+    ablations(report, subject)
+    where_attention_goes(report, subject)
+    what_is_remembered(report, subject)
+    report.write()
+
+
+if __name__ == "__main__":
+    main()

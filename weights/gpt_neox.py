@@ -1,0 +1,79 @@
+"""How GPT-NeoX checkpoints are spelled: config.json -> Config, names on disk -> names in models/gpt_neox.py.
+
+Pythia, GPT-NeoX-20B, Dolly v2, RedPajama-INCITE and StableLM-alpha. (model_type "stablelm" is another model.)
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from streamllm.models.gpt_neox import Config, Model
+from streamllm.models.layers import ACTIVATIONS
+from streamllm.weights.family import NOT_NEEDED, Family, fused_qkv, with_bias
+from streamllm.weights.keys import Keys
+from streamllm.weights.rope import read_rope
+
+
+def read_config(keys: Keys, match_transformers: bool) -> Config:
+    """The numbers that act, with transformers' defaults for keys that are absent.
+
+    The family has names of its own for what others call rope_theta and partial_rotary_factor, which are not
+    read at the top level, only inside of rope_parameters or rope_scaling.
+    """
+    width = keys.size("hidden_size", 6144)
+    heads = keys.size("num_attention_heads", 64)
+    if width % heads:
+        raise keys.wrong("num_attention_heads", heads, f"a divisor of hidden_size, {width}")
+    head_dim = width // heads
+    scaling = keys.inner("rope_scaling") or keys.inner("rope_parameters") or Keys({})
+    part = scaling.number("partial_rotary_factor", keys.number("rotary_pct", 0.25))
+    dim = int(head_dim * part)
+    if not 1 <= dim <= head_dim // 2 * 2:  # an odd dim turns one more
+        raise keys.wrong("rotary_pct", part, f"what makes 1 to {head_dim // 2 * 2} of {head_dim} dimensions")
+    positions = keys.size("max_position_embeddings", 2048)
+    rope = read_rope(keys, dim, keys.number("rotary_emb_base", 10000.0), positions, match_transformers)
+    return Config(
+        vocab_size=keys.size("vocab_size", 50432),
+        width=width,
+        mlp_width=keys.size("intermediate_size", 24576),
+        layers=keys.size("num_hidden_layers", 44),
+        heads=heads,
+        head_dim=head_dim,
+        rope=rope,
+        trained_length=rope.trained_length(positions),
+        norm_eps=keys.number("layer_norm_eps", 1e-5, 0.0),
+        activation=keys.choice("hidden_act", "gelu", ACTIVATIONS),
+        attention_bias=keys.flag("attention_bias", True),
+        parallel=keys.flag("use_parallel_residual", True),
+        tied=keys.flag("tie_word_embeddings", False),
+    )
+
+
+def split_heads(fused: Tensor, config: Config) -> tuple[Tensor, ...]:
+    """Each head's rows are its q, k and v: [H · 3 · D, ...] -> three of [H · D, ...]."""
+    heads = fused.view(config.heads, 3, config.head_dim, *fused.shape[1:])
+    return tuple(part.flatten(0, 1) for part in heads.unbind(1))
+
+
+TENSORS = {
+    "gpt_neox.embed_in.weight": "embed.weight",
+    **fused_qkv("gpt_neox.layers.{}.attention.query_key_value", split_heads),
+    **with_bias(
+        {
+            "gpt_neox.layers.{}.input_layernorm": "layers.{}.attention_norm",
+            "gpt_neox.layers.{}.attention.dense": "layers.{}.attention.o",
+            "gpt_neox.layers.{}.post_attention_layernorm": "layers.{}.mlp_norm",
+            "gpt_neox.layers.{}.mlp.dense_h_to_4h": "layers.{}.mlp.up",
+            "gpt_neox.layers.{}.mlp.dense_4h_to_h": "layers.{}.mlp.down",
+            "gpt_neox.final_layer_norm": "norm",
+        }
+    ),
+    "embed_out.weight": "head.weight",
+    "lm_head.weight": "head.weight",  # what transformers calls it in memory
+    "gpt_neox.layers.{}.attention.bias": NOT_NEEDED,  # causal masks of old files
+    "gpt_neox.layers.{}.attention.masked_bias": NOT_NEEDED,
+    "gpt_neox.layers.{}.attention.rotary_emb.inv_freq": NOT_NEEDED,
+    "gpt_neox.rotary_emb.inv_freq": NOT_NEEDED,
+}
+
+FAMILY = Family(read_config, Model, TENSORS, prefix="gpt_neox.")

@@ -1,0 +1,29 @@
+"""How Mistral checkpoints are spelled: as Llama's, with other defaults and a sliding window everywhere."""
+
+from __future__ import annotations
+
+from streamllm.models.llama import Config, Model
+from streamllm.weights.family import Family
+from streamllm.weights.keys import Keys
+from streamllm.weights.llama import TENSORS, read_kin
+
+
+def read_config(keys: Keys, match_transformers: bool) -> Config:
+    """The numbers that act, with transformers' defaults for keys that are absent."""
+    window = None  # what null says; an absent key says 4096
+    if not keys.has("sliding_window") or keys.get("sliding_window") is not None:
+        window = keys.size("sliding_window", 4096)
+    return read_kin(
+        keys,
+        match_transformers,
+        vocab_size=32000,
+        mlp_width=14336,
+        kv_heads=8,
+        head_dim=None,
+        positions=131072,
+        attention_bias=False,
+        windows=(window,) * keys.size("num_hidden_layers", 32),
+    )
+
+
+FAMILY = Family(read_config, Model, TENSORS, prefix="model.")

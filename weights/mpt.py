@@ -1,0 +1,93 @@
+"""How MPT checkpoints are spelled: config.json -> Config, names on disk -> names in models/mpt.py."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from streamllm.models.alibi import Alibi
+from streamllm.models.mpt import Config, Model
+from streamllm.weights.family import Family, Fused, Target
+from streamllm.weights.keys import Keys
+
+
+def read_config(keys: Keys, match_transformers: bool) -> Config:
+    """The numbers that act. What transformers ignores is honoured or refused, unless it is to be matched.
+
+    Absent keys have transformers' defaults. MosaicML's own code would read an absent `alibi` or `no_bias` as
+    false; such checkpoints hold position embeddings and biases, which are refused by name.
+    """
+    attention = keys.inner("attn_config") or Keys({}, f"attn_config in {keys.where}")
+    bias_max = 8.0
+    if not match_transformers:
+        _refuse(keys, OURS)
+        _refuse(attention, OURS_OF_ATTENTION)
+        bias_max = attention.number("alibi_bias_max", 8.0, 0.0)
+    width = keys.size("d_model", 2048)
+    heads = keys.size("n_heads", 16)
+    if width % heads:
+        raise keys.wrong("n_heads", heads, f"a divisor of d_model, {width}")
+    return Config(
+        vocab_size=keys.size("vocab_size", 50368),
+        width=width,
+        mlp_width=4 * width,
+        layers=keys.size("n_layers", 24),
+        heads=heads,
+        head_dim=width // heads,
+        alibi=Alibi(heads, bias_max),
+        trained_length=keys.size("max_seq_len", 2048),
+        norm_eps=keys.number("layer_norm_epsilon", 1e-5, 0.0),
+        activation="gelu",
+        clip_qkv=attention.number("clip_qkv", 0.0, 0.0) or None,
+        softmax_scale=attention.number("softmax_scale", (width // heads) ** -0.5),
+        tied=keys.flag("tie_word_embeddings", True),
+    )
+
+
+# The only values that are computed here, of keys that MosaicML's code reads and transformers does not.
+OURS: dict[str, tuple[Any, ...]] = {
+    "no_bias": (True,),
+    "expansion_ratio": (4,),
+    "logit_scale": (None,),
+    "norm_type": ("layernorm", "low_precision_layernorm"),
+}
+OURS_OF_ATTENTION: dict[str, tuple[Any, ...]] = {
+    "alibi": (True,),  # beside which learned_pos_emb has no effect
+    "attn_type": ("multihead_attention",),
+    "kv_n_heads": (None,),
+    "prefix_lm": (False,),
+    "qk_ln": (False,),
+    "qk_gn": (False,),
+    "rope": (False,),
+    "sliding_window_size": (-1,),
+}
+
+
+def _refuse(keys: Keys, ours: dict[str, tuple[Any, ...]]) -> None:
+    for name, values in ours.items():
+        value = keys.get(name)
+        if value is not None and value not in values:
+            raise keys.wrong(name, value, " or ".join("nothing" if v is None else str(v) for v in values))
+
+
+def split_blocks(fused: Tensor, config: Config) -> tuple[Tensor, ...]:
+    """All queries, all keys, all values: [3 · C, ...] -> three of [C, ...]."""
+    return fused.chunk(3)
+
+
+TENSORS: dict[str, Target] = {
+    "transformer.wte.weight": "embed.weight",
+    "transformer.blocks.{}.norm_1.weight": "layers.{}.attention_norm.weight",
+    "transformer.blocks.{}.attn.Wqkv.weight": Fused(
+        tuple(f"layers.{{}}.attention.{name}.weight" for name in "qkv"), split_blocks
+    ),
+    "transformer.blocks.{}.attn.out_proj.weight": "layers.{}.attention.o.weight",
+    "transformer.blocks.{}.norm_2.weight": "layers.{}.mlp_norm.weight",
+    "transformer.blocks.{}.ffn.up_proj.weight": "layers.{}.mlp.up.weight",
+    "transformer.blocks.{}.ffn.down_proj.weight": "layers.{}.mlp.down.weight",
+    "transformer.norm_f.weight": "norm.weight",
+    "lm_head.weight": "head.weight",
+}
+
+FAMILY = Family(read_config, Model, TENSORS, prefix="transformer.")
