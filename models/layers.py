@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -36,21 +37,56 @@ class Linear(nn.Linear):
             return
         _ARRANGED[weight.dtype](self)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Linear:
+        """What .to(), .float() and .cuda() call: another type or device wants another layout."""
+        if self.weight.is_mkldnn:
+            self.weight = nn.Parameter(self.weight.to_dense(), requires_grad=False)
+        arranged = self.__dict__.pop("kernel", None) is not None
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if arranged:
+            self.arrange()
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copy.deepcopy and pickle, which cannot handle packed weights."""
+        state = self.__dict__.copy()
+        if self.weight.is_mkldnn:
+            dense = nn.Parameter(self.weight.to_dense(), requires_grad=False)
+            state["_parameters"] = {**self._parameters, "weight": dense}
+        state["arranged"] = state.pop("kernel", None) is not None
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        arranged = state.pop("arranged", False)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        if arranged:
+            self.arrange()
+
     def _save_to_state_dict(self, destination: dict[str, Tensor], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.weight.is_mkldnn:
             destination[prefix + "weight"] = self.weight.to_dense()
 
 
+def to_arrange(model: nn.Module, dtype: torch.dtype, device: torch.device) -> list[Linear]:
+    """The Linears of a model that `arrange` is good for, once they are in `dtype` on `device`."""
+    if device.type != "cpu" or dtype not in _ARRANGED:
+        return []
+    shared = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    return [
+        module
+        for module in model.modules()
+        if isinstance(module, Linear)
+        # An embedding cannot be packed, and a second copy would cost its memory.
+        and not (id(module.weight) in shared and dtype in HALF)
+    ]
+
+
 def arrange(model: nn.Module) -> None:
     """Lay out every Linear of a model for inference where it is. The logits stay, to rounding."""
-    shared = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    for module in model.modules():
-        if not isinstance(module, Linear):
-            continue
-        if id(module.weight) in shared and module.weight.dtype in HALF:
-            continue  # an embedding cannot be packed, and a second copy would cost its memory
-        module.arrange()
+    weight = next(model.parameters())
+    for linear in to_arrange(model, weight.dtype, weight.device):
+        linear.arrange()
 
 
 # The kernels of a CPU, per number of rows, measured on one core of a Zen 4 with AVX-512.
@@ -69,7 +105,7 @@ def _float32(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     # gradients.
     if x.numel() == x.shape[-1] or not _ONEDNN or x.requires_grad or weight.requires_grad:
         return F.linear(x, weight, bias)
-    return _pointwise(x, weight, bias, "none", [], "")  # type: ignore[no-any-return]
+    return _pointwise(x, weight, bias, "none", [], "")
 
 
 def _packed(linear: Linear) -> None:
@@ -84,7 +120,7 @@ def _packed(linear: Linear) -> None:
 
 
 def _blocked(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return _pointwise(x, weight, bias, "none", [], "")  # type: ignore[no-any-return]
+    return _pointwise(x, weight, bias, "none", [], "")
 
 
 def _widened(linear: Linear) -> None:
@@ -104,13 +140,13 @@ def _find_pointwise() -> Callable[..., Tensor] | None:
     try:
         torch.ops.mkldnn._reorder_linear_weight.default  # noqa: B018
         torch.ops.mkldnn._is_mkldnn_bf16_supported.default  # noqa: B018
-        return torch.ops.mkldnn._linear_pointwise.default  # type: ignore[no-any-return]
+        return torch.ops.mkldnn._linear_pointwise.default
     except (AttributeError, RuntimeError):
         return None
 
 
-_ONEDNN = torch.backends.mkldnn.is_available() and _find_pointwise() is not None
-_pointwise = _find_pointwise() or F.linear
+_ONEDNN = torch.backends.mkldnn.is_available() and _find_pointwise() is not None  # type: ignore[no-untyped-call]
+_pointwise: Callable[..., Tensor] = _find_pointwise() or F.linear
 _ARRANGED: dict[torch.dtype, Callable[[Linear], None]] = {
     torch.float32: _transposed,
     torch.bfloat16: _packed,

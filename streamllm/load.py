@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from streamllm.models.layers import arrange
 from streamllm.sampling import GenerationConfig, attach, read_generation_config
 from streamllm.tokenizer import TOKENIZER_FILES, Tokenizer, load_tokenizer_files
 from streamllm.weights.checkpoint import Checkpoint
@@ -128,7 +127,6 @@ def _load_model(
 
         with tqdm(total=checkpoint.nbytes, unit="B", unit_scale=True, desc=f"loading {source.name}") as bar:
             model = checkpoint.load(dtype, place, report=bar.update)
-    arrange(model)
     attach(model, generation_config)
     return model
 

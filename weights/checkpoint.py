@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from streamllm.models.layers import to_arrange
 from streamllm.weights import FAMILIES, pickled
 from streamllm.weights.errors import CheckpointError, CheckpointNotFound, UnsupportedConfig
 from streamllm.weights.family import NOT_NEEDED, Family, Fused
@@ -192,8 +193,11 @@ class Checkpoint:
         slots = _slots(model)
         doubtful: list[str] = []
         reader = Reader()
+        linears = {id(linear.weight): linear for linear in to_arrange(model, dtype, device)}
         for stored, names, split in jobs:
-            stays = split is None and FLOATS[stored.dtype] == dtype and device.type == "cpu"
+            arranged = [linears[id(slots[name][0][0])] for name in names if id(slots[name][0][0]) in linears]
+            same = FLOATS[stored.dtype] == dtype and device.type == "cpu"
+            stays = same and split is None and not arranged
             whole = reader.read(stored, keep=stays)
             parts = (whole,) if split is None else split(whole, config)
             del whole
@@ -206,6 +210,9 @@ class Checkpoint:
                 if part.data_ptr() % part.element_size():
                     part = part.clone()  # some writers do not align, and not every kernel can read that
                 _assign(slots[name], part)
+                del part
+            for linear in arranged:
+                linear.arrange()  # one by one: nothing lies in memory twice
             if report is not None:
                 report(stored.nbytes)
         if doubtful:
