@@ -132,6 +132,7 @@ def modes(report: Report, subject: Subject) -> None:
     def within(result: Result) -> str:
         known = [b for b in result.buckets if b.stop <= span]
         tokens = sum(b.tokens for b in known)
+        tokens *= tokens >= plots.ENOUGH
         return f"{torch.tensor(sum(b.nll for b in known) / tokens).exp():.4g}" if tokens else "–"
 
     report.table(
