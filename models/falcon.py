@@ -17,7 +17,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from streamllm.models.alibi import Alibi, position_bias
@@ -52,7 +51,7 @@ class RoundedLinear(Linear):
     """Rounds to the model's type before it adds the bias, too: so these models were trained."""
 
     def forward(self, x: Tensor) -> Tensor:
-        product = F.linear(x, self.weight)
+        product = self.kernel(x, self.weight, None)
         return product if self.bias is None else product + self.bias
 
 

@@ -3,17 +3,155 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+HALF = (torch.float16, torch.bfloat16)
+
 
 class Linear(nn.Linear):
-    """x [..., in] -> [..., out]. Built unset: a checkpoint or a trainer fills the weights."""
+    """x [..., in] -> [..., out]. Built unset: a checkpoint or a trainer fills the weights.
+
+    `arrange` lays the weight out as its device reads it fastest; until then it lies as nn.Linear's does. A
+    subclass that computes otherwise calls `self.kernel(x, self.weight, bias)`, which knows the layout.
+    """
+
+    kernel: Callable[[Tensor, Tensor, Tensor | None], Tensor] = staticmethod(F.linear)
 
     def reset_parameters(self) -> None:
         pass
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.kernel(x, self.weight, self.bias)
+
+    def arrange(self) -> None:
+        """Lay the weight out for inference on the CPU; elsewhere, and in float64, nothing changes.
+
+        No second copy stays. Where the weight is shared (a tied head), so is what becomes of it.
+        """
+        weight = self.weight
+        if weight.device.type != "cpu" or weight.is_mkldnn or weight.dtype not in _ARRANGED:
+            return
+        _ARRANGED[weight.dtype](self)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Linear:
+        """What .to(), .float() and .cuda() call: another type or device wants another layout."""
+        if self.weight.is_mkldnn:
+            self.weight = nn.Parameter(self.weight.to_dense(), requires_grad=False)
+        arranged = self.__dict__.pop("kernel", None) is not None
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if arranged:
+            self.arrange()
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copy.deepcopy and pickle, which cannot handle packed weights."""
+        state = self.__dict__.copy()
+        if self.weight.is_mkldnn:
+            dense = nn.Parameter(self.weight.to_dense(), requires_grad=False)
+            state["_parameters"] = {**self._parameters, "weight": dense}
+        state["arranged"] = state.pop("kernel", None) is not None
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        arranged = state.pop("arranged", False)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        if arranged:
+            self.arrange()
+
+    def _save_to_state_dict(self, destination: dict[str, Tensor], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.weight.is_mkldnn:
+            destination[prefix + "weight"] = self.weight.to_dense()
+
+
+def to_arrange(model: nn.Module, dtype: torch.dtype, device: torch.device) -> list[Linear]:
+    """The Linears of a model that `arrange` is good for, once they are in `dtype` on `device`."""
+    if device.type != "cpu" or dtype not in _ARRANGED:
+        return []
+    shared = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    return [
+        module
+        for module in model.modules()
+        if isinstance(module, Linear)
+        # An embedding cannot be packed, and a second copy would cost its memory.
+        and not (id(module.weight) in shared and dtype in HALF)
+    ]
+
+
+def arrange(model: nn.Module) -> None:
+    """Lay out every Linear of a model for inference where it is. The logits stay, to rounding."""
+    weight = next(model.parameters())
+    for linear in to_arrange(model, weight.dtype, weight.device):
+        linear.arrange()
+
+
+# The kernels of a CPU, per number of rows, measured on one core of a Zen 4 with AVX-512.
+
+
+def _transposed(linear: Linear) -> None:
+    """float32: stored [in, out], a row times a matrix reads 1.5 to 2 times as fast as stored [out, in]."""
+    weight = linear.weight
+    if weight.stride() != (1, weight.shape[0]):
+        weight.data = weight.data.t().contiguous().t()  # shape and values stay: only strides change
+    linear.kernel = _float32
+
+
+def _float32(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    # oneDNN is 2 to 4 times as fast as MKL from 16 rows on, and 7 us slower to set out for one. It has no
+    # gradients.
+    if x.numel() == x.shape[-1] or not _ONEDNN or x.requires_grad or weight.requires_grad:
+        return F.linear(x, weight, bias)
+    return _pointwise(x, weight, bias, "none", [], "")
+
+
+def _packed(linear: Linear) -> None:
+    """bfloat16: in oneDNN's own blocks, 1.5 to 3 times as fast for a row, and as fast for many."""
+    if not _ONEDNN or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return
+    weight = linear.weight
+    with torch.no_grad():
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), 1)
+    linear.weight = nn.Parameter(packed, requires_grad=False)
+    linear.kernel = _blocked
+
+
+def _blocked(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return _pointwise(x, weight, bias, "none", [], "")
+
+
+def _widened(linear: Linear) -> None:
+    """float16: the CPU reads one row well, and multiplies many at a fifth of float32's speed."""
+    linear.kernel = _float16
+
+
+def _float16(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if x.numel() < 4 * x.shape[-1]:
+        return F.linear(x, weight, bias)
+    wide = _float32(x.float(), weight.float(), None if bias is None else bias.float())
+    return wide.to(x.dtype)
+
+
+def _find_pointwise() -> Callable[..., Tensor] | None:
+    """oneDNN's linear, which torch keeps to itself: where a version or a build lacks it, F.linear serves."""
+    try:
+        torch.ops.mkldnn._reorder_linear_weight.default  # noqa: B018
+        torch.ops.mkldnn._is_mkldnn_bf16_supported.default  # noqa: B018
+        return torch.ops.mkldnn._linear_pointwise.default
+    except (AttributeError, RuntimeError):
+        return None
+
+
+_ONEDNN = torch.backends.mkldnn.is_available() and _find_pointwise() is not None  # type: ignore[no-untyped-call]
+_pointwise: Callable[..., Tensor] = _find_pointwise() or F.linear
+_ARRANGED: dict[torch.dtype, Callable[[Linear], None]] = {
+    torch.float32: _transposed,
+    torch.bfloat16: _packed,
+    torch.float16: _widened,
+}
 
 
 class Embedding(nn.Embedding):
@@ -32,7 +170,9 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+        if x.dtype not in HALF:
+            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        wide = x.float()
         normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
         return self.weight * normed.to(x.dtype)  # rounded before the weight, as the models were trained
 

@@ -16,6 +16,36 @@ import torch
 from torch import Tensor, nn
 
 
+@dataclass(frozen=True)
+class Band:
+    """Rows in lockstep, whose keys lie in the order of their places: the sinks, then a run without a gap.
+
+    What a few neighbouring queries see is then a few neighbouring keys. Counted from 0, whatever the origin.
+    """
+
+    start: int  # t of the first query
+    first: int  # t of the first key of the run
+    columns: int  # keys before the run, which hold the sinks 0 … columns - 1
+    sinks: int  # S: the run's keys before it are hidden, they stand among the columns
+    window: int  # W
+
+    def keys(self, start: int, stop: int) -> tuple[int, int]:
+        """The keys of the run that some of the queries `start` … `stop` - 1 see, as a range of the K keys."""
+        high = self.start + stop - self.first
+        low = min(high, max(self.sinks, self.start + start - self.window + 1, self.first) - self.first)
+        return self.columns + low, self.columns + high
+
+    def mask(self, start: int, stop: int, device: torch.device) -> Tensor | None:
+        """bool [stop - start, columns + the keys of the run that they see]; None where each sees all."""
+        low, high = self.keys(start, stop)
+        if stop - start == 1 and self.columns <= self.start + stop:
+            return None
+        query = torch.arange(self.start + start, self.start + stop, device=device)[:, None]
+        run = torch.arange(low, high, device=device) + (self.first - self.columns)
+        recent = (run <= query) & (run > query - self.window)
+        return torch.cat((torch.arange(self.columns, device=device) <= query, recent), 1)
+
+
 @dataclass(frozen=True, eq=False)
 class Step:
     """The places of T new tokens and of the K keys that they meet, the same for every layer of one window.
@@ -34,14 +64,22 @@ class Step:
     far: Tensor  # [R, T] place of each query, as sinks see it: min(t, S + W - 1)
     own: Tensor  # [R, T] place at which each new key is rotated, once: t for a sink, else origin + t
     keys: Tensor  # [R, K] place of each key
-    visible: Tensor | None  # [R, T, K] bool; None where every query sees every key, or where `causal`
+    visible: Tensor | None  # [R, T, K] bool; None where every query sees every key, and where `band` says it
     sinks: int  # the first `sinks` of the K keys are scored by the far query; 0 where near and far agree
     span: int  # S + W with a cache, T without: the length that some rotary frequencies depend on
-    causal: bool = False  # the plain lower triangle of a text from its start, which kernels know by heart
+    band: Band | None = None  # what is visible, where few numbers can say it
+    causal: bool = False  # … and it is the lower triangle of a text from its start, known to kernels
 
     def mask(self) -> Tensor | None:
         """bool [R, T, K]: which keys each query sees; None where it sees all."""
-        return self.keys[:, None, :] <= self.near[:, :, None] if self.causal else self.visible
+        if self.band is None:
+            return self.visible
+        low, high = self.band.keys(0, self.near.shape[1])
+        mask = self.band.mask(0, self.near.shape[1], self.near.device)
+        if mask is None or (low == self.band.columns and high == self.keys.shape[1]):
+            return None if mask is None else mask[None]
+        hidden = mask.new_zeros(len(mask), low - self.band.columns)
+        return torch.cat((mask[:, : self.band.columns], hidden, mask[:, self.band.columns :]), 1)[None]
 
     def distance(self) -> Tensor:
         """How far each key is from each query, in tokens: int64 [R, T, K]. Meaningless where not visible."""
@@ -54,20 +92,18 @@ class Step:
     def dense(length: int, window: int | None = None, device: torch.device | str = "cpu") -> Step:
         """A text from its start, without a cache: places 0 … T-1, causal, at most `window` keys back."""
         places = torch.arange(length, device=device)[None]
-        visible = None
-        if window is not None and window < length:
-            key, query = places[:, None, :], places[:, :, None]
-            visible = (key <= query) & (key > query - window)
+        banded = window is not None and window < length
         return Step(
             slots=places,
             near=places,
             far=places,
             own=places,
             keys=places,
-            visible=visible,
+            visible=None,
             sinks=0,
             span=length,
-            causal=visible is None and length > 1,
+            band=Band(0, 0, 0, 0, length if window is None else window) if length > 1 else None,
+            causal=not banded and length > 1,
         )
 
 
@@ -92,6 +128,9 @@ class Plan:
 
     steps: Mapping[int | None, Step]  # by the model's own window of a layer; None: it has none
     memories: Sequence[Memory]  # one per layer
+    tensors: Sequence[Tensor] | None = (
+        None  # all that differ from this plan to the next, if nothing else does
+    )
 
 
 class Cache(Protocol):

@@ -7,6 +7,7 @@ for piece in stream.generate("def "):
 """
 
 from streamllm.cache import SinkCache
+from streamllm.compile import compile
 from streamllm.generate import generate
 from streamllm.load import load, load_model, load_tokenizer
 from streamllm.sampling import GenerationConfig
@@ -25,6 +26,7 @@ __all__ = [
     "Tokenizer",
     "TokenizerError",
     "UnsupportedConfig",
+    "compile",
     "generate",
     "load",
     "load_model",

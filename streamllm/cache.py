@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import index
 
 import torch
 from torch import Tensor, nn
 
-from streamllm.models.step import Plan, Step, geometry_of
+from streamllm.models.step import Band, Plan, Step, geometry_of
 
 DEFAULT_WINDOW = 1020
 # Slots: a ring that fills is met in steps of so many, because kernels are made anew for each size.
@@ -177,9 +177,21 @@ class SinkCache:
             own: maker(self.sinks, window, self.origin, seen, counts, length, self.device)
             for own, window in self._windows.items()
         }
+        if len(self._windows) > 1 or self.window not in self._windows.values():
+            # Frequencies that depend on a length depend on the cache's, also where a layer's window is shorter.
+            planned = {
+                own: (replace(step, span=self.sinks + self.window), moves)
+                for own, (step, moves) in planned.items()
+            }
+        tensors = None
+        if alone and lockstep and seen[0] >= self.sinks + self.window:
+            # From now on, the plan of one token is that of the last one with other numbers.
+            tensors = [tensor for step, moves in planned.values() for tensor in _varying(step, moves)]
+            tensors += [tensor for _, ring in self._rings for tensor in (ring.keys, ring.values)]
         return _SinkPlan(
             steps={own: step for own, (step, _) in planned.items()},
             memories=[_Memory(ring, planned[own][1]) for own, ring in self._rings],
+            tensors=tensors,
             advance=[length] * self.batch_size if lengths is None else counts,
         )
 
@@ -208,7 +220,7 @@ class _Moves:
     Rows are None where all rows of the batch do the same.
     """
 
-    held: int  # slots in use, which a forward looks at
+    parts: tuple[tuple[int, int], ...]  # the ranges of slots that a forward looks at
     early: tuple[Tensor | None, Tensor, Tensor] | None  # what takes its slot before attention
     late: tuple[Tensor | None, Tensor, Tensor] | None  # … when the chunk is committed; None: no chunk
 
@@ -248,31 +260,117 @@ class _Memory:
             )
         if moves.early is not None:
             ring.write(moves.early, k, v)
-        held_keys, held_values = ring.keys[:, :, : moves.held], ring.values[:, :, : moves.held]
         if moves.late is None:
-            return held_keys, held_values
+            ((start, stop),) = moves.parts
+            return ring.keys[:, :, start:stop], ring.values[:, :, start:stop]
         self._fresh = k, v
-        return torch.cat((held_keys, k), 2), torch.cat((held_values, v), 2)
+        return (
+            torch.cat([*(ring.keys[:, :, start:stop] for start, stop in moves.parts), k], 2),
+            torch.cat([*(ring.values[:, :, start:stop] for start, stop in moves.parts), v], 2),
+        )
 
     def keep(self) -> None:
         if self._fresh is not None and self._moves.late is not None:
             self._ring.write(self._moves.late, *self._fresh)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class _SinkPlan(Plan):
     memories: Sequence[_Memory]
     advance: Sequence[int]  # how many tokens each row takes in
+
+
+def _varying(step: Step, moves: _Moves) -> list[Tensor]:
+    """The tensors in which one token's plan differs from the next one's."""
+    assert moves.early is not None
+    return [step.slots, step.near, step.far, step.keys, *moves.early[1:]]
+
+
+def _plan_next(sinks: int, window: int, origin: int, seen: int, device: torch.device) -> tuple[Step, _Moves]:
+    """One token, all rows in lockstep. It takes the slot of the key that it no longer sees, then meets all.
+
+    S = 2, W = 3, t = 9: slot 2 + (9 - 2) % 3 = 3, where token 6 stood; see `Step`.
+    """
+    total = sinks + window
+    lap = (seen - sinks) % window
+    slot = seen if seen < sinks else sinks + lap
+    near, far = origin + seen, min(seen, total - 1)
+    apart = sinks > 0 and (origin > 0 or seen >= total)
+    # One small tensor instead of many: this is done for every token.
+    numbers = [slot, 0, near, far] if seen >= sinks else [slot, 0, near, far, seen]
+    slots, here, *places = torch.tensor(numbers).to(device, non_blocking=True).view(-1, 1, 1).unbind()
+    held, visible = min(-(-(seen + 1) // STRIDE) * STRIDE, total), None
+    if held < total or seen + 1 < total:
+        keys = torch.arange(held)
+        visible = None if seen + 1 == held else (keys <= seen).to(device)[None, None]
+        if origin:
+            keys[sinks:] += origin
+    else:  # behind the sinks: this lap's tokens up to t, then what is left of the lap before
+        keys = torch.cat((torch.arange(sinks), torch.arange(near - lap, near + 1),
+                          torch.arange(near - window + 1, near - lap)))  # fmt: skip
+    step = Step(
+        slots=slots,
+        near=places[0],
+        far=places[1],
+        own=places[-1] if origin and seen < sinks else places[0],
+        keys=keys.to(device, non_blocking=True)[None],
+        visible=visible,
+        sinks=min(sinks, held) if apart else 0,
+        span=total,
+    )
+    return step, _Moves(((0, held),), (None, here[0], slots[0]), None)
+
+
+def _plan_run(
+    sinks: int, window: int, origin: int, seen: int, length: int, device: torch.device
+) -> tuple[Step, _Moves]:
+    """T tokens, all rows in lockstep: they meet the sinks, what is held behind them in order, and each other.
+
+    New sinks take their slots at once (nothing stood there, so nothing is lost if the forward fails), and are
+    hidden among the chunk's own keys. New recent tokens take theirs when the chunk is committed: until then
+    its earlier queries need what they will overwrite.
+
+    S = 2, W = 3, 4 tokens after 7: the slots hold 0 1 5 6 4, of which the first query, 7, sees 0 1 and 5 6,
+    so the keys are those and the tokens 7 8 9 10; 8 9 10 are kept.
+    """
+    total, end = sinks + window, seen + length
+    columns = min(sinks, end)
+    held = max(0, min(seen - sinks, window - 1))  # keys behind the sinks that the first query sees
+    first = seen - held
+    slot = sinks + (first - sinks) % window
+    ahead = min(held, total - slot)  # of them, up to the end of the ring
+    parts = (0, columns), (slot, slot + ahead), (sinks, sinks + held - ahead)
+
+    places = torch.arange(seen, end, device=device)[None]
+    slots = torch.where(places < sinks, places, sinks + (places - sinks) % window)
+    near = places + origin
+    apart = sinks > 0 and (origin > 0 or end > total)
+    run = torch.arange(origin + first, origin + end, device=device)
+    step = Step(
+        slots=slots,
+        near=near,
+        far=places.clamp(max=total - 1),
+        own=torch.where(places < sinks, places, near) if origin else near,
+        keys=torch.cat((torch.arange(columns, device=device), run))[None],
+        visible=None,
+        sinks=columns if apart else 0,
+        span=total,
+        band=Band(seen, first, columns, sinks, window),
+    )
+    tokens = torch.arange(length, device=device)
+    kept = max(0, sinks - seen, length - window)
+    early = None if seen >= sinks else (None, tokens[: columns - seen], slots[0, : columns - seen])
+    late = None, tokens[kept:], slots[0, kept:]
+    return step, _Moves(tuple(part for part in parts if part[0] < part[1]), early, late)
 
 
 def _plan_one(
     sinks: int, window: int, origin: int, seen: Sequence[int], counts: Sequence[int], length: int,
     device: torch.device,
 ) -> tuple[Step, _Moves]:  # fmt: skip
-    """One token per row. It takes the slot of the key that it no longer sees, then meets what is held.
-
-    S = 2, W = 3, t = 9: slot 2 + (9 - 2) % 3 = 3, where token 6 stood; see `Step`.
-    """
+    """One token per row; see `_plan_next`, which serves where all rows stand at the same place."""
+    if len(seen) == 1:
+        return _plan_next(sinks, window, origin, seen[0], device)
     total = sinks + window
     held = min(-(-(max(seen) + 1) // STRIDE) * STRIDE, total)
     places = torch.tensor(seen)[:, None]  # [R, 1]
@@ -280,9 +378,8 @@ def _plan_one(
     keys = _held_places(sinks, window, places + 1, held)
     full = min(seen) + 1 >= held
     step = _step(sinks, window, origin, places, slots, keys, None if full else keys[:, None] >= 0, device)
-    rows = None if len(seen) == 1 else torch.arange(len(seen), device=device)
-    here = torch.zeros(len(seen), dtype=torch.int64, device=device)
-    return step, _Moves(held, (rows, here, step.slots[:, 0]), None)
+    rows = torch.arange(len(seen), device=device)
+    return step, _Moves(((0, held),), (rows, torch.zeros_like(rows), step.slots[:, 0]), None)
 
 
 def _plan_chunk(
@@ -291,13 +388,13 @@ def _plan_chunk(
 ) -> tuple[Step, _Moves]:  # fmt: skip
     """T tokens per row, of which `counts` are real: they meet the slots held and, behind them, each other.
 
-    New sinks take their slots at once (nothing stood there, so nothing is lost if the forward fails), and are
-    hidden among the chunk's own keys. New recent tokens take theirs when the chunk is committed: until then
-    its earlier queries need what they will overwrite.
+    As in `_plan_run`, which serves rows in lockstep; but here the slots stay in their order.
 
-    S = 2, W = 3, 4 tokens on an empty cache: held is 2, the keys are the slots 0 1 and the tokens 0 1 2 3;
+    S = 2, W = 3, 4 tokens on an empty row: held is 2, the keys are the slots 0 1 and the tokens 0 1 2 3;
     tokens 0 and 1 are written first and hidden behind, so token 3 sees keys at the places 0 1 - - 2 3.
     """
+    if len(seen) == 1 and counts[0] == length:
+        return _plan_run(sinks, window, origin, seen[0], length, device)
     total = sinks + window
     ends = [start + count for start, count in zip(seen, counts, strict=True)]
     held = max(min(max(seen), total), min(max(ends), sinks))
@@ -315,10 +412,7 @@ def _plan_chunk(
     key, query = keys[:, None, :], places[:, :, None]
     visible = (key >= 0) & (key <= query) & ((key < sinks) | (key > query - window))
     step = _step(sinks, window, origin, places, slots, keys, visible, device)
-    lockstep = len(seen) == 1
-    return step, _Moves(
-        held, _move(early, slots, lockstep, device), _move(late, slots, lockstep, device, True)
-    )
+    return step, _Moves(((0, held),), _move(early, slots, device), _move(late, slots, device, True))
 
 
 def _held_places(sinks: int, window: int, seen: Tensor, held: int) -> Tensor:
@@ -355,14 +449,14 @@ def _step(
 
 
 def _move(
-    chosen: Tensor, slots: Tensor, lockstep: bool, device: torch.device, always: bool = False
-) -> tuple[Tensor | None, Tensor, Tensor] | None:
+    chosen: Tensor, slots: Tensor, device: torch.device, always: bool = False
+) -> tuple[Tensor, Tensor, Tensor] | None:
     """The chosen [R, T] tokens and their slots as index tensors; None where there are none."""
     rows, tokens = chosen.nonzero(as_tuple=True)
     if not always and not len(tokens):
         return None
     where = slots[rows, tokens].to(device)
-    return None if lockstep else rows.to(device), tokens.to(device), where
+    return rows.to(device), tokens.to(device), where
 
 
 def _row_numbers(rows: Sequence[int] | Tensor, batch_size: int) -> list[int]:

@@ -14,9 +14,19 @@ import click
 # name -> (module, attribute, what `streamllm --help` says); imported when called, so that help comes at once
 COMMANDS = {
     "generate": ("streamllm.cli", "generate", "Let a model talk, as long as you like."),
+    "models": ("streamllm.info", "models", "The families of models, and names on the hub."),
+    "info": ("streamllm.info", "info", "What a checkpoint is, before its weights are read."),
     "parity": ("streamllm.parity", "parity", "Compare a checkpoint with transformers, layer by layer."),
-    "perplexity": ("streamllm.evaluate.commands", "perplexity", "Score a long text: dense, window, sinks, re-computed."),
-    "inspect": ("streamllm.evaluate.commands", "inspect", "Show the attention sinks, and how many are needed."),
+    "perplexity": (
+        "streamllm.evaluate.commands",
+        "perplexity",
+        "Score a long text: dense, window, sinks, re-computed.",
+    ),
+    "inspect": (
+        "streamllm.evaluate.commands",
+        "inspect",
+        "Show the attention sinks, and how many are needed.",
+    ),
     "recall": ("streamllm.evaluate.commands", "recall", "Show what is remembered, by distance."),
     "convert": ("streamllm.convert", "convert_command", "Write a checkpoint as safetensors."),
 }

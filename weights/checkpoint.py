@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from streamllm.models.layers import to_arrange
 from streamllm.weights import FAMILIES, pickled
 from streamllm.weights.errors import CheckpointError, CheckpointNotFound, UnsupportedConfig
 from streamllm.weights.family import NOT_NEEDED, Family, Fused
@@ -46,6 +47,7 @@ class Source(Protocol):
     def file(self, relative: str) -> Path: ...
     def find(self, relative: str) -> Path | None: ...
     def has(self, relative: str) -> bool: ...
+    def size(self, relative: str) -> int | None: ...
 
 
 @dataclass(frozen=True)
@@ -197,8 +199,11 @@ class Checkpoint:
         slots = _slots(model)
         doubtful: list[str] = []
         reader = Reader()
+        linears = {id(linear.weight): linear for linear in to_arrange(model, dtype, device)}
         for stored, names, split in jobs:
-            stays = split is None and FLOATS[stored.dtype] == dtype and device.type == "cpu"
+            arranged = [linears[id(slots[name][0][0])] for name in names if id(slots[name][0][0]) in linears]
+            same = FLOATS[stored.dtype] == dtype and device.type == "cpu"
+            stays = same and split is None and not arranged
             whole = reader.read(stored, keep=stays)
             parts = (whole,) if split is None else split(whole, config)
             del whole
@@ -211,6 +216,9 @@ class Checkpoint:
                 if part.data_ptr() % part.element_size():
                     part = part.clone()  # some writers do not align, and not every kernel can read that
                 _assign(slots[name], part)
+                del part
+            for linear in arranged:
+                linear.arrange()  # one by one: nothing lies in memory twice
             if report is not None:
                 report(stored.nbytes)
         if doubtful:
@@ -228,12 +236,13 @@ class Checkpoint:
         config.json's where that ties a head that the files have apart.
         """
         jobs, config = self._jobs()
-        model = self._build(config)
+        model = self.build(config)
         _check_complete(self.source.name, _slots(model), jobs)
         return jobs, config, model
 
-    def _build(self, config: Any) -> nn.Module:
-        """The model on the meta device, without weights."""
+    def build(self, config: Any = None) -> nn.Module:
+        """The model on the meta device, without weights; `config` is what the files say, or None."""
+        config = self.config if config is None else config
         try:
             with torch.device("meta"):
                 return self.family.model(config)

@@ -41,7 +41,7 @@ def far_away():
 def ragged():
     model = tiny()
     rows = Rows(model, SinkCache(model, S, W, 3))
-    for seed, lengths in enumerate([[9, 2, 0], [1, 1, 1], [5, 14, 3], [1, 1, 1], [1, 1, 1]]):
+    for seed, lengths in enumerate([[9, 2, 0], [1, 1, 1], [5, 14, 3], [1, 1, 1], [1, 1, 1], [2, 3, 5]]):
         rows.feed(text(max(lengths), 3, seed=seed), lengths)
     worst = rows.error()
     rows.restart([1])
@@ -136,8 +136,29 @@ def chunk_forgets_the_sinks(patch):
 def new_sinks_are_seen_twice(patch):
     def change(step, moves, window, seen, counts):
         own = places(step)  # the keys of the chunk itself stand at its places
-        keys = torch.cat((step.keys[:, : moves.held], own), 1)
+        keys = torch.cat((step.keys[:, : -own.shape[1]], own), 1)
         return seeing(replace(step, keys=keys), within), moves
+
+    planned(patch, change, ["_plan_chunk"])
+
+
+def a_run_of_one_key_more(patch):
+    def change(step, moves, *_):
+        return replace(step, band=step.band and replace(step.band, window=W + 1)), moves
+
+    planned(patch, change, ["_plan_chunk"])
+
+
+def a_run_of_one_key_less(patch):
+    def change(step, moves, *_):
+        return replace(step, band=step.band and replace(step.band, window=W - 1)), moves
+
+    planned(patch, change, ["_plan_chunk"])
+
+
+def a_run_read_in_the_order_of_its_slots(patch):
+    def change(step, moves, *_):
+        return step, replace(moves, parts=tuple(sorted(moves.parts)))
 
     planned(patch, change, ["_plan_chunk"])
 
@@ -202,8 +223,7 @@ def padding_is_stored(patch):
     def storing(sinks, window, origin, seen, counts, length, device):
         step, _ = maker(sinks, window, origin, seen, counts, length, device)
         _, moves = maker(sinks, window, origin, seen, [length] * len(seen), length, device)
-        same = moves.held == step.keys.shape[1] - length
-        return step, moves if same else replace(moves, held=step.keys.shape[1] - length)
+        return step, replace(moves, parts=((0, step.keys.shape[1] - length),))
 
     patch.setattr(cache_module, "_plan_chunk", storing)
 
@@ -270,6 +290,9 @@ MUTATIONS = [
     chunk_sees_one_token_ahead,
     chunk_forgets_the_sinks,
     new_sinks_are_seen_twice,
+    a_run_of_one_key_more,
+    a_run_of_one_key_less,
+    a_run_read_in_the_order_of_its_slots,
     sinks_do_not_travel,
     far_query_is_the_near_query,
     far_query_one_place_too_far,

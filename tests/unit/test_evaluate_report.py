@@ -20,7 +20,7 @@ def test_every_table_and_picture_is_made(checkpoint, tmp_path):
     assert result.exit_code == 0, result.output
     text, numbers = (tmp_path / "report.md").read_text(), json.loads((tmp_path / "report.json").read_text())
     assert {
-        "modes", "against re-computation", "sinks", "windows", "attention", "recall", "tokens per second",
+        "modes", "pieces", "against re-computation", "sinks", "windows", "attention", "recall", "tokens per second",
     } == numbers.keys()  # fmt: skip
     assert [result["mode"] for result in numbers["modes"]] == ["dense", "window", "sinks", "recompute"]
     for name in ("perplexity", "attention", "recall"):

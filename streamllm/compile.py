@@ -1,0 +1,251 @@
+"""compile(): a model whose next token takes one flat function, derived from its modules by watching them run.
+
+model = streamllm.compile(model)            # the same calls, the same logits, less time between the kernels
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from types import MethodDescriptorType, MethodWrapperType, SimpleNamespace, WrapperDescriptorType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch.overrides import TorchFunctionMode
+
+from streamllm.models.step import Cache, Geometry, Plan, forward_in_chunks, geometry_of
+
+BACKENDS = ("flat", "inductor", "cudagraphs")
+
+
+def compile(model: nn.Module, backend: str | None = None) -> Compiled:
+    """The model, called as before, with a faster way for single tokens past eviction.
+
+    Once all windows of a cache are full, the next token is always the same work with other numbers. It is
+    recorded once, as a flat list of kernels without modules, branches and bookkeeping between, and run from
+    that list from then on; everything else (prompts, chunks, ragged rows, a window that still fills) takes
+    the model's own way. The logits are the same, but for rounding. Weights are shared with `model`.
+
+    backend: "flat" runs the kernels one by one (the default on a CPU), "cudagraphs" launches all at once (on
+    CUDA), "inductor" gives the list to torch.compile, which may fuse them, and takes minutes at first.
+
+    Hooks on the model's modules see only what takes the model's own way. Raises TypeError for a model of
+    somebody else's, ValueError for a backend that there is not.
+    """
+    geometry_of(model)
+    if backend is None:
+        backend = "cudagraphs" if next(model.parameters()).device.type == "cuda" else "flat"
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, not {backend!r}")
+    return Compiled(model.model if isinstance(model, Compiled) else model, backend)
+
+
+class Compiled(nn.Module):
+    """What `compile` returns. `recordings` counts how often the next token had to be recorded."""
+
+    def __init__(self, model: nn.Module, backend: str) -> None:
+        super().__init__()
+        self.model, self.backend = model, backend
+        self.recordings = 0
+        self._recorded: dict[Any, Callable[..., Tensor]] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("model"), name)
+
+    @property
+    def geometry(self) -> Geometry:
+        return geometry_of(self.model)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        cache: Cache | None = None,
+        *,
+        lengths: Tensor | None = None,
+        logits_to_keep: int | None = None,
+    ) -> Tensor:
+        """As the model's own forward."""
+        return forward_in_chunks(self, tokens, cache, lengths, logits_to_keep)
+
+    def hidden(self, tokens: Tensor, plan: Plan) -> Tensor:
+        """One chunk: int64 [B, T] -> [B, T, C], before the head."""
+        if plan.tensors is None:
+            return self.model.hidden(tokens, plan)  # type: ignore[no-any-return, operator]
+        given = [tokens, *plan.tensors]
+        memory = given[-1]
+        key = (tokens.shape, memory.dtype, memory.device, torch.is_inference_mode_enabled(),
+               tuple((own, step.sinks, step.span) for own, step in plan.steps.items()))  # fmt: skip
+        if self.backend == "cudagraphs":
+            key = *key, memory.data_ptr()  # a graph writes to the memories that it was captured with
+        if key not in self._recorded:
+            self._recorded[key] = self._record(tokens, plan, given)
+            self.recordings += 1
+        return self._recorded[key](*given)
+
+    def project(self, x: Tensor) -> Tensor:
+        """[B, T, C] -> logits [B, T, V]."""
+        return self.model.project(x)  # type: ignore[no-any-return, operator]
+
+    def _record(self, tokens: Tensor, plan: Plan, given: Sequence[Tensor]) -> Callable[..., Tensor]:
+        self.model.hidden(tokens, plan)  # type: ignore[operator]  # whoever remembers constants does so now
+        with Recorder(given) as recorder:
+            result = self.model.hidden(tokens, plan)  # type: ignore[operator]
+        function = recorder.finish(result)
+        if self.backend == "inductor":
+            return torch.compile(function, fullgraph=True, dynamic=False)
+        flat = _bare(function)
+        return _CudaGraph(flat, given, 2 * len(plan.memories)) if self.backend == "cudagraphs" else flat
+
+
+class Recorder(TorchFunctionMode):
+    """Writes down each call to torch as it happens, as a graph from some tensors to others.
+
+    A tensor that is neither given nor made on the way is a constant: a weight, or a layer's memory.
+    Numbers and branches are as they were: what depends on them must be recorded again when they change.
+    """
+
+    def __init__(self, inputs: Iterable[Tensor]) -> None:
+        super().__init__()
+        self.graph = fx.Graph()
+        self.constants: dict[str, Tensor] = {}
+        self._nodes: dict[int, fx.Node] = {}
+        self._alive: list[Tensor] = []  # an id is a tensor's own while the tensor lives
+        for number, tensor in enumerate(inputs):
+            self._name(tensor, self.graph.placeholder(f"given_{number}"))
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        result = function(*args, **kwargs)
+        if isinstance(function, MethodWrapperType):  # an attribute
+            if isinstance(result, Tensor):
+                raise NotImplementedError(f"a tensor as an attribute of a tensor: {function}")
+            return result
+        name = function.__name__
+        changes = name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
+        outputs = result if isinstance(result, (tuple, list)) else [result]
+        if not changes and not any(isinstance(output, Tensor) for output in outputs):
+            return result  # a size, a type, a number
+        if len(outputs) == 1 and any(result is given for given in args) and not changes:
+            return result  # a conversion that had nothing to do
+        method = isinstance(function, (MethodDescriptorType, WrapperDescriptorType))
+        method = method or getattr(Tensor, name, None) is function
+        node = self.graph.create_node(
+            "call_method" if method else "call_function",
+            name if method else function,
+            self._mapped(args),
+            self._mapped(kwargs),
+        )
+        if isinstance(result, Tensor):
+            self._name(result, node)
+        elif isinstance(result, (tuple, list)):
+            for index, output in enumerate(result):
+                if isinstance(output, Tensor):
+                    self._name(output, self.graph.call_function(operator.getitem, (node, index)))
+        return result
+
+    def finish(self, result: Tensor) -> fx.GraphModule:
+        """The function from the inputs to `result`."""
+        self.graph.output(self._mapped(result))
+        root = nn.Module()
+        for name, tensor in self.constants.items():
+            setattr(root, name, tensor)
+        return fx.GraphModule(root, self.graph)
+
+    def _name(self, tensor: Tensor, node: fx.Node) -> None:
+        self._nodes[id(tensor)] = node
+        self._alive.append(tensor)
+
+    def _mapped(self, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            if id(value) not in self._nodes:
+                name = f"constant_{len(self.constants)}"
+                self.constants[name] = value
+                self._name(value, self.graph.get_attr(name))
+            return self._nodes[id(value)]
+        if isinstance(value, (tuple, list)):
+            return type(value)(self._mapped(item) for item in value)
+        if isinstance(value, dict):
+            return {key: self._mapped(item) for key, item in value.items()}
+        if isinstance(value, slice):
+            return slice(self._mapped(value.start), self._mapped(value.stop), self._mapped(value.step))
+        return value
+
+
+def _bare(module: fx.GraphModule) -> Callable[..., Tensor]:
+    """A GraphModule's function without the module, whose every look-up of a weight takes 0.3 us."""
+    _fuse(module)
+    constants = {node.target: getattr(module, node.target) for node in module.graph.find_nodes(op="get_attr")}
+    module.recompile()
+    return partial(type(module).forward, SimpleNamespace(**constants))
+
+
+def _fuse(module: fx.GraphModule) -> None:
+    """Linear maps of the same input become one. Their weights become views of its weight: no copy stays."""
+    graph = module.graph
+    groups: dict[fx.Node, list[fx.Node]] = {}
+    for node in graph.find_nodes(op="call_function", target=F.linear):
+        x, weight, bias = node.args
+        if weight.op == "get_attr" and (bias is None or bias.op == "get_attr"):
+            groups.setdefault(x, []).append(node)
+    for number, (x, nodes) in enumerate(groups.items()):
+        weights = [getattr(module, node.args[1].target) for node in nodes]
+        biases = [node.args[2] and getattr(module, node.args[2].target) for node in nodes]
+        transposed = [weight.stride(0) == 1 and weight.stride(1) != 1 for weight in weights]
+        alone = len(nodes) == 1 or len({id(weight) for weight in weights}) < len(nodes)
+        if alone or len({bias is None for bias in biases}) > 1 or len(set(transposed)) > 1:
+            continue
+        with torch.no_grad():
+            weight, bias = _joined(weights, transposed[0]), None if biases[0] is None else torch.cat(biases)
+        module.register_buffer(f"weight_{number}", weight)
+        module.register_buffer(f"bias_{number}", bias)
+        with graph.inserting_before(nodes[0]):
+            added = None if bias is None else graph.get_attr(f"bias_{number}")
+            product = graph.call_function(F.linear, (x, graph.get_attr(f"weight_{number}"), added))
+            parts = graph.call_method("split", (product, [len(weight) for weight in weights], -1))
+            outputs = [graph.call_function(operator.getitem, (parts, i)) for i in range(len(nodes))]
+        for node, output in zip(nodes, outputs, strict=True):
+            node.replace_all_uses_with(output)
+            graph.erase_node(node)
+    for node in reversed(graph.find_nodes(op="get_attr")):
+        if not node.users:
+            graph.erase_node(node)
+
+
+def _joined(weights: Sequence[Tensor], transposed: bool) -> Tensor:
+    """[out, in] each -> [sum of out, in], of which each weight is then a view."""
+    joined = torch.cat([weight.t() for weight in weights], 1).t() if transposed else torch.cat(list(weights))
+    for weight, part in zip(weights, joined.split([len(weight) for weight in weights]), strict=True):
+        weight.data = part
+    return joined
+
+
+class _CudaGraph:
+    """The kernels of a function, captured once and launched together, on inputs that stay where they are."""
+
+    def __init__(self, function: Callable[..., Tensor], given: Sequence[Tensor], memories: int) -> None:
+        self._varying = len(given) - memories
+        self._given = [tensor.clone() for tensor in given[: self._varying]]
+        given = [*self._given, *given[self._varying :]]
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):  # libraries set themselves up outside of the capture
+            for _ in range(3):
+                function(*given)
+        torch.cuda.current_stream().wait_stream(side)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            self._result = function(*given)
+
+    def __call__(self, *given: Tensor) -> Tensor:
+        for place, tensor in zip(self._given, given[: self._varying], strict=True):
+            place.copy_(tensor, non_blocking=True)
+        self._graph.replay()
+        return self._result

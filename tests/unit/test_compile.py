@@ -1,0 +1,135 @@
+"""A compiled model is the model: every law of streaming past eviction, and nothing recorded twice."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import streamllm
+from streamllm.cache import SinkCache
+from streamllm.compile import Recorder
+from streamllm.models.layers import arrange
+from tests.laws.scenarios import TOLERANCE, Rows, cuts, defined, error, feed, text, tiny
+
+SHAPES = [(0, 1), (0, 5), (4, 1), (4, 6), (8, 3), (1, 30)]
+
+
+@pytest.mark.parametrize("origin", [0, 10**9])
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize(("sinks", "window"), SHAPES)
+def test_one_by_one_keeps_the_definition(sinks, window, rows, origin):
+    model = streamllm.compile(tiny(), "flat")
+    tokens = text(70, rows)
+    cache = SinkCache(model, sinks, window, rows, origin=origin)
+    with torch.inference_mode():
+        got = feed(model, cache, tokens)
+    assert error(got, defined(tiny(), tokens, sinks, window)) <= TOLERANCE
+    assert model.recordings == 1
+
+
+@pytest.mark.parametrize("rope", ["default", "yarn", "dynamic", "partial, odd"])
+@pytest.mark.parametrize("kv_heads", [1, 4])
+def test_every_rotation_and_head_count(rope, kv_heads):
+    plain = tiny(rope, kv_heads=kv_heads)
+    tokens = text(60)
+    model = streamllm.compile(plain, "flat")
+    got = feed(model, SinkCache(model, 4, 9), tokens)
+    assert error(got, defined(plain, tokens, 4, 9)) <= TOLERANCE
+
+
+def test_single_tokens_between_chunks_and_ragged_rows():
+    model = streamllm.compile(tiny(), "flat")
+    rows = Rows(model, SinkCache(model, 2, 5, 3, chunk=4))
+    rows.feed(text(9, 3))
+    for turn, lengths in enumerate([None, [1, 1, 1], [3, 0, 1], [1, 4, 3], None]):
+        for extra in range(3):
+            rows.feed(text(1, 3, seed=10 * turn + extra))
+        rows.feed(text(4 if lengths else 6, 3, seed=turn), lengths)
+    rows.restart([1])
+    for extra in range(20):
+        rows.feed(text(1, 3, seed=100 + extra))
+    rows.model = tiny()  # whose weights the reference reads
+    assert rows.error() <= TOLERANCE
+    assert model.recordings == 1
+
+
+def test_any_cache_of_the_same_shape_is_served_by_one_recording():
+    model = streamllm.compile(tiny(), "flat")
+    tokens = text(40)
+    for seed, (sinks, window) in enumerate([(2, 5), (2, 5), (4, 6), (2, 5)]):
+        cache = SinkCache(model, sinks, window, origin=seed)
+        got = feed(model, cache, tokens, cuts(40, seed))
+        assert error(got, defined(tiny(), tokens, sinks, window)) <= TOLERANCE
+    assert model.recordings == 2
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 0.0), (torch.float16, 0.0)], ids=str
+)
+def test_compiled_equals_eager(dtype, tolerance):
+    plain, other = (tiny.__wrapped__(dtype=dtype) for _ in range(2))
+    arrange(other)
+    compiled = streamllm.compile(other, "flat")
+    tokens = text(80)
+    with torch.inference_mode():
+        wanted = feed(plain, SinkCache(plain, 4, 12), tokens)
+        eager = feed(other, SinkCache(other, 4, 12), tokens)
+        got = feed(compiled, SinkCache(compiled, 4, 12), tokens)
+    assert error(got.float(), eager.float()) <= tolerance
+    if dtype == torch.float32:
+        assert error(got, wanted) <= tolerance
+
+
+def test_fusing_leaves_the_weights_what_they_were():
+    plain, model = tiny.__wrapped__(), tiny.__wrapped__()
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    compiled = streamllm.compile(model, "flat")
+    feed(compiled, SinkCache(compiled, 2, 3), text(20))
+    assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
+    bytes_of = lambda model: sum(  # noqa: E731
+        {w.untyped_storage().data_ptr(): w.untyped_storage().nbytes() for w in model.parameters()}.values()
+    )
+    assert bytes_of(model) == bytes_of(plain)  # q, k and v lie in one storage now; nothing lies there twice
+    assert len({layer.attention.q.weight.untyped_storage().data_ptr() for layer in model.layers}) == 3
+    first = model.layers[0].attention
+    assert first.q.weight.untyped_storage().data_ptr() == first.v.weight.untyped_storage().data_ptr()
+
+
+def test_it_can_be_used_where_the_model_can():
+    model = tiny()
+    compiled = streamllm.compile(model)
+    said = list(streamllm.generate(compiled, text(20)[0], SinkCache(compiled, 2, 6), max_new_tokens=30))
+    assert said == list(streamllm.generate(model, text(20)[0], SinkCache(model, 2, 6), max_new_tokens=30))
+    assert compiled.recordings == 1
+    assert compiled.config is model.config
+    assert streamllm.compile(compiled).model is model
+
+
+def test_what_cannot_be_compiled_says_so():
+    with pytest.raises(TypeError, match="not a model of this library"):
+        streamllm.compile(nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="backend must be one of flat"):
+        streamllm.compile(tiny(), backend="llvm")
+
+
+def test_a_recording_is_a_function_of_its_inputs():
+    weight, memory = torch.randn(3, 3), torch.zeros(2, 3)
+
+    def function(x, slot):
+        y = x.to(x.dtype) @ weight  # the conversion is none, and is not recorded
+        memory.index_copy_(0, slot, y)
+        low, high = memory.split(1)
+        memory[..., 0] = 7
+        return low + 2 * high.view(1, 3)
+
+    given = torch.randn(1, 3), torch.tensor([1])
+    with Recorder(given) as recorder:
+        result = function(*given)
+    flat = recorder.finish(result)
+    x, slot = torch.randn(1, 3), torch.tensor([0])
+    got = flat(x, slot)
+    kept = memory.clone()
+    assert torch.equal(got, function(x, slot))
+    assert torch.equal(memory, kept)
+    assert not any(node.target == "to" for node in flat.graph.nodes)

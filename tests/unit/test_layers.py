@@ -1,0 +1,87 @@
+"""Linear computes the same whatever its layout."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from streamllm.models import layers
+from streamllm.models.layers import Embedding, Linear, arrange
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+
+def filled(dtype: torch.dtype, bias: bool = True, wide: int = 72, high: int = 40) -> Linear:
+    linear = Linear(wide, high, bias=bias).to(dtype).requires_grad_(False)
+    generator = torch.Generator().manual_seed(3)
+    for parameter in linear.parameters():
+        parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    return linear
+
+
+@pytest.mark.parametrize("rows", [(1,), (1, 1), (1, 3), (4, 1), (2, 130)])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_an_arranged_linear_is_as_near_to_the_exact_product(dtype, bias, rows):
+    linear = filled(dtype, bias)
+    x = torch.randn(*rows, 72, generator=torch.Generator().manual_seed(4)).to(dtype)
+    exact = F.linear(x.double(), linear.weight.double(), linear.bias.double() if bias else None)
+    plain = (F.linear(x, linear.weight, linear.bias) - exact).abs().mean()
+    arrange(linear)
+    with torch.inference_mode():
+        got = linear(x)
+    assert got.dtype == dtype
+    assert got.shape == exact.shape
+    rounding = torch.finfo(dtype).eps * exact.abs().max()
+    assert (got - exact).abs().mean() <= (2 if dtype in (torch.float64, torch.float32) else 1.01) * plain
+    assert (got - exact).abs().max() <= 4 * rounding
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_state_dict_is_what_was_loaded(dtype):
+    linear, plain = filled(dtype), filled(dtype)
+    arrange(linear)
+    arrange(linear)  # a second time changes nothing
+    saved = linear.state_dict()
+    assert torch.equal(saved["weight"], plain.weight)
+    assert torch.equal(saved["bias"], plain.bias)
+    assert linear.weight.shape == plain.weight.shape
+    assert linear.weight.dtype == dtype
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_tied_head_stays_the_embedding(dtype):
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.head = Embedding(40, 72), Linear(72, 40, bias=False)
+            self.head.weight = self.embed.weight
+
+    model = Tied().to(dtype).requires_grad_(False)
+    model.embed.weight.copy_(filled(dtype).weight)
+    tokens = torch.tensor([[3, 39, 0]])
+    before = model.embed(tokens)
+    arrange(model)
+    assert model.head.weight is model.embed.weight
+    assert torch.equal(model.embed(tokens), before)
+    exact = before.double() @ filled(dtype).weight.double().t()
+    assert (model.head(before) - exact).abs().max() <= 4 * torch.finfo(dtype).eps * exact.abs().max()
+
+
+def test_a_frozen_arranged_weight_lets_gradients_through():
+    linear = filled(torch.float32)
+    arrange(linear)
+    x = torch.randn(5, 72, requires_grad=True)
+    linear(x).sum().backward()
+    torch.testing.assert_close(x.grad, linear.weight.sum(0).expand(5, -1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_where_torch_has_no_such_kernel_plain_ones_serve(dtype, monkeypatch):
+    monkeypatch.setattr(layers, "_ONEDNN", False)
+    linear, plain = filled(dtype), filled(dtype)
+    arrange(linear)
+    x = torch.randn(2, 9, 72).to(dtype)
+    torch.testing.assert_close(linear(x), plain(x))

@@ -1,0 +1,63 @@
+"""Every kernel of attend() computes the same: tiles of any size, with and without bias, past eviction."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from streamllm.cache import SinkCache
+from streamllm.models import attention
+from streamllm.models.step import Step
+from tests.laws.scenarios import TOLERANCE, cuts, defined, error, feed, text, tiny
+
+
+@pytest.mark.parametrize("tile", [1, 3, 16])
+@pytest.mark.parametrize("origin", [0, 10**9])
+@pytest.mark.parametrize(("sinks", "window"), [(0, 1), (0, 5), (4, 1), (4, 6), (8, 3), (1, 30), (3, 200)])
+def test_tiles_of_any_size_keep_the_definition(monkeypatch, sinks, window, origin, tile):
+    monkeypatch.setattr(attention, "TILE", tile)
+    model, tokens = tiny(), text(70, rows=2)
+    wanted = defined(model, tokens, sinks, window)
+    for parts in ([70], [1, 2, 67], [5, 30, 1, 34], cuts(70, seed=2)):
+        cache = SinkCache(model, sinks, window, 2, origin=origin)
+        assert error(feed(model, cache, tokens, parts), wanted) <= TOLERANCE
+
+
+@pytest.mark.parametrize("tile", [1, 7, 64])
+@pytest.mark.parametrize("window", [1, 6, 25, 100])
+def test_tiles_of_a_text_without_a_cache(monkeypatch, window, tile):
+    monkeypatch.setattr(attention, "TILE", tile)
+    check(Step.dense(40, window), bias=False)
+    check(Step.dense(40, window), bias=True)
+
+
+@pytest.mark.parametrize("tile", [1, 7, 64])
+@pytest.mark.parametrize("seen", [0, 2, 9, 40])
+def test_tiles_with_a_bias(monkeypatch, seen, tile):
+    monkeypatch.setattr(attention, "TILE", tile)
+    model = tiny()
+    for sinks, window in [(4, 6), (0, 7), (3, 90)]:
+        cache = SinkCache(model, sinks, window)
+        if seen:
+            model(text(seen), cache)
+        check(cache.plan(33).steps[None], bias=True)
+
+
+def check(step: Step, bias: bool) -> None:
+    """attend() against the plain softmax over all keys, under the mask that the places say."""
+    generator = torch.Generator().manual_seed(5)
+    draw = lambda *shape: torch.randn(*shape, dtype=torch.float64, generator=generator)  # noqa: E731
+    T, K = step.near.shape[1], step.keys.shape[1]
+    near, far, keys, values = draw(2, 4, T, 8), draw(2, 4, T, 8), draw(2, 2, K, 8), draw(2, 2, K, 8)
+    if not step.sinks:
+        far = near
+    added = draw(1, 4, T, K) if bias else None
+    got = attention.attend(near, far, keys, values, step, 0.3, added)
+    scores = near @ keys.repeat_interleave(2, 1).transpose(2, 3)
+    if step.sinks:
+        scores[..., : step.sinks] = far @ keys[:, :, : step.sinks].repeat_interleave(2, 1).transpose(2, 3)
+    scores = scores * 0.3 if added is None else scores * 0.3 + added
+    mask = step.mask()
+    if mask is not None:
+        scores = scores.masked_fill(~mask[:, None], -torch.inf)
+    assert error(got, scores.softmax(-1) @ values.repeat_interleave(2, 1)) <= TOLERANCE
