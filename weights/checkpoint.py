@@ -84,21 +84,27 @@ class Reader:
     """
 
     def __init__(self) -> None:
-        self._open: dict[tuple[Path, bool], tuple[Callable[[str], Tensor], int]] = {}
+        self._kept: dict[Path, Callable[[str], Tensor]] = {}
+        self._passing: tuple[Path, Callable[[str], Tensor]] | None = None
+        self._seen = 0  # bytes read through the latter
 
     def read(self, stored: Stored, keep: bool) -> Tensor:
+        """`keep`: the tensor stays as it is, mapped."""
         from safetensors import SafetensorError
 
-        keep = keep or (stored.pickled and not pickled.is_mapped(stored.path))  # read whole: once, then
-        file, seen = self._open.get((stored.path, keep), (None, 0))
+        path = stored.path
         try:
-            if file is None or (not keep and seen + stored.nbytes > MAPPED):
-                self._open.pop((stored.path, keep), None)
-                file, seen = _open(stored), 0
-            self._open[stored.path, keep] = file, seen + stored.nbytes
-            return file(stored.name)
+            if keep or (stored.pickled and not pickled.is_mapped(path)):  # what is read whole is read once
+                if path not in self._kept:
+                    self._kept[path] = _open(stored)
+                return self._kept[path](stored.name)
+            self._seen += stored.nbytes
+            if self._passing is None or self._passing[0] != path or self._seen > MAPPED:
+                self._passing = None
+                self._passing, self._seen = (path, _open(stored)), stored.nbytes
+            return self._passing[1](stored.name)
         except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{stored.path} has changed while it was read ({error})") from None
+            raise CheckpointError(f"{path} has changed while it was read ({error})") from None
 
 
 def _open(stored: Stored) -> Callable[[str], Tensor]:
