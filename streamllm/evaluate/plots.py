@@ -73,13 +73,14 @@ def perplexity_curves(
     """
     page, figure = _figure(7.2, 4.2, dark)
     axes = figure.add_subplot()
+    last = max(result.total for result in results)  # where the text ends
     many = len({result.mode for result in results}) < len(results)
     for index, result in enumerate(results):
         light, bright, marker = CURVES[index % len(CURVES)] if many else MODE_STYLES[result.mode]
         scored = [bucket for bucket in result.buckets if bucket.tokens and bucket.start >= 16]
         buckets = [b for b in scored if b.tokens >= min(b.start, ENOUGH)] or scored
         axes.plot(
-            [(bucket.start * (bucket.stop - 1)) ** 0.5 for bucket in buckets],
+            [(bucket.start * min(bucket.stop - 1, max(bucket.start, last))) ** 0.5 for bucket in buckets],
             [bucket.perplexity for bucket in buckets],
             color=bright if dark else light,
             marker=marker,
