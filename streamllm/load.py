@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from streamllm.models import layers
 from streamllm.sampling import GenerationConfig, attach, read_generation_config
 from streamllm.tokenizer import TOKENIZER_FILES, Tokenizer, load_tokenizer_files
 from streamllm.weights.checkpoint import Checkpoint
@@ -32,6 +33,7 @@ def load(
     local_files_only: bool = False,
     token: str | None = None,
     allow_pickle: bool = False,
+    quantize: str | None = None,
 ) -> tuple[nn.Module, Tokenizer]:
     """A model and its tokenizer: a hub name ("org/name"), a folder, or None for the embedded checkpoint.
 
@@ -40,12 +42,14 @@ def load(
     CPU. match_transformers reproduces transformers' known deviations (rotary angles in float32, bfloat16
     ALiBi of Falcon, keys of MPT's config that it ignores) and is meant for comparisons only. allow_pickle:
     read old checkpoints that have only pytorch_model.bin; a pickle could run code, so trust its author.
+    quantize="int8" rounds the weights of linear layers to 8 bits, one scale for each output, and computes in
+    bfloat16 unless dtype says otherwise.
 
     Raises CheckpointNotFound, UnsupportedConfig or CheckpointError (all CheckpointError) and TokenizerError.
     """
     source = open_source(name, revision=revision, local_files_only=local_files_only, token=token)
     tokenizer = _load_tokenizer(source)  # first, because it may be wrong, and is small
-    model = _load_model(source, dtype, device, match_transformers, allow_pickle)
+    model = _load_model(source, dtype, device, match_transformers, allow_pickle, quantize)
     rows = getattr(model, "geometry").vocab_size  # noqa: B009  # nn.Module declares tensors and modules only
     if tokenizer.vocab_size > rows:
         warnings.warn(
@@ -66,10 +70,11 @@ def load_model(
     local_files_only: bool = False,
     token: str | None = None,
     allow_pickle: bool = False,
+    quantize: str | None = None,
 ) -> nn.Module:
     """The model alone; arguments and errors as for `load`."""
     source = open_source(name, revision=revision, local_files_only=local_files_only, token=token)
-    return _load_model(source, dtype, device, match_transformers, allow_pickle)
+    return _load_model(source, dtype, device, match_transformers, allow_pickle, quantize)
 
 
 def load_tokenizer(
@@ -116,7 +121,12 @@ def _load_model(
     device: torch.device | str | None,
     match_transformers: bool,
     allow_pickle: bool,
+    quantize: str | None,
 ) -> nn.Module:
+    if quantize not in (None, "int8"):
+        raise ValueError(f'quantize must be None or "int8", not {quantize!r}')
+    if quantize and dtype == "auto":
+        dtype = torch.bfloat16  # the fast kernels for int8 take no other
     checkpoint = Checkpoint(source, match_transformers, allow_pickle)
     place = default_device() if device is None else torch.device(device)
     generation_config = _generation_config(source, checkpoint.keys.get("eos_token_id"))
@@ -127,6 +137,8 @@ def _load_model(
 
         with tqdm(total=checkpoint.nbytes, unit="B", unit_scale=True, desc=f"loading {source.name}") as bar:
             model = checkpoint.load(dtype, place, report=bar.update)
+    if quantize:
+        layers.quantize(model)
     attach(model, generation_config)
     return model
 

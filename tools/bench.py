@@ -293,6 +293,8 @@ def _our_model(spec: Spec) -> Any:
     generator = torch.Generator(spec.device).manual_seed(0)
     for weight in model.parameters():
         weight.data.normal_(1.0 if weight.dim() == 1 else 0.0, 0.02, generator=generator)
+    if spec.dtype == "int8":
+        layers.quantize(model)
     layers.arrange(model)
     return model
 

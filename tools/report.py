@@ -80,14 +80,14 @@ class Subject:
     stream: Tensor  # held-out text, int64 [N]
     span: int  # sinks + window
     sinks: int
-    quick: bool
+    scale: float
 
     @property
     def window(self) -> int:
         return self.span - self.sinks
 
     def few(self, count: int, least: int = 1) -> int:
-        return max(least, count // 50) if self.quick else count
+        return max(least, int(count * self.scale))
 
     def score(self, stream: Tensor | list[Tensor] | None = None, **settings: Any) -> Result:
         tokens = self.stream if stream is None else stream
@@ -346,7 +346,9 @@ def memory(report: Report, subject: Subject, tokens: int) -> None:
               help="Tokens of the memory run; 0 leaves it out.")  # fmt: skip
 @click.option("--tokens", type=click.IntRange(2), help="Held-out tokens read.  [default: all]")
 @click.option("--threads", type=click.IntRange(1), default=1, show_default=True)
-@click.option("--quick", is_flag=True, help="A fiftieth of everything: to see that it works.")
+@click.option(
+    "--scale", type=click.FloatRange(0, 1, min_open=True), default=1.0, help="Do only so much of everything."
+)
 def main(
     model: str | None,
     out: Path,
@@ -355,7 +357,7 @@ def main(
     long_tokens: int,
     tokens: int | None,
     threads: int,
-    quick: bool,
+    scale: float,
 ) -> None:
     """Make every table and picture of the README."""
     from streamllm.load import open_source
@@ -365,7 +367,7 @@ def main(
     loaded, tokenizer = streamllm.load(model, device="cpu")
     trained = geometry_of(loaded).trained_length
     stream = as_stream(tokenizer, held_out_texts())[:tokens]
-    subject = Subject(loaded, tokenizer, stream, span or min(1024, trained or 1024), sinks, quick)
+    subject = Subject(loaded, tokenizer, stream, span or min(1024, trained or 1024), sinks, scale)
     report = Report(out)
     parameters = sum(parameter.numel() for parameter in loaded.parameters())
     report.say(

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from streamllm.models import layers
-from streamllm.models.layers import Embedding, Linear, arrange
+from streamllm.models.layers import Embedding, Linear, arrange, quantize
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
@@ -85,3 +85,29 @@ def test_where_torch_has_no_such_kernel_plain_ones_serve(dtype, monkeypatch):
     arrange(linear)
     x = torch.randn(2, 9, 72).to(dtype)
     torch.testing.assert_close(linear(x), plain(x))
+
+
+@pytest.mark.parametrize("rows", [(1, 1), (3, 5), (1, 200)])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_int8_is_the_product_with_its_own_rounded_weight(dtype, bias, rows):
+    linear, plain = filled(dtype, bias, wide=96, high=64), filled(dtype, bias, wide=96, high=64)
+    quantize(linear)
+    arrange(linear)  # has nothing to add
+    assert linear.weight.dtype == torch.int8
+    rounded = linear.weight.double() * linear.scale.double()[:, None]
+    step = plain.weight.double().abs().amax(1, keepdim=True) / 127
+    assert ((rounded - plain.weight).abs() <= step * (0.5 + 127 * torch.finfo(dtype).eps)).all()
+    x = torch.randn(*rows, 96, generator=torch.Generator().manual_seed(4)).to(dtype)
+    got = linear(x)
+    exact = F.linear(x.double(), rounded, plain.bias.double() if bias else None)
+    eps = max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)
+    assert got.dtype == dtype
+    assert (got - exact).abs().max() <= 4 * eps * exact.abs().max()
+
+
+def test_int8_leaves_the_embedding_of_a_tied_head():
+    linear, embed = filled(torch.bfloat16), Embedding(40, 72)
+    embed.weight = linear.weight
+    linear.quantize()
+    assert embed.weight.dtype == torch.bfloat16
