@@ -33,8 +33,9 @@ def test_the_worked_example_of_step():
 
 def test_the_worked_example_of_a_chunk():
     step = SinkCache(tiny(), sinks=2, window=3).plan(4).steps[None]
-    assert step.keys.tolist() == [[0, 1, -1, -1, 2, 3]]
-    seen = [step.keys[0, visible].tolist() for visible in step.visible[0]]
+    assert step.keys.tolist() == [[0, 1, 0, 1, 2, 3]]  # the sinks, and the run, in which they are hidden
+    assert not step.mask()[0, :, 2:4].any()
+    seen = [step.keys[0, visible].tolist() for visible in step.mask()[0]]
     assert seen == [[0], [0, 1], [0, 1, 2], [0, 1, 2, 3]]
 
 
@@ -44,9 +45,8 @@ def test_distances_are_ranks_behind_the_query():
         cache = SinkCache(tiny(), sinks=3, window=4, origin=origin)
         for length in (1, 1, 2, 9, 1, 30, 1, 1):
             step = cache.plan(length).steps[None]
-            visible = (
-                torch.ones(1, length, step.keys.shape[1]).bool() if step.visible is None else step.visible
-            )
+            mask = step.mask()
+            visible = torch.ones(1, length, step.keys.shape[1]).bool() if mask is None else mask
             for row, seen in zip(step.distance()[0], visible[0], strict=True):
                 assert sorted(row[seen].tolist()) == list(range(int(seen.sum())))
             tiny()(text(length), cache)
