@@ -34,13 +34,13 @@ def attend(
     # scores of two kinds, which the fused kernel has not.
     # A bias in a half type goes with scores that are rounded to it: the fused kernel does not round them, and
     # is then as far from a model that ran elsewhere as two separate roundings are (1.02 of what is allowed,
-    # 0.89 to 0.97 so).
+    # 0.89 to 0.97 so). It would also round the bias itself, of which distances beyond 256 need every digit.
     apart = step.sinks > 0 and near is not far
     on_cpu, queries = near.device.type == "cpu", near.shape[2]
     biased_half = bias is not None and near.dtype != _wide(near.dtype)
-    if step.band is not None and queries > 1 and (apart or (on_cpu and (biased_half or not step.causal))):
+    if step.band is not None and queries > 1 and (apart or biased_half or (on_cpu and not step.causal)):
         return _in_tiles(near, far, keys, values, step, scale, bias)
-    if apart or (on_cpu and (queries == 1 or biased_half)):
+    if apart or biased_half or (on_cpu and queries == 1):
         return _by_matmul(near, far, keys, values, step, scale, bias)
     return _fused(near, keys, values, step, scale, bias)
 

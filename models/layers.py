@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,7 @@ class Linear(nn.Linear):
     """
 
     kernel: Callable[[Tensor, Tensor, Tensor | None], Tensor] = staticmethod(F.linear)
+    scale: Tensor  # [out], where the weight is int8
 
     def reset_parameters(self) -> None:
         pass
@@ -37,18 +39,47 @@ class Linear(nn.Linear):
             return
         _ARRANGED[weight.dtype](self)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Linear:
+        """What .to(), .float() and .cuda() call: another type or device wants another layout."""
+        if self.weight.is_mkldnn:
+            self.weight = nn.Parameter(self.weight.to_dense(), requires_grad=False)
+        arranged = self.__dict__.pop("kernel", None) is not None
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._settle(arranged)
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copy.deepcopy and pickle, which cannot handle packed weights."""
+        state = self.__dict__.copy()
+        if self.weight.is_mkldnn:
+            dense = nn.Parameter(self.weight.to_dense(), requires_grad=False)
+            state["_parameters"] = {**self._parameters, "weight": dense}
+        state["arranged"] = state.pop("kernel", None) is not None
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        arranged = state.pop("arranged", False)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._settle(arranged)
+
+    def _settle(self, arranged: bool) -> None:
+        if self.weight.dtype == torch.int8:
+            self.kernel = partial(_eight_bits, self.scale)
+        elif arranged:
+            self.arrange()
+
     def quantize(self) -> None:
         """Round the weight to int8, with a scale for each row of it; the output is still of the input's type.
 
         What is computed is the product with the rounded weight, as exactly as before. The scales go to a
         buffer, `scale` [out]; a weight shared with an embedding is rounded for this layer only.
         """
-        weight = self.weight.detach()
+        weight = (self.weight.to_dense() if self.weight.is_mkldnn else self.weight).detach()
         scale = (weight.float().abs().amax(1) / 127).clamp(min=1e-30)
         rounded = (weight / scale[:, None]).round_().to(torch.int8)
         self.weight = nn.Parameter(rounded, requires_grad=False)
         self.register_buffer("scale", scale.to(weight.dtype if weight.dtype in HALF else torch.float32))
-        self.kernel = partial(_eight_bits, self.scale)
+        self._settle(arranged=False)
 
     def _save_to_state_dict(self, destination: dict[str, Tensor], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -56,15 +87,25 @@ class Linear(nn.Linear):
             destination[prefix + "weight"] = self.weight.to_dense()
 
 
+def to_arrange(model: nn.Module, dtype: torch.dtype, device: torch.device) -> list[Linear]:
+    """The Linears of a model that `arrange` is good for, once they are in `dtype` on `device`."""
+    if device.type != "cpu" or dtype not in _ARRANGED:
+        return []
+    shared = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    return [
+        module
+        for module in model.modules()
+        if isinstance(module, Linear)
+        # An embedding cannot be packed, and a second copy would cost its memory.
+        and not (id(module.weight) in shared and dtype in HALF)
+    ]
+
+
 def arrange(model: nn.Module) -> None:
     """Lay out every Linear of a model for inference where it is. The logits stay, to rounding."""
-    shared = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    for module in model.modules():
-        if not isinstance(module, Linear):
-            continue
-        if id(module.weight) in shared and module.weight.dtype in HALF:
-            continue  # an embedding cannot be packed, and a second copy would cost its memory
-        module.arrange()
+    weight = next(model.parameters())
+    for linear in to_arrange(model, weight.dtype, weight.device):
+        linear.arrange()
 
 
 def quantize(model: nn.Module) -> None:
@@ -101,7 +142,7 @@ def _float32(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     # gradients.
     if x.numel() == x.shape[-1] or not _ONEDNN or x.requires_grad or weight.requires_grad:
         return F.linear(x, weight, bias)
-    return _pointwise(x, weight, bias, "none", [], "")  # type: ignore[no-any-return]
+    return _pointwise(x, weight, bias, "none", [], "")
 
 
 def _packed(linear: Linear) -> None:
@@ -116,7 +157,7 @@ def _packed(linear: Linear) -> None:
 
 
 def _blocked(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return _pointwise(x, weight, bias, "none", [], "")  # type: ignore[no-any-return]
+    return _pointwise(x, weight, bias, "none", [], "")
 
 
 def _widened(linear: Linear) -> None:
@@ -136,13 +177,13 @@ def _find_pointwise() -> Callable[..., Tensor] | None:
     try:
         torch.ops.mkldnn._reorder_linear_weight.default  # noqa: B018
         torch.ops.mkldnn._is_mkldnn_bf16_supported.default  # noqa: B018
-        return torch.ops.mkldnn._linear_pointwise.default  # type: ignore[no-any-return]
+        return torch.ops.mkldnn._linear_pointwise.default
     except (AttributeError, RuntimeError):
         return None
 
 
-_ONEDNN = torch.backends.mkldnn.is_available() and _find_pointwise() is not None
-_pointwise = _find_pointwise() or F.linear
+_ONEDNN = torch.backends.mkldnn.is_available() and _find_pointwise() is not None  # type: ignore[no-untyped-call]
+_pointwise: Callable[..., Tensor] = _find_pointwise() or F.linear
 _ARRANGED: dict[torch.dtype, Callable[[Linear], None]] = {
     torch.float32: _transposed,
     torch.bfloat16: _packed,

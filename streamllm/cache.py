@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import index
 
 import torch
@@ -177,6 +177,12 @@ class SinkCache:
             own: maker(self.sinks, window, self.origin, seen, counts, length, self.device)
             for own, window in self._windows.items()
         }
+        if len(self._windows) > 1 or self.window not in self._windows.values():
+            # Frequencies that depend on a length depend on the cache's, also where a layer's window is shorter.
+            planned = {
+                own: (replace(step, span=self.sinks + self.window), moves)
+                for own, (step, moves) in planned.items()
+            }
         tensors = None
         if alone and lockstep and seen[0] >= self.sinks + self.window:
             # From now on, the plan of one token is that of the last one with other numbers.

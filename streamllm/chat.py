@@ -3,16 +3,14 @@
 A template is a small jinja2 program out of a checkpoint, written by a stranger and run on every prompt. It is
 given what the templates of the hub expect (the variables and helpers of `render`), and nothing else:
 
-* **No way out.** jinja2's immutable sandbox, in which a forbidden attribute raises where it is named; methods
-of strings,
-  lists and dicts by a list of allowed names; no loader, so no `include` or `import`.
+* **No way out.** jinja2's immutable sandbox, with a list of the attributes that may be named; any other
+  raises where it is named. No loader, so no `include` or `import`.
 * **An end.** Every block, call, filter, test, comparison and operator of the compiled template takes a step
-from a
-  `_Budget`, which also looks at the clock, and whatever makes a value pays for its size before it is made.
-  That bounds nested loops, recursive macros, `"a" * 10**9`, doubling in a loop and lists that contain
-  themselves twice, forty times over; it needs no signal and no second process, so it works in any thread.
-  Between two steps there is only work that is linear in the size of values, which is bounded by what was
-  paid.
+  from a `_Budget`, which also looks at the clock, and whatever makes a value pays for its size, before it is
+  made where it could be large. That bounds nested loops, recursive macros, `"a" * 10**9`, doubling in a loop,
+  and lists that hold a list twice, which holds a list twice, forty times over. It needs no signal and no
+  second process, so it works in any thread. Between two steps there is only work in proportion to the size of
+  values, and that was paid.
 """
 
 from __future__ import annotations
@@ -46,13 +44,12 @@ class ChatTemplateError(ValueError):
 
 @dataclass(frozen=True)
 class Limits:
-    """What a template may use for one prompt. Real ones stay below a thousandth of it.
+    """What a template may use for one prompt. Real ones stay far below.
 
     Args:
         steps: blocks, calls, filters, tests, comparisons and operators that are evaluated.
         seconds: by the clock.
-        size: characters of text and elements of lists that are made, 256 times the size of the messages on
-        top.
+        size: characters of text and elements of lists that it makes; 256 times the chat's own come on top.
         template: characters of the template itself.
     """
 

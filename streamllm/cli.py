@@ -14,6 +14,8 @@ import click
 # name -> (module, attribute, what `streamllm --help` says); imported when called, so that help comes at once
 COMMANDS = {
     "generate": ("streamllm.cli", "generate", "Let a model talk, as long as you like."),
+    "models": ("streamllm.info", "models", "The families of models, and names on the hub."),
+    "info": ("streamllm.info", "info", "What a checkpoint is, before its weights are read."),
     "parity": ("streamllm.parity", "parity", "Compare a checkpoint with transformers, layer by layer."),
     "perplexity": (
         "streamllm.evaluate.commands",

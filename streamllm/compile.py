@@ -79,7 +79,7 @@ class Compiled(nn.Module):
             return self.model.hidden(tokens, plan)  # type: ignore[no-any-return, operator]
         given = [tokens, *plan.tensors]
         memory = given[-1]
-        key = (tokens.shape, memory.dtype, memory.device, torch.is_inference_mode_enabled(),
+        key: tuple[Any, ...] = (tokens.shape, memory.dtype, memory.device, torch.is_inference_mode_enabled(),
                tuple((own, step.sinks, step.span) for own, step in plan.steps.items()))  # fmt: skip
         if self.backend == "cudagraphs":
             key = *key, memory.data_ptr()  # a graph writes to the memories that it was captured with
@@ -190,8 +190,9 @@ def _bare(module: fx.GraphModule) -> Callable[..., Tensor]:
 def _fuse(module: fx.GraphModule) -> None:
     """Linear maps of the same input become one. Their weights become views of its weight: no copy stays."""
     graph = module.graph
-    groups: dict[fx.Node, list[fx.Node]] = {}
-    for node in graph.find_nodes(op="call_function", target=F.linear):
+    groups: dict[Any, list[Any]] = {}  # of fx.Node, whose arguments may be nearly anything
+    found: list[Any] = graph.find_nodes(op="call_function", target=F.linear)
+    for node in found:
         x, weight, bias = node.args
         if weight.op == "get_attr" and (bias is None or bias.op == "get_attr"):
             groups.setdefault(x, []).append(node)
@@ -222,7 +223,7 @@ def _fuse(module: fx.GraphModule) -> None:
 def _joined(weights: Sequence[Tensor], transposed: bool) -> Tensor:
     """[out, in] each -> [sum of out, in], of which each weight is then a view."""
     joined = torch.cat([weight.t() for weight in weights], 1).t() if transposed else torch.cat(list(weights))
-    for weight, part in zip(weights, joined.split([len(weight) for weight in weights]), strict=True):
+    for weight, part in zip(weights, torch.split(joined, [len(weight) for weight in weights]), strict=True):
         weight.data = part
     return joined
 
@@ -234,7 +235,7 @@ class _CudaGraph:
         self._varying = len(given) - memories
         self._given = [tensor.clone() for tensor in given[: self._varying]]
         given = [*self._given, *given[self._varying :]]
-        side = torch.cuda.Stream()
+        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):  # libraries set themselves up outside of the capture
             for _ in range(3):

@@ -74,7 +74,8 @@ def convert(
             found = source.find(relative)
             if found is not None:
                 shutil.copyfile(found, made / relative)
-        values = read_json(source.file("config.json"))
+        values = checkpoint.family.respell(read_json(source.file("config.json")))
+        values.pop("auto_map", None)  # names of code, which is not copied
         if wanted:
             values.pop("torch_dtype", None)
             values["dtype"] = next(text for text, known in DTYPES.items() if known == FLOATS[wanted])

@@ -139,7 +139,6 @@ def _load_model(
             model = checkpoint.load(dtype, place, report=bar.update)
     if quantize:
         layers.quantize(model)
-    layers.arrange(model)
     attach(model, generation_config)
     return model
 

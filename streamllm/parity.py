@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from streamllm.cache import SinkCache
-from streamllm.load import load_tokenizer, open_source
+from streamllm.load import PROGRESS_FROM, load_tokenizer, open_source
 from streamllm.models.rotary import DynamicRope, LongRope, Rope
 from streamllm.models.step import Plan, Step
 from streamllm.tokenizer import TOKENIZER_FILES
@@ -189,7 +189,7 @@ def compare(
         cache = SinkCache(model, sinks=0, window=count, chunk=max(1, count // 3))
         row("the same through a cache, in chunks", model(ids.to(device), cache).float().cpu())
     del model, cache
-    _release()
+    _release(checkpoint)
     matched = all(row.passed for row in report.rows)
 
     say("running it here, as the config says")
@@ -201,7 +201,7 @@ def compare(
             if count > short:
                 row("as the config says", model(ids.to(device)).float().cpu(), False)
         del model
-        _release()
+        _release(checkpoint)
     report.notes += [f"as the config says: {deviation}" for deviation in deviations]
     report.refused = plain is None
 
@@ -307,7 +307,7 @@ class Reference:
             yield model, _their_names(self._checkpoint, model)
         finally:
             model = None
-            _release()
+            _release(self._checkpoint)
             logging.set_verbosity(verbosity)
             if bars:
                 logging.enable_progress_bar()
@@ -699,8 +699,10 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _release() -> None:
-    gc.collect()
+def _release(checkpoint: Checkpoint) -> None:
+    """Let go of a large model before the next is loaded; a small one may wait for its turn."""
+    if checkpoint.nbytes >= PROGRESS_FROM:
+        gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 

@@ -1,5 +1,4 @@
-"""Text to token ids and back: one face over `tokenizers` (tokenizer.json) and `sentencepiece`
-(tokenizer.model).
+"""Text to token ids and back: one face over tokenizers (tokenizer.json) and sentencepiece (tokenizer.model).
 
 Neither transformers nor protobuf is needed. The files are made by strangers: whatever is wrong with one of
 them ends in a `TokenizerError` that says what and where.
@@ -52,8 +51,7 @@ T = TypeVar("T")
 
 
 class TokenizerError(ValueError):
-    """A tokenizer's file, or a text or id given to it, is not usable; the sentence says which, what is
-    allowed, and what to do."""
+    """A tokenizer's file, or a text or id given to it, is not usable: which, what is allowed, what to do."""
 
 
 class Tokenizer:
@@ -63,8 +61,7 @@ class Tokenizer:
         special_tokens: the named special tokens, for example `{"bos_token": "<s>", "eos_token": "</s>"}`.
         chat_template: the jinja2 source that makes a prompt of messages, or several by name, or None.
         vocab_size: one more than the largest id that it can decode. A model's vocabulary is often padded
-        beyond it; ids
-            from there on decode to nothing.
+            beyond it; ids from there on decode to nothing.
     """
 
     def __init__(
@@ -102,8 +99,7 @@ class Tokenizer:
         return None if token is None else self.token_to_id(token)
 
     def token_to_id(self, token: str) -> int | None:
-        """The id of one token spelled as in the vocabulary (`"</s>"`, `"▁the"`), None where there is no such
-        token."""
+        """The id of a token spelled as in the vocabulary (`"</s>"`, `"▁the"`), None if there is none."""
         return self._backend.token_to_id(token)
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
@@ -111,8 +107,7 @@ class Tokenizer:
 
         Args:
             add_special_tokens: let the tokenizer put what it puts around a text (Llama: BOS in front).
-            Special tokens
-                spelled out in the text become their ids either way.
+                Special tokens spelled out in the text become their ids either way.
 
         Raises:
             TokenizerError: the text holds half of a surrogate pair, or the tokenizer's own rules fail on it.
@@ -510,16 +505,14 @@ class AddedToken(NamedTuple):
 class SentencePieceBackend:
     """A `tokenizer.model`, run by sentencepiece itself, with its own normaliser.
 
-    sentencepiece reads `"</s>"` in a text as characters, so the text is cut at the added and special tokens
-    first.
+    sentencepiece reads `"</s>"` in a text as characters, so a text is cut at added and special tokens first.
 
     Args:
         added: the tokens beside the model's own, by id.
         special: the special tokens that some file names, by what they are for (`bos_token` …).
         extra: further special tokens.
         add_bos: put BOS in front of every text; None: if the model has one. add_eos: EOS behind it.
-        prefix: which segments between special tokens get the model's prefix space: "every" one, the "first",
-        "none".
+        prefix: which segments between special tokens get the model's prefix space: "every", "first", "none".
     """
 
     file = "tokenizer.model"

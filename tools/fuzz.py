@@ -37,15 +37,16 @@ from safetensors.torch import save
 from tqdm import tqdm
 
 import streamllm
+from streamllm.chat import ChatTemplateError, render
 from streamllm.weights import FAMILIES
 from streamllm.weights.family import NOT_NEEDED, Fused
 from streamllm.weights.keys import Keys
 
-SECONDS = 10  # for one case
+SECONDS = 10  # of work for one case
 MEGABYTES = 64  # for one case, beyond 12 times its files
 BATCH = 2000  # cases of one child
 
-OWN = (streamllm.CheckpointError, streamllm.TokenizerError)
+OWN = (streamllm.CheckpointError, streamllm.TokenizerError, ChatTemplateError)
 TEXT = "Once  upon\ta time, 日本語 👩‍👩‍👧 </s> é\n"
 
 SMALL = {
@@ -78,6 +79,7 @@ CONFIGS: list[dict[str, Any]] = [
     SMALL | {"model_type": "gpt_neox", "rotary_pct": 0.5, "use_parallel_residual": True},
     SMALL | {"model_type": "falcon"} | OLD,
     SMALL | {"model_type": "falcon"} | NEW,
+    {"model_type": "RefinedWebModel", "hidden_size": 16, "n_layer": 2, "n_head": 4, "vocab_size": 300},
     {
         "model_type": "mpt",
         "d_model": 16,
@@ -89,6 +91,31 @@ CONFIGS: list[dict[str, Any]] = [
         "no_bias": True,
         "torch_dtype": "float32",
     },
+]
+
+
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] | trim }}"
+    "{% if not loop.last %}{{ '<|im_end|>\\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+LLAMA2 = (
+    "{% if messages[0]['role'] == 'system' %}{% set rest = messages[1:] %}"
+    "{% else %}{% set rest = messages %}{% endif %}"
+    "{% for m in rest %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('roles') }}{% endif %}"
+    "{% if m.role == 'user' %}{{ bos_token + '[INST] ' + m.content.strip() + ' [/INST]' }}"
+    "{% else %}{{ m.content ~ eos_token }}{% endif %}{% endfor %}"
+)
+TOOLS = (
+    "{%- macro show(x, depth=0) %}{% for k, v in x.items() %}{{ k }}:"
+    " {{ v | tojson }}{% endfor %}{% endmacro -%}"
+    "{%- set ns = namespace(n=0) %}{% for m in messages if m.content %}{% set ns.n = ns.n + m.content | length %}"
+    "{{ show(m) }}{% for i in range(3) %}{{ [i, ns.n] | join(',') }}{% endfor %}{% endfor %}{{ strftime_now('%Y') }}"
+)
+MESSAGES = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "Hello 👩‍👩‍👧"},
+    {"role": "assistant", "content": "Hi."},
 ]
 
 
@@ -289,6 +316,42 @@ def mutate_model(data: bytes, rng: random.Random) -> bytes:
     return data
 
 
+WORDS = re.compile(r"\w+|[^\w\s]+|\s+")
+ESCAPES = [
+    "messages",
+    "messages.append",
+    "x.__class__",
+    "range(10**9)",
+    "''.format",
+    "{% for a in range(9999) %}",
+    "{% endfor %}",
+]
+ESCAPES += [
+    "*",
+    "* 10**9",
+    "** 9**9",
+    "| join",
+    "| map('list') | list",
+    "{{ self }}",
+    "cycler",
+    "% 0",
+    "[::-1]",
+    "|batch(0)",
+]
+
+
+def mutate_template(data: bytes, rng: random.Random) -> bytes:
+    if not rng.randrange(4):
+        return mutate_model(data, rng)
+    words = WORDS.findall(data.decode())
+    for _ in range(rng.choice((1, 1, 2, 5))):
+        at = rng.randrange(len(words))
+        words[at : at + rng.randrange(2)] = rng.choice(
+            [[], [rng.choice(words)], [rng.choice(ESCAPES)], words[at : at + 9]]
+        )
+    return "".join(words).encode()
+
+
 # One case.
 
 
@@ -316,6 +379,7 @@ class Bases:
             shards = {part: save({n: tensors[n] for n in inside}) for part, inside in parts.items()}
             self.models.append(files | shards | {"model.safetensors.index.json": json.dumps(index).encode()})
         self.tokenizers = tokenizers_of_each_kind()
+        self.templates = [{"chat_template.jinja": text.encode()} for text in (CHATML, LLAMA2, TOOLS)]
 
 
 GENERATION = {
@@ -331,7 +395,11 @@ GENERATION = {
 def case(bases: Bases, seed: int, number: int) -> tuple[str, dict[str, bytes]]:
     """The name of what is mutated, and the files."""
     rng = random.Random(f"{seed} {number}")
-    if rng.randrange(5) < 2:
+    kind = rng.randrange(20)
+    if kind == 0:
+        files = dict(rng.choice(bases.templates))
+        name = "chat_template.jinja"
+    elif kind < 8:
         files = dict(rng.choice(bases.tokenizers))
         name = rng.choice(
             [n for n in files if n in ("tokenizer.json", "tokenizer.model")] * 3 + sorted(files)
@@ -342,13 +410,19 @@ def case(bases: Bases, seed: int, number: int) -> tuple[str, dict[str, bytes]]:
     if name.endswith(".safetensors"):
         files[name] = mutate_safetensors(files[name], rng)
     else:
-        files[name] = (mutate_model if name == "tokenizer.model" else mutate)(files[name], rng)
+        other = {"tokenizer.model": mutate_model, "chat_template.jinja": mutate_template}
+        files[name] = other.get(name, mutate)(files[name], rng)
     return name, files
 
 
 def attempt(folder: Path, name: str) -> str:
     """What became of a case: "loaded", or the name of our exception. Anything else raises."""
     try:
+        if name == "chat_template.jinja":
+            template = (folder / name).read_text(encoding="utf-8", errors="replace")
+            text = render(template, MESSAGES, special_tokens={"bos_token": "<s>", "eos_token": "</s>"})
+            assert isinstance(text, str)
+            return "loaded"
         if not (folder / "config.json").exists():
             tokenizer = streamllm.load_tokenizer(folder)
             for special in (True, False):
@@ -396,23 +470,20 @@ def child(bases: Bases, seed: int, numbers: range, keep: Path | None, out: int) 
                 Path("/proc/self/clear_refs").write_text("5")  # forgets the peak
             except OSError:
                 measured = False
-            before, begun = status("VmRSS"), time.monotonic()
+            before, begun = status("VmRSS"), time.process_time()
             try:
                 outcome, fault = attempt(folder, name), ""
             except BaseException as error:
                 outcome = "failed"
                 where = traceback.extract_tb(error.__traceback__)[-1]
-                fault = (
-                    f"{type(error).__name__}: {str(error)[:200]!r} at"
-                    f" {Path(where.filename).name}:{where.lineno}"
-                )
+                fault = f"{type(error).__name__}: {str(error)[:200]!r} at {Path(where.filename).name}:{where.lineno}"
             if (
                 measured
                 and status("VmHWM") - before > MEGABYTES + 12 * sum(map(len, files.values())) // 2**20
             ):
                 outcome, fault = "failed", f"{status('VmHWM') - before} MB of memory"
-            if time.monotonic() - begun > SECONDS:
-                outcome, fault = "failed", f"{time.monotonic() - begun:.0f} s"
+            if time.process_time() - begun > SECONDS:
+                outcome, fault = "failed", f"{time.process_time() - begun:.0f} s"
             tell(number, name, outcome, fault)
             if keep is None:
                 for file in files:
@@ -449,7 +520,7 @@ def run(
                     os._exit(code)
             os.close(send)
             begun: tuple[int, str] | None = None
-            for fields in lines(receive, SECONDS + 10):
+            for fields in lines(receive, 6 * SECONDS):  # by the clock, and others may work here
                 if fields is None:
                     os.kill(process, signal.SIGKILL)
                     break

@@ -325,7 +325,7 @@ def names_on_disk(model: nn.Module) -> dict[str, str]:
 
 
 def write_checkpoint(out: Path, model: nn.Module, recipe: Recipe, tokenizer: Tokenizer) -> None:
-    """config.json, model.safetensors (bfloat16), tokenizer.json and tokenizer_config.json."""
+    """config.json, model.safetensors (bfloat16), tokenizer.json and the configs of tokenizer and sampling."""
     names = names_on_disk(model)
     tensors = {
         names[name]: parameter.detach().to(torch.bfloat16) for name, parameter in model.named_parameters()
@@ -339,9 +339,11 @@ def write_checkpoint(out: Path, model: nn.Module, recipe: Recipe, tokenizer: Tok
         "eos_token": "</s>",
         "add_bos_token": True,
         "clean_up_tokenization_spaces": False,
-        "model_max_length": recipe.length,
     }
     (out / "tokenizer_config.json").write_text(json.dumps(tokenizer_config, indent=2) + "\n")
+    # Below a temperature of 0.6 a model this small repeats itself. A file's end is no reason to fall silent.
+    generation = {"do_sample": True, "temperature": 0.8, "top_k": 0, "top_p": 0.95, "eos_token_id": None}
+    (out / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
 
 
 # ------------------------------------------------------------------------------------------------- evaluation

@@ -14,12 +14,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from streamllm.models.layers import to_arrange
 from streamllm.weights import FAMILIES, pickled
 from streamllm.weights.errors import CheckpointError, CheckpointNotFound, UnsupportedConfig
 from streamllm.weights.family import NOT_NEEDED, Family, Fused
 from streamllm.weights.keys import Keys, read_json
-
-DEEPEST = 2048  # layers; a model is built before its weights are read, at about a millisecond for each
 
 LARGEST_HEADER = (
     25_000_000  # bytes of a safetensors file's header, as on the hub; in memory it is ten times that
@@ -48,6 +47,7 @@ class Source(Protocol):
     def file(self, relative: str) -> Path: ...
     def find(self, relative: str) -> Path | None: ...
     def has(self, relative: str) -> bool: ...
+    def size(self, relative: str) -> int | None: ...
 
 
 @dataclass(frozen=True)
@@ -84,21 +84,27 @@ class Reader:
     """
 
     def __init__(self) -> None:
-        self._open: dict[tuple[Path, bool], tuple[Callable[[str], Tensor], int]] = {}
+        self._kept: dict[Path, Callable[[str], Tensor]] = {}
+        self._passing: tuple[Path, Callable[[str], Tensor]] | None = None
+        self._seen = 0  # bytes read through the latter
 
     def read(self, stored: Stored, keep: bool) -> Tensor:
+        """`keep`: the tensor stays as it is, mapped."""
         from safetensors import SafetensorError
 
-        keep = keep or (stored.pickled and not pickled.is_mapped(stored.path))  # read whole: once, then
-        file, seen = self._open.get((stored.path, keep), (None, 0))
+        path = stored.path
         try:
-            if file is None or (not keep and seen + stored.nbytes > MAPPED):
-                self._open.pop((stored.path, keep), None)
-                file, seen = _open(stored), 0
-            self._open[stored.path, keep] = file, seen + stored.nbytes
-            return file(stored.name)
+            if keep or (stored.pickled and not pickled.is_mapped(path)):  # what is read whole is read once
+                if path not in self._kept:
+                    self._kept[path] = _open(stored)
+                return self._kept[path](stored.name)
+            self._seen += stored.nbytes
+            if self._passing is None or self._passing[0] != path or self._seen > MAPPED:
+                self._passing = None
+                self._passing, self._seen = (path, _open(stored)), stored.nbytes
+            return self._passing[1](stored.name)
         except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{stored.path} has changed while it was read ({error})") from None
+            raise CheckpointError(f"{path} has changed while it was read ({error})") from None
 
 
 def _open(stored: Stored) -> Callable[[str], Tensor]:
@@ -193,8 +199,11 @@ class Checkpoint:
         slots = _slots(model)
         doubtful: list[str] = []
         reader = Reader()
+        linears = {id(linear.weight): linear for linear in to_arrange(model, dtype, device)}
         for stored, names, split in jobs:
-            stays = split is None and FLOATS[stored.dtype] == dtype and device.type == "cpu"
+            arranged = [linears[id(slots[name][0][0])] for name in names if id(slots[name][0][0]) in linears]
+            same = FLOATS[stored.dtype] == dtype and device.type == "cpu"
+            stays = same and split is None and not arranged
             whole = reader.read(stored, keep=stays)
             parts = (whole,) if split is None else split(whole, config)
             del whole
@@ -207,6 +216,9 @@ class Checkpoint:
                 if part.data_ptr() % part.element_size():
                     part = part.clone()  # some writers do not align, and not every kernel can read that
                 _assign(slots[name], part)
+                del part
+            for linear in arranged:
+                linear.arrange()  # one by one: nothing lies in memory twice
             if report is not None:
                 report(stored.nbytes)
         if doubtful:
@@ -224,12 +236,13 @@ class Checkpoint:
         config.json's where that ties a head that the files have apart.
         """
         jobs, config = self._jobs()
-        model = self._build(config)
+        model = self.build(config)
         _check_complete(self.source.name, _slots(model), jobs)
         return jobs, config, model
 
-    def _build(self, config: Any) -> nn.Module:
-        """The model on the meta device, without weights."""
+    def build(self, config: Any = None) -> nn.Module:
+        """The model on the meta device, without weights; `config` is what the files say, or None."""
+        config = self.config if config is None else config
         try:
             with torch.device("meta"):
                 return self.family.model(config)
@@ -240,8 +253,6 @@ class Checkpoint:
     def _jobs(self) -> tuple[list[Job], Any]:
         """Each tensor that is needed, with our names for it; and the config, untied where the files are."""
         config = self.config
-        if config.layers > DEEPEST:
-            raise self.keys.wrong("the number of layers", config.layers, f"up to {DEEPEST}")
         if config.layers > len(self.tensors):
             raise CheckpointError(
                 f"{self.keys.where} says {config.layers} layers, but there are only "

@@ -6,6 +6,8 @@ both. Where a file has both spellings, the new one counts.
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from streamllm.models.alibi import Alibi
@@ -56,7 +58,7 @@ def read_config(keys: Keys, match_transformers: bool) -> Config:
         vocab_size=keys.size("vocab_size", 65024),
         width=width,
         mlp_width=keys.size("ffn_hidden_size", 4 * width),
-        layers=keys.size("num_hidden_layers", keys.size("n_layer", 32)),
+        layers=keys.depth("num_hidden_layers", keys.depth("n_layer", 32)),
         heads=heads,
         kv_heads=kv_heads,
         head_dim=head_dim,
@@ -69,6 +71,26 @@ def read_config(keys: Keys, match_transformers: bool) -> Config:
         shared_norm=parallel and norms == 1,
         tied=keys.flag("tie_word_embeddings", True),
     )
+
+
+def respell(values: dict[str, Any]) -> dict[str, Any]:
+    """An old config.json as transformers reads it today: of the old names it knows n_embed only."""
+    values = dict(values)
+    if values.get("new_decoder_architecture") is None:
+        values["new_decoder_architecture"] = values.get("n_head_kv") is not None
+    for old, new in OLD.items():
+        value = values.pop(old, None)
+        if value is not None and (values.get(new) is None or old == "n_embed"):
+            values[new] = value
+    return values | {"model_type": "falcon", "architectures": ["FalconForCausalLM"]}
+
+
+OLD = {
+    "n_layer": "num_hidden_layers",
+    "n_head": "num_attention_heads",
+    "n_head_kv": "num_kv_heads",
+    "n_embed": "hidden_size",
+}
 
 
 def split_groups(fused: Tensor, config: Config) -> tuple[Tensor, ...]:
@@ -100,4 +122,4 @@ TENSORS = {
     "transformer.h.{}.self_attention.rotary_emb.inv_freq": NOT_NEEDED,
 }
 
-FAMILY = Family(read_config, Model, TENSORS, prefix="transformer.")
+FAMILY = Family(read_config, Model, TENSORS, prefix="transformer.", respell=respell)

@@ -37,6 +37,7 @@ class Family:
     model: Callable[[Any], nn.Module]
     tensors: Mapping[str, Target]
     prefix: str
+    respell: Callable[[dict[str, Any]], dict[str, Any]] = dict  # config.json as it is spelled today
 
     def target(self, name: str) -> tuple[Target, str] | None:
         """What a tensor on disk is for us, and its layer's number; None for a name that we do not know."""

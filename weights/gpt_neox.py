@@ -36,7 +36,7 @@ def read_config(keys: Keys, match_transformers: bool) -> Config:
         vocab_size=keys.size("vocab_size", 50432),
         width=width,
         mlp_width=keys.size("intermediate_size", 24576),
-        layers=keys.size("num_hidden_layers", 44),
+        layers=keys.depth("num_hidden_layers", 44),
         heads=heads,
         head_dim=head_dim,
         rope=rope,

@@ -15,6 +15,7 @@ from streamllm.weights.errors import CheckpointError, UnsupportedConfig
 # brackets. A value of two bytes can take sixty in memory, so that a file of small ones is refused unparsed.
 LARGEST_JSON = 32 << 20
 MOST_BRACKETS = 100_000
+DEEPEST = 2048  # layers; a model is built before its weights are read, at about a millisecond for each
 LARGEST_NUMBER = 1 << 31  # of a size in a config; beyond it a product would overflow somewhere
 
 
@@ -66,6 +67,13 @@ class Keys:
             return default
         if isinstance(value, bool) or not isinstance(value, int) or not least <= value < LARGEST_NUMBER:
             raise self.wrong(name, value, f"a whole number from {least} on")
+        return value
+
+    def depth(self, name: str, default: int) -> int:
+        """A number of layers."""
+        value = self.size(name, default)
+        if value > DEEPEST:
+            raise self.wrong(name, value, f"a whole number from 1 to {DEEPEST}")
         return value
 
     def number(self, name: str, default: float, least: float = -math.inf) -> float:

@@ -61,7 +61,7 @@ def read_kin(
         vocab_size=keys.size("vocab_size", vocab_size),
         width=width,
         mlp_width=keys.size("intermediate_size", mlp_width),
-        layers=keys.size("num_hidden_layers", 32),
+        layers=keys.depth("num_hidden_layers", 32),
         heads=heads,
         kv_heads=kv_heads,
         head_dim=head_dim,

@@ -22,7 +22,7 @@ def read_config(keys: Keys, match_transformers: bool) -> Config:
         head_dim=None,
         positions=131072,
         attention_bias=False,
-        windows=(window,) * keys.size("num_hidden_layers", 32),
+        windows=(window,) * keys.depth("num_hidden_layers", 32),
     )
 
 

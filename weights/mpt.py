@@ -32,7 +32,7 @@ def read_config(keys: Keys, match_transformers: bool) -> Config:
         vocab_size=keys.size("vocab_size", 50368),
         width=width,
         mlp_width=4 * width,
-        layers=keys.size("n_layers", 24),
+        layers=keys.depth("n_layers", 24),
         heads=heads,
         head_dim=width // heads,
         alibi=Alibi(heads, bias_max),

@@ -42,7 +42,7 @@ def read_qwen3(keys: Keys, match_transformers: bool) -> Config:
 
 def _windows(keys: Keys) -> tuple[int | None, ...]:
     """Each layer's sliding window. Most files name one without using it; if used, upper layers have it."""
-    layers = keys.size("num_hidden_layers", 32)
+    layers = keys.depth("num_hidden_layers", 32)
     window = None
     if keys.flag("use_sliding_window", False) and (
         not keys.has("sliding_window") or keys.get("sliding_window") is not None

@@ -157,6 +157,7 @@ def perplexity(
 
     The columns are perplexities by position: 128 stands for the predictions at 128 … 255.
     """
+    plots.check_path(plot)
     loaded, tokenizer = _load(model, revision, dtype, device, threads)
     texts = _texts(tokenizer, files, reset_between_texts, tokens)
     settings = _settings(mode, sinks, window)
@@ -206,6 +207,7 @@ def inspect(
     the heads); --plot draws every head. Then the text is streamed with several numbers of sinks beside a
     window that fills the same cache, and the fewest that come within 1 % of the best are recommended.
     """
+    plots.check_path(plot)
     loaded, tokenizer = _load(model, revision, dtype, device, threads)
     stream = _texts(tokenizer, files, False, None)[0]
     with _bar("attention", count) as bar:
@@ -268,6 +270,7 @@ def inspect(
 @click.option(
     "--samples", "count", type=click.IntRange(1), default=20, show_default=True, help="Passkey: texts each."
 )
+@click.option("--digits", type=click.IntRange(1), default=5, show_default=True, help="… of an answer.")
 @click.option(
     "--wording", type=click.Choice(list(WORDINGS)), help="[default: code for the embedded model, else lines]"
 )
@@ -277,7 +280,7 @@ def inspect(
 def recall(
     model: str | None, revision: str | None, dtype: str, device: str | None, threads: int | None, mode: str,
     sinks: int, window: int | None, back: tuple[int, ...] | None, lines: int, every: int,
-    distances: tuple[int, ...] | None, count: int, wording: str | None, chunk: int, seed: int,
+    distances: tuple[int, ...] | None, count: int, digits: int, wording: str | None, chunk: int, seed: int,
     json_file: Path | None, plot: Path | None,
 ) -> None:  # fmt: skip
     """Show what a stream remembers, by distance, and what it does not.
@@ -286,11 +289,13 @@ def recall(
     in the paper); the passkey test hides one fact in filler. What has left the window is forgotten: sinks
     keep a stream fluent, they do not make its memory longer.
     """
+    plots.check_path(plot)
     loaded, tokenizer = _load(model, revision, dtype, device, threads)
     wording = wording or ("code" if model is None else "lines")
     held = scoring.new_cache(loaded, mode, 0 if mode == "window" else sinks, window, chunk).window
     given: dict[str, Any] = {
-        "wording": wording, "seed": seed, "mode": mode, "sinks": sinks, "window": held, "chunk": chunk,
+        "wording": wording, "digits": digits, "seed": seed, "mode": mode, "sinks": sinks, "window": held,
+        "chunk": chunk,
     }  # fmt: skip
     with _bar("StreamEval", None) as bar:
         asked = stream_eval(
@@ -351,6 +356,7 @@ def recall_table(scores: Sequence[Recall]) -> str:
         ["tokens back", *(f"{score.distance:.0f}" for score in scores)],
         ["questions", *(str(score.questions) for score in scores)],
         ["right, %", *(f"{100 * score.accuracy:.1f}" for score in scores)],
+        ["tokens right, %", *(f"{100 * score.token_accuracy:.1f}" for score in scores)],
         ["nats per token", *(f"{score.mean:.2f}" for score in scores)],
     ]
     if any(score.lines is not None for score in scores):

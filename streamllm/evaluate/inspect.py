@@ -98,7 +98,7 @@ class _Watch:
         copies = -(-self.length // self.head_dim)
         if read.shape[:2] == (1 + copies, self.length) and read.shape[2] % self.head_dim == 0:
             heads = read[1:].reshape(copies, self.length, -1, self.head_dim).permute(2, 1, 0, 3)
-            self.seen[layer] = heads.flatten(2)[:, :, : self.length].double().cpu()
+            self.seen[layer] = heads.flatten(2)[:, :, : self.length].cpu().double()
         return (read[:1].expand_as(read).contiguous(), *others)
 
     def weights(self) -> Tensor:

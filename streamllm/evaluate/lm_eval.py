@@ -200,7 +200,7 @@ class Requests:
                 logits = self.model(tokens[:, start:stop], cache, lengths=lengths)
                 targets = tokens[:, start + 1 : stop + 1]
                 wide = logits if logits.dtype == torch.float64 else logits.float()
-                nats.append(F.cross_entropy(wide.transpose(1, 2), targets, reduction="none").double().cpu())
+                nats.append(F.cross_entropy(wide.transpose(1, 2), targets, reduction="none").cpu().double())
                 hits.append((logits.argmax(-1) == targets).cpu())
             every_nats, every_hit = torch.cat(nats, 1), torch.cat(hits, 1)
             for row, index in enumerate(rows):

@@ -33,6 +33,7 @@ CURVES = (
     ("#4D4D4D", "#C8C8C8", "v"),
     ("#8A6D00", "#F0E442", "P"),
 )
+ENOUGH = 64  # predictions in a bucket, of those that only a sample of was scored: fewer are noise
 STROKES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 2)))
 
 
@@ -50,19 +51,33 @@ class PlotsMissing(ImportError, ValueError):
     """matplotlib is not installed."""
 
 
+def check_path(path: Path | None) -> None:
+    """Whether a picture can be written there, asked before the hours of computing and not behind them.
+
+    Raises PlotsMissing, and ValueError for an ending that is no kind of picture.
+    """
+    if path is not None:
+        _, figure = _figure(1, 1, False)
+        known = figure.canvas.get_supported_filetypes()
+        if path.suffix[1:].lower() not in known:
+            raise ValueError(f"{path} has the ending of no picture: use one of {', '.join(sorted(known))}")
+
+
 def perplexity_curves(
     results: Sequence[Result], *, title: str = "", trained_length: int | None = None, dark: bool = False
 ) -> Figure:
     """Perplexity by position in the text, both on logarithmic scales, a curve for each result.
 
-    The point of a bucket stands at the geometric middle of its positions. `trained_length` draws a line.
+    The point of a bucket stands at the geometric middle of its positions; buckets of which fewer than 64
+    predictions were drawn are left out where there are others. `trained_length` draws a line.
     """
     page, figure = _figure(7.2, 4.2, dark)
     axes = figure.add_subplot()
     many = len({result.mode for result in results}) < len(results)
     for index, result in enumerate(results):
         light, bright, marker = CURVES[index % len(CURVES)] if many else MODE_STYLES[result.mode]
-        buckets = [bucket for bucket in result.buckets if bucket.tokens and bucket.start >= 4]
+        scored = [bucket for bucket in result.buckets if bucket.tokens and bucket.start >= 4]
+        buckets = [b for b in scored if b.tokens >= min(b.start, ENOUGH)] or scored
         axes.plot(
             [(bucket.start * (bucket.stop - 1)) ** 0.5 for bucket in buckets],
             [bucket.perplexity for bucket in buckets],
@@ -135,14 +150,19 @@ def attention_map(attention: Attention, *, title: str = "", layers: int = 4, dar
 def recall_curves(
     curves: Mapping[str, Sequence[Recall]], *, window: int | None, title: str = "", dark: bool = False
 ) -> Figure:
-    """Answers right, and nats per token of them, by distance in tokens; a line where the window ends."""
+    """Answers right, and nats per token of them, by distance in tokens; a line where the window ends.
+
+    Where no answer is right in full, the share of their tokens that is.
+    """
     page, figure = _figure(7.2, 3.9, dark)
     panels = figure.subplots(1, 2)
+    whole = any(score.correct for scores in curves.values() for score in scores)
     for index, (name, scores) in enumerate(curves.items()):
         light, bright, marker = CURVES[index % len(CURVES)]
+        right = [100 * (score.accuracy if whole else score.token_accuracy) for score in scores]
         for panel, values in zip(
             panels,
-            ([100 * score.accuracy for score in scores], [score.mean for score in scores]),
+            (right, [score.mean for score in scores]),
             strict=True,
         ):
             panel.plot(
@@ -155,7 +175,11 @@ def recall_curves(
                 linewidth=1.8,
                 label=name,
             )
-    for panel, what in zip(panels, ("answers right (%)", "nats per token of the answer"), strict=True):
+    for panel, what in zip(
+        panels,
+        ("answers right (%)" if whole else "tokens of answers right (%)", "nats per token of the answer"),
+        strict=True,
+    ):
         panel.set_ylim(*((-4, 105) if what.endswith("(%)") else (0, None)))
         panel.set_xscale("log", base=2)
         panel.xaxis.set_major_formatter(lambda value, _: _count(value))

@@ -79,10 +79,15 @@ class Recall:
     correct: int  # answers that greedy decoding gives in full
     nll: float  # nats, summed over the answers' tokens
     tokens: int
+    tokens_correct: int  # those of them that are the likeliest after what stands before
 
     @property
     def accuracy(self) -> float:
         return self.correct / self.questions
+
+    @property
+    def token_accuracy(self) -> float:
+        return self.tokens_correct / self.tokens
 
     @property
     def mean(self) -> float:
@@ -96,6 +101,7 @@ def stream_eval_script(
     lines: int = 500,
     every: int = 10,
     back: int = 20,
+    digits: int = 5,
     wording: str = "lines",
     seed: int = 0,
 ) -> Script:
@@ -113,7 +119,7 @@ def stream_eval_script(
     facts: list[tuple[str, str, int]] = []
     answers, distances = [], []
     for line, key in enumerate(keys[:lines]):
-        answer = str(rng.randrange(10_000, 100_000))
+        answer = _number(rng, digits)
         told, _ = pieces.fill(said.fact, key, answer)
         facts.append((key, answer, told))
         if line % every == every - 1 and line >= back:
@@ -127,7 +133,13 @@ def stream_eval_script(
 
 
 def passkey_script(
-    tokenizer: Tokenizer, *, distance: int, lead: int = 32, wording: str = "lines", seed: int = 0
+    tokenizer: Tokenizer,
+    *,
+    distance: int,
+    lead: int = 32,
+    digits: int = 5,
+    wording: str = "lines",
+    seed: int = 0,
 ) -> Script:
     """Filler, a fact, filler, and the question, its answer exactly `distance` tokens behind the fact's.
 
@@ -137,7 +149,7 @@ def passkey_script(
     """
     said, rng, pieces = _wording(wording), random.Random(seed), _Pieces(tokenizer)
 
-    first, second, answer = rng.choice(_FIRST), rng.choice(_SECOND), str(rng.randrange(10_000, 100_000))
+    first, second, answer = rng.choice(_FIRST), rng.choice(_SECOND), _number(rng, digits)
     key, others = f"{first}_{second}", [word for word in _FIRST if word != first]  # nobody else has that key
 
     def filler() -> list[int]:
@@ -168,6 +180,7 @@ def stream_eval(
     back: Sequence[int] | None = None,
     lines: int = 500,
     every: int = 10,
+    digits: int = 5,
     wording: str = "lines",
     seed: int = 0,
     mode: str = "sinks",
@@ -188,7 +201,7 @@ def stream_eval(
         line = (
             len(
                 stream_eval_script(
-                    tokenizer, lines=some, every=min(every, some), back=1, wording=wording
+                    tokenizer, lines=some, every=min(every, some), back=1, digits=digits, wording=wording
                 ).tokens
             )
             / some
@@ -198,7 +211,7 @@ def stream_eval(
     scores = []
     for done, distance in enumerate(back):
         script = stream_eval_script(
-            tokenizer, lines=lines, every=every, back=distance, wording=wording, seed=seed
+            tokenizer, lines=lines, every=every, back=distance, digits=digits, wording=wording, seed=seed
         )
         scores.append(_score(model, [script], mode, sinks, window, chunk, distance))
         if progress is not None:
@@ -213,6 +226,7 @@ def passkey(
     distances: Sequence[int] | None = None,
     samples: int = 20,
     lead: int = 32,
+    digits: int = 5,
     wording: str = "lines",
     seed: int = 0,
     mode: str = "sinks",
@@ -228,7 +242,7 @@ def passkey(
     """
     if distances is None:
         held = new_cache(model, mode, sinks, window, chunk).window
-        shortest = _shortest_passkey(tokenizer, wording)
+        shortest = _shortest_passkey(tokenizer, wording, digits)
         eighths = (held * part // 8 for part in (2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 16))
         distances = [distance for distance in eighths if distance >= shortest]
     if samples < 1:
@@ -236,7 +250,9 @@ def passkey(
     scores = []
     for done, distance in enumerate(distances):
         scripts = [
-            passkey_script(tokenizer, distance=distance, lead=lead, wording=wording, seed=seed + sample)
+            passkey_script(
+                tokenizer, distance=distance, lead=lead, digits=digits, wording=wording, seed=seed + sample
+            )
             for sample in range(samples)
         ]
         scores.append(_score(model, scripts, mode, sinks, window, chunk, None))
@@ -245,14 +261,14 @@ def passkey(
     return tuple(scores)
 
 
-def _shortest_passkey(tokenizer: Tokenizer, wording: str) -> int:
+def _shortest_passkey(tokenizer: Tokenizer, wording: str, digits: int) -> int:
     """A distance at which every fact and question find room."""
     said, pieces = _wording(wording), _Pieces(tokenizer)
     longest = 0
     for key in (f"{first}_{second}" for first in _FIRST for second in _SECOND):
-        asked, told = (pieces.parts(text, key, "88888") for text in (said.question, said.fact))
+        asked, told = (pieces.parts(text, key, "8") for text in (said.question, said.fact))
         longest = max(longest, len(asked[0]) + len(told[2]))
-    return longest + 10  # the answer's own tokens
+    return longest + 2 * digits + 2  # the answer's own tokens are fewer
 
 
 def _score(
@@ -266,22 +282,24 @@ def _score(
 ) -> Recall:
     if mode not in ("sinks", "window", "dense"):
         raise ValueError(f"mode must be sinks, window or dense, not {mode!r}")
-    correct, nll, tokens, distances = 0, 0.0, 0, 0
+    correct, nll, tokens, tokens_correct, distances = 0, 0.0, 0, 0, 0
     for script in scripts:
         keys = len(script.tokens) if mode == "dense" else window
         cache = new_cache(model, mode, sinks if mode == "sinks" else 0, keys, chunk)
         lost, hit = [], []
         for _, logits, targets in predictions(model, script.tokens, cache, chunk):
-            lost.append(F.cross_entropy(logits.float(), targets, reduction="none").double().cpu())
+            lost.append(F.cross_entropy(logits.float(), targets, reduction="none").cpu().double())
             hit.append((logits.argmax(-1) == targets).cpu())
         nats, hits = torch.cat(lost), torch.cat(hit)  # [N - 1], of the tokens 1 … N-1
         for start, stop in script.answers:
-            correct += bool(hits[start - 1 : stop - 1].all())
+            said = hits[start - 1 : stop - 1]
+            correct += bool(said.all())
+            tokens_correct += int(said.sum())
             nll += float(nats[start - 1 : stop - 1].sum())
             tokens += stop - start
         distances += sum(script.distances)
     questions = sum(len(script.answers) for script in scripts)
-    return Recall(distances / questions, lines, questions, correct, nll, tokens)
+    return Recall(distances / questions, lines, questions, correct, nll, tokens, tokens_correct)
 
 
 class _Pieces:
@@ -307,6 +325,12 @@ class _Pieces:
         begin = len(self.ids) + len(before)
         self.ids += [*before, *middle, *behind]
         return begin, begin + len(middle)
+
+
+def _number(rng: random.Random, digits: int) -> str:
+    if digits < 1:
+        raise ValueError(f"digits must be at least 1, not {digits}")
+    return str(rng.randrange(10 ** (digits - 1), 10**digits))
 
 
 def _wording(name: str) -> Wording:

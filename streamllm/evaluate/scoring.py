@@ -391,7 +391,7 @@ def _added(result: Result, positions: Tensor, nll: Tensor) -> Result:
 def _nll(logits: Tensor, targets: Tensor) -> Tensor:
     """logits [n, V], targets [n] -> float64 [n] on the CPU."""
     wide = logits if logits.dtype == torch.float64 else logits.float()
-    return F.cross_entropy(wide, targets, reduction="none").double().cpu()
+    return F.cross_entropy(wide, targets, reduction="none").cpu().double()
 
 
 def _wanted(total: int, every: int, positions: int | None, seed: int) -> Tensor | None:

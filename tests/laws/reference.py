@@ -92,7 +92,7 @@ class Stream:
     def __init__(self, network: Network, sinks: int, window: int) -> None:
         self.network, self.sinks = network, sinks
         self.windows = [window if own is None else min(window, own) for own in network.windows]
-        self.encodings = [network.encoding(sinks + window) for window in self.windows]
+        self.encodings = [network.encoding(sinks + window)] * len(self.windows)
         self.cached: list[list[Cached]] = [[] for _ in self.windows]
         self.seen = 0
 

@@ -112,8 +112,7 @@ def test_a_batch_row_is_that_stream_alone(name):
     assert max(worst, rows.error()) <= TOLERANCE
 
 
-# But for frequencies that follow the span: without a cache the text's, with one the layer's.
-@pytest.mark.parametrize("name", [name for name in CONFIGS if "dynamic and sliding" not in name])
+@every_family
 def test_a_cache_that_never_evicts_is_dense(name):
     model, tokens = tiny(name), text(40)
     dense = model(tokens)

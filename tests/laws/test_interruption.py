@@ -22,8 +22,8 @@ def interrupt(model, cache, tokens, layer, chunk=0, **options):
         model(tokens, cache, **options)
 
 
-@pytest.mark.parametrize("before", [0, 1, 3, 9, 30])
-@pytest.mark.parametrize("length", [1, 2, 11])
+@pytest.mark.parametrize("before", [0, 3, 9, 30])
+@pytest.mark.parametrize("length", [1, 11])
 @pytest.mark.parametrize(("sinks", "window"), SHAPES)
 def test_the_same_tokens_after_an_interruption_give_the_same_logits(sinks, window, length, before):
     model, tokens = tiny(), text(before + length + 12)

@@ -27,16 +27,16 @@ def test_token_by_token_is_the_definition(sinks, window):
 
 @pytest.mark.parametrize("window", WINDOWS)
 @pytest.mark.parametrize("sinks", SINKS)
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_any_split_is_the_definition(sinks, window, seed):
     model, tokens = tiny(), text(60)
-    parts = cuts(60, seed=seed, longest=[5, 20, 60][seed])
+    parts = cuts(60, seed=seed, longest=[5, 40][seed])
     cache = SinkCache(model, sinks, window)
     assert error(feed(model, cache, tokens, parts), defined(model, tokens, sinks, window)) <= TOLERANCE
     assert cache.seen.tolist() == [60]
 
 
-@pytest.mark.parametrize("chunk", [2, 13, 1000])
+@pytest.mark.parametrize("chunk", [5, 1000])
 @pytest.mark.parametrize("window", WINDOWS)
 @pytest.mark.parametrize("sinks", SINKS)
 def test_one_long_prompt_is_the_definition_whatever_the_chunk(sinks, window, chunk):
@@ -72,7 +72,7 @@ def test_every_rope_and_head_grouping_is_the_definition(rope, heads):
     model, tokens = tiny(rope, *heads), text(40)
     for sinks, window in [(4, 9), (3, 4)]:  # above and below the switch of dynamic and longrope
         wanted = defined(model, tokens, sinks, window)
-        for parts in (None, cuts(40, seed=1), [40]):
+        for parts in ([40], cuts(40, seed=1), [30, *[1] * 10]):
             assert error(feed(model, SinkCache(model, sinks, window), tokens, parts), wanted) <= TOLERANCE
 
 
@@ -104,12 +104,12 @@ def test_dense_is_causal_and_is_the_definition_without_eviction():
 
 
 @pytest.mark.parametrize("rope", ROPES)
-@pytest.mark.parametrize("origin", [1, 10**9, 10**12])
+@pytest.mark.parametrize("origin", [10**9, 10**12])
 def test_the_place_in_the_text_does_not_matter(origin, rope):
     model, tokens = tiny(rope), text(40)
     for sinks, window in [(4, 9), (0, 5)] if rope != "default" else [(4, 9), (0, 5), (4, 1), (8, 100)]:
         wanted = defined(model, tokens, sinks, window)
-        for parts in (None, cuts(40, seed=4), [40]):
+        for parts in ([40], cuts(40, seed=4), [25, *[1] * 15]):
             cache = SinkCache(model, sinks, window, origin=origin, chunk=16)
             assert error(feed(model, cache, tokens, parts), wanted) <= TOLERANCE
 
@@ -167,7 +167,7 @@ def test_rows_that_join_and_leave_are_streams_alone(seed):
     draw = lambda top: int(torch.randint(top + 1, (1,), generator=generator))  # noqa: E731
     sinks, window = [(2, 5), (0, 4), (8, 2), (4, 1), (1, 30), (5, 5)][seed]
     rows, worst = Rows(model, SinkCache(model, sinks, window, 3, chunk=1 + draw(12))), 0.0
-    for turn in range(30):
+    for turn in range(20):
         kind = draw(9)
         length = 1 if kind < 5 else 1 + draw(24)
         lengths = None if kind in (0, 1, 5) else [draw(length) for _ in range(3)]

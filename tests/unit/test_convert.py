@@ -15,11 +15,13 @@ from safetensors.torch import save
 import streamllm
 from streamllm.convert import convert
 from tests import tiny
+from tests.checkpoints import Variant, make
+from tests.parity import grid
 from tests.tiny import CONFIG, INDEX, SINGLE
 
 WHOLE, TENSORS = tiny.checkpoint(), tiny.tensors()
 EMBED, HEAD, NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
-TOKENS = torch.tensor([[1, 2, 3, 250, 5]])
+TOKENS = torch.tensor([[1, 2, 3, 150, 5]])
 
 
 def logits(folder):
@@ -110,6 +112,48 @@ def test_transformers_reads_it(tmp_path, source):
     folder = tiny.write(tmp_path / "in", SOURCES[source])
     out = convert(folder, tmp_path / "out", max_shard_size="20KB", allow_pickle=True)
     torch.testing.assert_close(of_transformers(out), logits(out), rtol=0, atol=1e-5)
+
+
+FAMILIES = {
+    "mistral": grid.LLAMA | {"model_type": "mistral", "sliding_window": 16},
+    "qwen2": grid.LLAMA | {"model_type": "qwen2", "tie_word_embeddings": True},
+    "qwen3": grid.LLAMA | {"model_type": "qwen3", "head_dim": 32},
+    "gpt_neox": grid.NEOX,
+    "falcon": grid.FALCON,
+    "falcon 40b": grid.FALCON_40B,
+    "falcon rw": grid.FALCON_RW,
+    "mpt": grid.MPT,
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_each_family(tmp_path, family):
+    folder = make(tmp_path / "in", Variant("", FAMILIES[family]))
+    out = convert(folder, tmp_path / "out", max_shard_size="50KB")
+    found, whole = stored(out), stored(folder)
+    assert found.keys() == whole.keys()
+    assert all(torch.equal(found[name], whole[name]) for name in whole)
+    assert torch.equal(of_transformers(out), of_transformers(folder))
+
+
+@pytest.mark.parametrize("base", ["falcon", "falcon 40b", "falcon rw"])
+@pytest.mark.parametrize("model_type", ["falcon", "RefinedWebModel"])
+def test_old_falcon_becomes_new(tmp_path, base, model_type):
+    """transformers reads a config of that time as 71 heads, or not at all without the code beside it."""
+    folder = make(tmp_path / "in", Variant("", FAMILIES[base]))
+    right = of_transformers(folder)
+    old = json.loads((folder / "config.json").read_text()) | {
+        "model_type": model_type,
+        "auto_map": {"AutoModel": "x.Y"},
+    }
+    old |= {"n_layer": old.pop("num_hidden_layers"), "n_head": old.pop("num_attention_heads")}
+    kv_heads = old.pop("num_kv_heads", None)
+    if old.pop("new_decoder_architecture", False):
+        old["n_head_kv"] = kv_heads
+    (folder / "config.json").write_text(json.dumps(old))
+    out = convert(folder, tmp_path / "out")
+    assert torch.equal(of_transformers(out), right)
+    assert "auto_map" not in json.loads((out / "config.json").read_text())
 
 
 @pytest.mark.parametrize("kept", [(EMBED, HEAD), (EMBED,), (HEAD,)], ids=["both", "embedding", "head"])

@@ -156,6 +156,12 @@ def test_wrong_arguments_are_named(run, arguments, message):
     assert message in run(commands.perplexity, *arguments, code=2)
 
 
+@pytest.mark.skipif(not DRAWS, reason="matplotlib is not installed")
+def test_a_picture_of_no_kind_is_refused_at_once(checkpoint):
+    with pytest.raises(ValueError, match="ending of no picture"):
+        commands.perplexity.main(["--plot", "out.txt", "--model", str(checkpoint)], standalone_mode=False)
+
+
 def test_texts_begin_as_the_model_knows(tokenizer):
     begin = tokenizer.bos_token_id
     assert beginning(tokenizer) == [begin]

@@ -16,11 +16,11 @@ def test_every_table_and_picture_is_made(checkpoint, tmp_path):
     tool = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(tool)
     arguments = ["--model", checkpoint, "--out", tmp_path, "--span", 32, "--tokens", 1500, "--long", 0]
-    result = CliRunner().invoke(tool.main, [*map(str, arguments), "--quick"], catch_exceptions=False)
+    result = CliRunner().invoke(tool.main, [*map(str, arguments), "--scale", "0.02"], catch_exceptions=False)
     assert result.exit_code == 0, result.output
     text, numbers = (tmp_path / "report.md").read_text(), json.loads((tmp_path / "report.json").read_text())
     assert {
-        "modes", "against re-computation", "sinks", "windows", "attention", "recall", "tokens per second",
+        "modes", "pieces", "against re-computation", "sinks", "windows", "attention", "recall", "tokens per second",
     } == numbers.keys()  # fmt: skip
     assert [result["mode"] for result in numbers["modes"]] == ["dense", "window", "sinks", "recompute"]
     for name in ("perplexity", "attention", "recall"):

@@ -1,0 +1,204 @@
+"""info and models: what is said about a checkpoint, and that no weight is read for it."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import streamllm
+from streamllm.cli import main
+from streamllm.info import KNOWN, describe
+from streamllm.load import open_source
+from streamllm.weights import FAMILIES
+from streamllm.weights.checkpoint import Checkpoint, Stored
+from tests import tiny
+from tests.hub import client, serve
+
+
+@pytest.fixture(autouse=True)
+def no_weight_is_read(monkeypatch) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError("a weight was read")
+
+    monkeypatch.setattr(Stored, "read", refuse)
+
+
+def about(folder: Path, config: dict[str, object] | None = None, **numbers: object) -> dict[str, str]:
+    """The lines about a checkpoint by what they are about, joined; with `config`, of one without weights."""
+    if config is not None:
+        (folder / "config.json").write_text(json.dumps(config))
+    found: dict[str, str] = {}
+    last = ""
+    for what, line in describe(Checkpoint(open_source(folder)), **numbers):
+        last = what or last
+        found[last] = f"{found[last]}; {line}" if not what else line
+    return found
+
+
+def run(capsys, *args: object) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as end:
+        main([str(arg) for arg in args])
+    return end.value.code, *capsys.readouterr()
+
+
+LLAMA_31 = {
+    "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+    "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256, "rope_theta": 500000.0,
+    "max_position_embeddings": 131072, "torch_dtype": "bfloat16", "architectures": ["LlamaForCausalLM"],
+    "rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                     "original_max_position_embeddings": 8192},
+    "use_cache": True, "eos_token_id": [128001, 128008],
+}  # fmt: skip
+
+
+def test_a_llama_by_its_config_alone(tmp_path: Path) -> None:
+    found = about(tmp_path, LLAMA_31)
+    assert found["architecture"] == (
+        "llama: 32 layers, width 4,096, MLP 14,336, vocabulary 128,256; the head is apart from the embedding"
+    )
+    assert found["parameters"] == "8,030,261,248: 16.1 GB in bfloat16 (as the config says)"
+    assert found["heads"] == "32 for queries, 8 for keys and values, of 128 dimensions"
+    assert found["positions"] == (
+        "rotary, llama3: theta 500,000, all dimensions turn; "
+        "factor 8, low_freq_factor 1, high_freq_factor 4, original 8192"
+    )
+    assert found["trained for"] == "131,072 tokens"
+    assert found["files"] == "no weights here"
+    assert found["cache"] == (
+        "131,072 bytes per token in bfloat16; "
+        "4 sinks and 1,020 recent tokens: 134.2 MB, however long the stream"
+    )
+    assert found["no effect"] == "architectures, use_cache"
+    assert "own window" not in found
+
+
+def test_the_cache_follows_the_options(tmp_path: Path) -> None:
+    found = about(tmp_path, LLAMA_31, sinks=0, window=100, dtype="float32")
+    assert found["parameters"].endswith("32.1 GB in float32 (as asked for)")
+    assert found["cache"].startswith(
+        "262,144 bytes per token in float32; 0 sinks and 100 recent tokens: 26.2 MB"
+    )
+    with pytest.raises(ValueError, match="dtype is 'int4'"):
+        about(tmp_path, dtype="int4")
+
+
+OTHERS: dict[str, tuple[dict[str, object], dict[str, str]]] = {
+    "falcon-rw-1b": (
+        {"model_type": "falcon", "hidden_size": 2048, "num_hidden_layers": 24, "num_attention_heads": 32,
+         "vocab_size": 50304, "alibi": True, "bias": True, "multi_query": False, "parallel_attn": False},
+        {"positions": "ALiBi: slopes from 0.840896 to 0.00390625", "trained for": "any length",
+         "architecture": "the head is the embedding", "heads": "32 for queries, 32 for keys",
+         "parameters": "1,311,625,216: 5.2 GB in float32 (the config does not say)"},
+    ),
+    "falcon-40b": (
+        {"model_type": "RefinedWeb", "hidden_size": 8192, "n_layer": 60, "n_head": 128, "n_head_kv": 8,
+         "vocab_size": 65024, "torch_dtype": "bfloat16"},
+        {"heads": "128 for queries, 8 for keys and values, of 64", "cache": "122,880 bytes per token"},
+    ),
+    "pythia": (
+        {"model_type": "gpt_neox", "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12,
+         "num_attention_heads": 12, "vocab_size": 50304, "max_position_embeddings": 2048,
+         "torch_dtype": "float16", "rotary_pct": 0.25},
+        {"positions": "rotary: theta 10,000, 16 of 64 dimensions turn", "trained for": "2,048 tokens",
+         "parameters": "162,322,944: 324.6 MB in float16"},
+    ),
+    "mistral": (
+        {"model_type": "mistral", "sliding_window": 4096},
+        {"own window": "4,096 tokens, in 32 of 32 layers", "heads": "32 for queries, 8 for keys"},
+    ),
+    "longrope": (
+        {**LLAMA_31, "rope_scaling": {"rope_type": "longrope", "factor": 4.0, "short_factor": [1.0] * 64,
+                                      "long_factor": [1.0, *[5.5] * 63]}},
+        {"positions": "short_factor 64 numbers in 1 … 1, long_factor 64 numbers in 1 … 5.5"},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_families_by_their_configs(tmp_path: Path, name: str) -> None:
+    config, expected = OTHERS[name]
+    found = about(tmp_path, config)
+    for what, part in expected.items():
+        assert part in found[what]
+
+
+def test_what_is_said_is_what_loads(checkpoint: Path, capsys, monkeypatch) -> None:
+    code, out, err = run(capsys, "info", checkpoint, "--window", 50)
+    assert (code, err) == (0, "")
+    assert max(map(len, out.splitlines()), default=0) <= 110
+    assert re.search(
+        r"^files +model.safetensors  [\d.]+ kB\n +21 tensors of F32\n +tokenizer.json$", out, re.M
+    )
+    monkeypatch.undo()
+    model = streamllm.load_model(checkpoint, device="cpu")
+    assert f"{sum(p.numel() for p in model.parameters()):,}: " in out
+    cache = streamllm.SinkCache(model, sinks=4, window=50)
+    assert f"{cache.nbytes / 1000:.1f} kB, however long" in out
+    assert f"{cache.nbytes // 54:,} bytes per token" in out
+
+
+def test_a_window_beyond_the_trained_length_is_a_warning(checkpoint: Path, capsys) -> None:
+    code, _, err = run(capsys, "info", checkpoint, "--window", 5000)
+    assert code == 0
+    assert err.startswith("Warning: sinks + window = 5004 is longer than the 256 tokens")
+
+
+def test_shards_are_listed_with_their_sizes_and_a_lost_one_is_shown(tmp_path: Path) -> None:
+    folder = tiny.write(tmp_path, tiny.checkpoint(shards=3))
+    files = about(folder)["files"]
+    assert files.count("model-0000") == 3
+    assert "3 files, " in files
+    (folder / "model-00002-of-00003.safetensors").unlink()
+    assert "model-00002-of-00003.safetensors  MISSING" in about(folder)["files"]
+
+
+def test_from_the_hub_no_weights_are_fetched(tmp_path: Path, capsys) -> None:
+    with serve() as hub:
+        commit = hub.add("org/sharded", tiny.checkpoint(shards=3))
+        with client(hub, tmp_path):
+            code, out, err = run(capsys, "info", "org/sharded")
+        assert code == 0, err
+        assert out.startswith(f"name         org/sharded at {commit}\n")
+        assert out.count("model-0000") == 3
+        assert not [file for file in hub.fetched if file.endswith(".safetensors")]
+
+
+def test_what_cannot_be_described_is_one_sentence(checkpoint: Path, tmp_path: Path, capsys) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "gptj"}')
+    for args, said in (
+        ((tmp_path,), "model_type is 'gptj'; supported: "),
+        ((tmp_path / "nothing",), "there is no folder"),
+        ((checkpoint, "--sinks", 300), "300 sinks leave no room"),
+        ((checkpoint, "--dtype", "int4"), "dtype is 'int4'"),
+    ):
+        code, out, err = run(capsys, "info", *args)
+        assert (code, out) == (2, "")
+        assert len(err.splitlines()) == 1
+        assert said in err
+
+
+def test_the_table_of_families(capsys) -> None:
+    code, out, _ = run(capsys, "models")
+    assert code == 0
+    for model_type in FAMILIES:
+        assert re.search(rf"^{model_type} ", out, re.M)
+    assert set(KNOWN) <= set(FAMILIES)
+    names = [name for variants in KNOWN.values() for _, hub in variants for name in hub]
+    assert len(set(names)) == len(names)
+    assert all(re.fullmatch(r"[\w.-]+/[\w.-]+", name) and name in out for name in names)
+    assert max(map(len, out.splitlines())) <= 100
+
+
+def test_a_family_without_a_row_is_listed_all_the_same(capsys, monkeypatch) -> None:
+    monkeypatch.delitem(KNOWN, "mpt")
+    assert re.search(r"^mpt$", run(capsys, "models")[1], re.M)
+
+
+def test_the_meta_device_is_enough(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_31))
+    model = Checkpoint(open_source(tmp_path)).build()
+    assert all(parameter.device == torch.device("meta") for parameter in model.parameters())
