@@ -6,16 +6,17 @@ import re
 import shutil
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import streamllm.cache
+import streamllm
 import streamllm.parity
 from streamllm.cli import main
-from streamllm.models.step import Step
+from streamllm.models.step import Plan
 from streamllm.parity import compare, compare_streaming
 from tests.checkpoints import Tensors, Variant, make, respell
 from tests.parity.cases import Case
@@ -239,13 +240,13 @@ def test_streaming_that_evicts_too_early_or_too_late_is_found(made, monkeypatch)
 
 
 def test_streaming_whose_sinks_stay_behind_is_found(made, monkeypatch) -> None:
-    honest = streamllm.cache._step
+    honest = streamllm.SinkCache.plan
 
-    def left_behind(*args: object, **options: object) -> Step:
-        step = honest(*args, **options)
-        return Step(**{**vars(step), "far": step.near})
+    def left_behind(*args: object) -> Plan:
+        plan = honest(*args)
+        return replace(plan, steps={own: replace(step, far=step.near) for own, step in plan.steps.items()})
 
-    monkeypatch.setattr(streamllm.cache, "_step", left_behind)
+    monkeypatch.setattr(streamllm.SinkCache, "plan", left_behind)
     for name in ("llama-gqa", "falcon-7b", "mpt-7b"):
         report = compare_streaming(made(name))
         assert not report.passed
