@@ -57,14 +57,14 @@ before, anonymous, peaks, done = status("VmRSS"), status("RssAnon"), [0], thread
 def watch():
     while not done.wait(0.005):
         peaks[0] = max(peaks[0], status("RssAnon"))
-watcher = threading.Thread(target=watch)
+watcher = threading.Thread(target=watch, daemon=True)
 watcher.start()
 begun = time.perf_counter()
 model = load()
 took = time.perf_counter() - begun
-touched = sum(float(torch.aminmax(p.detach()).max) for p in model.parameters())
+touched = sum(float(torch.aminmax(p.detach()).max) for p in model.parameters() if p.layout == torch.strided)
 done.set(), watcher.join()
-result = sum(p.nbytes for p in {id(p): p for p in model.parameters()}.values())
+result = sum(p.numel() * p.element_size() for p in {id(p): p for p in model.parameters()}.values())
 print(json.dumps([status("VmHWM") - before, max(peaks[0] - anonymous, 0), result, took, touched == touched]))
 """
 

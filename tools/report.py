@@ -1,6 +1,6 @@
 """Make every table and picture of the README from the embedded checkpoint, or from another one.
 
-    python tools/report.py                        # into tools/report/, about a quarter of an hour on one core
+    python tools/report.py                        # into tools/report/, about five minutes on one core
 
 Writes report.md (tables with their settings, pictures), report.json (the numbers) and the pictures, each for
 light and for dark pages.
@@ -132,6 +132,7 @@ def modes(report: Report, subject: Subject) -> None:
     def within(result: Result) -> str:
         known = [b for b in result.buckets if b.stop <= span]
         tokens = sum(b.tokens for b in known)
+        tokens *= tokens >= plots.ENOUGH
         return f"{torch.tensor(sum(b.nll for b in known) / tokens).exp():.4g}" if tokens else "–"
 
     report.table(
@@ -235,8 +236,9 @@ def what_is_remembered(report: Report, subject: Subject) -> None:
     }
     for name, scores in curves.items():
         report.table(
-            f"{name}, {subject.sinks} sinks + window {subject.window}, {scores[0].questions} questions and "
-            f"more each; right: greedy decoding gives the whole number of two digits (chance: about 1 %).",
+            f"{name}, {subject.sinks} sinks + window {subject.window}, "
+            f"{min(score.questions for score in scores)} questions or more at each distance; right: greedy "
+            f"decoding gives the whole number of two digits (chance: about 1 %).",
             ["tokens back", *(f"{score.distance:.0f}" for score in scores)],
             [
                 ["right, %", *(f"{100 * score.accuracy:.1f}" for score in scores)],

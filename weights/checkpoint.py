@@ -104,7 +104,7 @@ class Reader:
                 self._passing, self._seen = (path, _open(stored)), stored.nbytes
             return self._passing[1](stored.name)
         except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{path} has changed while it was read ({error})") from None
+            raise CheckpointError(f"{path} has changed while it was read ({_shown(str(error))})") from None
 
 
 def _open(stored: Stored) -> Callable[[str], Tensor]:
@@ -321,7 +321,7 @@ def list_tensors(path: Path) -> list[Stored]:
             ]
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(
-            f"{path} is not a whole safetensors file ({error}); download it again"
+            f"{path} is not a whole safetensors file ({_shown(str(error))}); download it again"
         ) from None
 
 

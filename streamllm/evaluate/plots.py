@@ -68,18 +68,19 @@ def perplexity_curves(
 ) -> Figure:
     """Perplexity by position in the text, both on logarithmic scales, a curve for each result.
 
-    The point of a bucket stands at the geometric middle of its positions; buckets of which fewer than 64
+    The point of a bucket stands at the geometric middle of its positions, from 16 on; buckets of which fewer than 64
     predictions were drawn are left out where there are others. `trained_length` draws a line.
     """
     page, figure = _figure(7.2, 4.2, dark)
     axes = figure.add_subplot()
+    last = max(result.total for result in results)  # where the text ends
     many = len({result.mode for result in results}) < len(results)
     for index, result in enumerate(results):
         light, bright, marker = CURVES[index % len(CURVES)] if many else MODE_STYLES[result.mode]
-        scored = [bucket for bucket in result.buckets if bucket.tokens and bucket.start >= 4]
+        scored = [bucket for bucket in result.buckets if bucket.tokens and bucket.start >= 16]
         buckets = [b for b in scored if b.tokens >= min(b.start, ENOUGH)] or scored
         axes.plot(
-            [(bucket.start * (bucket.stop - 1)) ** 0.5 for bucket in buckets],
+            [(bucket.start * min(bucket.stop - 1, max(bucket.start, last))) ** 0.5 for bucket in buckets],
             [bucket.perplexity for bucket in buckets],
             color=bright if dark else light,
             marker=marker,
@@ -152,11 +153,11 @@ def recall_curves(
 ) -> Figure:
     """Answers right, and nats per token of them, by distance in tokens; a line where the window ends.
 
-    Where no answer is right in full, the share of their tokens that is.
+    Where less than a tenth of the answers is right in full, the share of their tokens that is.
     """
     page, figure = _figure(7.2, 3.9, dark)
     panels = figure.subplots(1, 2)
-    whole = any(score.correct for scores in curves.values() for score in scores)
+    whole = max(score.accuracy for scores in curves.values() for score in scores) >= 0.1
     for index, (name, scores) in enumerate(curves.items()):
         light, bright, marker = CURVES[index % len(CURVES)]
         right = [100 * (score.accuracy if whole else score.token_accuracy) for score in scores]

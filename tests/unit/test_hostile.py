@@ -191,6 +191,7 @@ NOT_WHOLE = {
     "shape below zero": lying(shape=[-16]),
     "shape is text": lying(shape="16"),
     "no such dtype": lying(dtype="F31"),
+    "a dtype of many words": lying(dtype="F31\n" * 1000),
     "wider dtype": lying(dtype="F64"),
     "metadata is no text": safetensors({"__metadata__": {"a": [1]}}),
     "a name twice": safetensors(b'{"a":%b,"a":%b}' % (entry(0), entry(4)), b"12345678"),
