@@ -225,8 +225,18 @@ def start(*args: object, **options: object) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "streamllm", *map(str, args)]
     one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}  # two would wait for each other on a busy machine
     return subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, env=one_thread, **options
+        command,
+        stdin=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        env=one_thread,
+        preexec_fn=listening,
+        **options,
     )
+
+
+def listening() -> None:
+    """A process that a shell started in the background ignores Ctrl-C, and so do its children: not here."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals and pipes of POSIX")
