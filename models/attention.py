@@ -102,15 +102,21 @@ def _attended(
 
     Where the sinks are `elsewhere`, other keys and values stand in their place, and do not count.
     """
+    apart = near is not far
     B, H, T, D = near.shape
     G, K = keys.shape[1], keys.shape[2]
     if near.dtype == torch.float16:  # q·k can pass its end at 65,504; a power of two rounds nothing
         power = 2.0 ** min(0, math.frexp(scale)[1])
         near, far, scale = near * power, far * power, scale / power
     grouped = (B, G, H // G * T, D)  # the queries that share a key head are rows of one matmul
-    scores = near.reshape(grouped) @ keys.transpose(2, 3)  # [B, G, H/G·T, K]
+    near = near.reshape(grouped)
+    if T == 1 and near.dtype == torch.float32 and near.device.type == "cpu":
+        # A matrix times a few columns reads the keys up to 1.8 times as fast as a few rows times a matrix.
+        scores = (keys @ near.transpose(2, 3)).transpose(2, 3).contiguous()
+    else:
+        scores = near @ keys.transpose(2, 3)  # [B, G, H/G·T, K]
     columns = 0 if sinks is None else sinks[0].shape[2]
-    if sinks is not None and (elsewhere or near is not far):
+    if sinks is not None and (elsewhere or apart):
         scores[..., :columns] = far.reshape(grouped) @ sinks[0].transpose(2, 3)
     scores = scores.view(B, H, T, K).to(_wide(scores.dtype)).mul_(scale)
     if bias is not None:

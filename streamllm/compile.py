@@ -8,6 +8,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from itertools import accumulate
 from types import MethodDescriptorType, MethodWrapperType, SimpleNamespace, WrapperDescriptorType
 from typing import Any
 
@@ -16,9 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
+from streamllm.models import layers
 from streamllm.models.step import Cache, Geometry, Plan, forward_in_chunks, geometry_of
 
 BACKENDS = ("flat", "inductor", "cudagraphs")
+_POINTWISE = layers._pointwise
 
 
 def compile(model: nn.Module, backend: str | None = None) -> Compiled:
@@ -182,6 +185,7 @@ class Recorder(TorchFunctionMode):
 def _bare(module: fx.GraphModule) -> Callable[..., Tensor]:
     """A GraphModule's function without the module, whose every look-up of a weight takes 0.3 us."""
     _fuse(module)
+    _share(module.graph)
     constants = {node.target: getattr(module, node.target) for node in module.graph.find_nodes(op="get_attr")}
     module.recompile()
     return partial(type(module).forward, SimpleNamespace(**constants))
@@ -190,28 +194,40 @@ def _bare(module: fx.GraphModule) -> Callable[..., Tensor]:
 def _fuse(module: fx.GraphModule) -> None:
     """Linear maps of the same input become one. Their weights become views of its weight: no copy stays."""
     graph = module.graph
-    groups: dict[Any, list[Any]] = {}  # of fx.Node, whose arguments may be nearly anything
-    found: list[Any] = graph.find_nodes(op="call_function", target=F.linear)
-    for node in found:
-        x, weight, bias = node.args
-        if weight.op == "get_attr" and (bias is None or bias.op == "get_attr"):
-            groups.setdefault(x, []).append(node)
+    groups: dict[fx.Node, list[fx.Node]] = {}
+    for node in graph.nodes:
+        if node.op == "call_function" and node.target in (F.linear, _POINTWISE):
+            x, weight, bias = node.args[:3]
+            if weight.op == "get_attr" and (bias is None or bias.op == "get_attr"):
+                groups.setdefault(x, []).append(node)
     for number, (x, nodes) in enumerate(groups.items()):
         weights = [getattr(module, node.args[1].target) for node in nodes]
         biases = [node.args[2] and getattr(module, node.args[2].target) for node in nodes]
-        transposed = [weight.stride(0) == 1 and weight.stride(1) != 1 for weight in weights]
+        transposed = {weight.stride(0) == 1 and weight.stride(1) != 1 for weight in weights if _dense(weight)}
         alone = len(nodes) == 1 or len({id(weight) for weight in weights}) < len(nodes)
-        if alone or len({bias is None for bias in biases}) > 1 or len(set(transposed)) > 1:
+        packed = not all(_dense(weight) for weight in weights)
+        if alone or packed or len(transposed) > 1 or len({bias is None for bias in biases}) > 1:
             continue
+        kernel, more = F.linear, ()
+        if transposed == {True} and weights[0].dtype == torch.float32:
+            shape = sum(len(weight) for weight in weights), weights[0].shape[1]
+            if layers.row_kernel(shape) is layers.onednn:
+                kernel, more = _POINTWISE, ("none", [], "")
+        if kernel is F.linear and any(node.target is _POINTWISE for node in nodes):
+            continue  # together they would be slower
         with torch.no_grad():
-            weight, bias = _joined(weights, transposed[0]), None if biases[0] is None else torch.cat(biases)
+            weight = _joined(weights, transposed == {True})
+            bias = None if biases[0] is None else torch.cat(biases)
         module.register_buffer(f"weight_{number}", weight)
         module.register_buffer(f"bias_{number}", bias)
         with graph.inserting_before(nodes[0]):
             added = None if bias is None else graph.get_attr(f"bias_{number}")
-            product = graph.call_function(F.linear, (x, graph.get_attr(f"weight_{number}"), added))
-            parts = graph.call_method("split", (product, [len(weight) for weight in weights], -1))
-            outputs = [graph.call_function(operator.getitem, (parts, i)) for i in range(len(nodes))]
+            product = graph.call_function(kernel, (x, graph.get_attr(f"weight_{number}"), added, *more))
+            ends = list(accumulate(len(weight) for weight in weights))
+            outputs = [
+                graph.call_method("narrow", (product, -1, end - len(weight), len(weight)))
+                for end, weight in zip(ends, weights, strict=True)
+            ]
         for node, output in zip(nodes, outputs, strict=True):
             node.replace_all_uses_with(output)
             graph.erase_node(node)
@@ -220,10 +236,33 @@ def _fuse(module: fx.GraphModule) -> None:
             graph.erase_node(node)
 
 
+def _dense(weight: Tensor) -> bool:
+    return weight.layout == torch.strided and weight.is_floating_point()
+
+
+def _share(graph: fx.Graph) -> None:
+    """What queries and keys are rolled to is made once, not for each place that a query is turned to."""
+    first: dict[Any, fx.Node] = {}
+    for node in graph.find_nodes(op="call_method", target="roll"):
+        same = first.setdefault(node.args, node)
+        if same is not node:
+            node.replace_all_uses_with(same)
+            graph.erase_node(node)
+
+
 def _joined(weights: Sequence[Tensor], transposed: bool) -> Tensor:
     """[out, in] each -> [sum of out, in], of which each weight is then a view."""
+    sizes = [len(weight) for weight in weights]
+    shape, stride = (sum(sizes), weights[0].shape[1]), weights[0].stride()
+    if all(
+        weight.untyped_storage().data_ptr() == weights[0].untyped_storage().data_ptr() for weight in weights
+    ):
+        joined = weights[0].as_strided(shape, stride)  # perhaps an earlier recording has joined them
+        parts = zip(weights, joined.split(sizes), strict=True)
+        if all(weight.data_ptr() == part.data_ptr() and weight.stride() == stride for weight, part in parts):
+            return joined
     joined = torch.cat([weight.t() for weight in weights], 1).t() if transposed else torch.cat(list(weights))
-    for weight, part in zip(weights, torch.split(joined, [len(weight) for weight in weights]), strict=True):
+    for weight, part in zip(weights, joined.split(sizes), strict=True):
         weight.data = part
     return joined
 

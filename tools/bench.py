@@ -150,7 +150,7 @@ def transformers(spec: Spec, kind: str) -> Round:
 
     def fresh() -> Any:
         if kind == "static":
-            return StaticCache(config=model.config, max_cache_len=full + spec.tokens)
+            return StaticCache(config=model.config, max_cache_len=max(full, spec.tokens))
         return DynamicCache(config=model.config) if kind == "sliding" else DynamicCache()
 
     def decode() -> None:  # the last `tokens` of S + W: it never gets a longer cache than ours
@@ -165,7 +165,8 @@ def transformers(spec: Spec, kind: str) -> Round:
             if kind == "dynamic":
                 state["cache"].crop(-spec.tokens)
             elif kind == "static":
-                state["cache"] = filled()
+                for layer in state["cache"].layers:
+                    layer.cumulative_length -= spec.tokens
         _wait(spec)
 
     def filled() -> Any:

@@ -75,17 +75,25 @@ def test_compiled_equals_eager(dtype, tolerance):
     with torch.inference_mode():
         wanted = feed(plain, SinkCache(plain, 4, 12), tokens)
         eager = feed(other, SinkCache(other, 4, 12), tokens)
-        got = feed(compiled, SinkCache(compiled, 4, 12), tokens)
+        cache = SinkCache(compiled, 4, 12)
+        got = feed(compiled, cache, tokens)
+        cache.reset()
+        chunks = feed(compiled, cache, tokens, [3, 40, 1, 36])  # with weights that were fused
     assert error(got.float(), eager.float()) <= tolerance
     if dtype == torch.float32:
         assert error(got, wanted) <= tolerance
+        assert error(chunks, wanted) <= tolerance
 
 
-def test_fusing_leaves_the_weights_what_they_were():
-    plain, model = tiny.__wrapped__(), tiny.__wrapped__()
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_fusing_leaves_the_weights_what_they_were(dtype):
+    plain, model = tiny.__wrapped__(dtype=dtype), tiny.__wrapped__(dtype=dtype)
+    arrange(model)
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     compiled = streamllm.compile(model, "flat")
-    feed(compiled, SinkCache(compiled, 2, 3), text(20))
+    for sinks in (2, 3):  # recorded twice, fused once
+        feed(compiled, SinkCache(compiled, sinks, 3), text(20))
+    assert compiled.recordings == 2
     assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
     bytes_of = lambda model: sum(  # noqa: E731
         {w.untyped_storage().data_ptr(): w.untyped_storage().nbytes() for w in model.parameters()}.values()
