@@ -162,7 +162,7 @@ def row_kernel(shape: Sequence[int]) -> Callable[[Tensor, Tensor, Tensor | None]
 
 def onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """F.linear by oneDNN, of a dense or a packed weight."""
-    return _pointwise(x, weight, bias, "none", [], "")  # type: ignore[no-any-return]
+    return _pointwise(x, weight, bias, "none", [], "")
 
 
 def _packed(linear: Linear) -> None:

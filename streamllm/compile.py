@@ -194,8 +194,9 @@ def _bare(module: fx.GraphModule) -> Callable[..., Tensor]:
 def _fuse(module: fx.GraphModule) -> None:
     """Linear maps of the same input become one. Their weights become views of its weight: no copy stays."""
     graph = module.graph
-    groups: dict[fx.Node, list[fx.Node]] = {}
-    for node in graph.nodes:
+    groups: dict[Any, list[Any]] = {}  # of fx.Node, whose arguments may be nearly anything
+    candidates: list[Any] = list(graph.nodes)
+    for node in candidates:
         if node.op == "call_function" and node.target in (F.linear, _POINTWISE):
             x, weight, bias = node.args[:3]
             if weight.op == "get_attr" and (bias is None or bias.op == "get_attr"):
@@ -208,7 +209,8 @@ def _fuse(module: fx.GraphModule) -> None:
         packed = not all(_dense(weight) for weight in weights)
         if alone or packed or len(transposed) > 1 or len({bias is None for bias in biases}) > 1:
             continue
-        kernel, more = F.linear, ()
+        kernel: Callable[..., Tensor] = F.linear
+        more: tuple[Any, ...] = ()
         if transposed == {True} and weights[0].dtype == torch.float32:
             shape = sum(len(weight) for weight in weights), weights[0].shape[1]
             if layers.row_kernel(shape) is layers.onednn:
@@ -258,11 +260,11 @@ def _joined(weights: Sequence[Tensor], transposed: bool) -> Tensor:
         weight.untyped_storage().data_ptr() == weights[0].untyped_storage().data_ptr() for weight in weights
     ):
         joined = weights[0].as_strided(shape, stride)  # perhaps an earlier recording has joined them
-        parts = zip(weights, joined.split(sizes), strict=True)
+        parts = zip(weights, torch.split(joined, sizes), strict=True)
         if all(weight.data_ptr() == part.data_ptr() and weight.stride() == stride for weight, part in parts):
             return joined
     joined = torch.cat([weight.t() for weight in weights], 1).t() if transposed else torch.cat(list(weights))
-    for weight, part in zip(weights, joined.split(sizes), strict=True):
+    for weight, part in zip(weights, torch.split(joined, sizes), strict=True):
         weight.data = part
     return joined
 

@@ -316,7 +316,7 @@ def save(result: Result, path: str | Path) -> None:
     tensors: dict[str, Tensor] = {}
     if result.cache is not None:
         _continued_check(result, result.cache)
-        tensors = result.cache.state_dict()
+        tensors = {name: tensor.contiguous() for name, tensor in result.cache.state_dict().items()}
     path = Path(path)
     partial = path.with_name(path.name + ".partial")
     save_file(tensors, partial, metadata={"result": json.dumps(result.to_dict())})
