@@ -261,8 +261,9 @@ SYSTEMS: dict[str, Callable[[Spec], Round]] = {
     "sliding": lambda spec: transformers(spec, "sliding"),
     "streaming-llm": lambda spec: streaming_llm(spec, "streaming-llm"),
     "attention-sinks": lambda spec: streaming_llm(spec, "attention-sinks"),
-    "llama.cpp": llama_cpp,
+    "llama-cpp": llama_cpp,
 }
+PEERS = ("streaming-llm", "attention-sinks", "llama-cpp")  # in environments of their own
 
 
 def _counts(spec: Spec) -> Any:
@@ -651,6 +652,7 @@ def main() -> None:
         "--streaming-llm", metavar="FOLDER", help="an environment with its package on the path"
     )
     parser.add_argument("--attention-sinks", metavar="FOLDER", help="an environment that has attention_sinks")
+    parser.add_argument("--llama-cpp", metavar="FOLDER", help="an environment that has llama-cpp-python and gguf")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--tokens", type=int, help="per round; default: 20 decoded, 2 windows read")
     parser.add_argument("--json", metavar="FILE")
@@ -661,10 +663,8 @@ def main() -> None:
     print(json.dumps(machine))
     if machine["others"] > 0.2:
         print(f"warning: others use {machine['others']} cores: compare, but do not quote", file=sys.stderr)
-    systems = [name for name in SYSTEMS if name in args.systems]
-    systems += [
-        name for name in ("streaming-llm", "attention-sinks") if getattr(args, name.replace("-", "_"))
-    ]
+    peers = {name: getattr(args, name.replace("-", "_")) for name in PEERS}
+    systems = [name for name in SYSTEMS if name in args.systems or peers.get(name)]
     rows: list[dict[str, Any]] = []
     cells = [
         Spec("", task, model, dtype, window, batch, threads, args.device, args.tokens or 0)
@@ -676,8 +676,8 @@ def main() -> None:
         workers = []
         for system in systems:
             python = path = None
-            if system in ("streaming-llm", "attention-sinks"):
-                path = os.path.expanduser(getattr(args, system.replace("-", "_")))
+            if peers.get(system):
+                path = os.path.expanduser(peers[system])
                 python = os.path.join(path, "bin", "python")
             spec = replace(cell, system=system, tokens=cell.tokens or _amount(cell, system))
             if _possible(spec):
@@ -709,7 +709,7 @@ def _amount(cell: Spec, system: str) -> int:
 
 def _possible(spec: Spec) -> bool:
     """Whether a system does this at all."""
-    if spec.system in ("limit", "llama.cpp"):
+    if spec.system in ("limit", "llama-cpp"):
         return spec.task == "decode"
     if spec.system in ("dynamic", "static", "sliding", "streaming-llm", "attention-sinks"):
         if spec.dtype == "int8":
