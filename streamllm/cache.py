@@ -38,8 +38,9 @@ class SinkCache:
     quantize="int8" stores the recent tokens in 8 bits: each key and each value [D], once rotated, is rounded
     to whole numbers of its own scale when it arrives, and never again. The sinks stay exact. A chunk meets
     its own recent tokens rounded, too, so that the result does not depend on how a text is cut (it does a
-    little on `origin`: keys are rounded as they stand there). Each layer's keys and values have the model's
-    type again only while that layer looks at them.
+    little on `origin`: keys are rounded as they stand there; and what lies in the middle between two numbers
+    may fall to either side, as its last bit has it). Keys and values have the model's type again only while
+    their layer looks at them.
 
     Raises ValueError for sinks < 0, window < 1, batch_size < 1, chunk < 1, origin outside 0 … 2^48 or a
     quantize that there is not. Warns when sinks + window is longer than the model was trained for.
@@ -201,7 +202,8 @@ class SinkCache:
             }
         tensors = None
         if alone and lockstep and seen[0] >= self.sinks + self.window:
-            # From now on, the plan of one token is that of the last one with other numbers.
+            # From now on, the plan of one token is that of the last one with other numbers. The tensors that
+            # the token itself is written to come last, two for each layer.
             tensors = [tensor for step, moves in planned.values() for tensor in _varying(step, moves)]
             held = [ring.tensors.values() for _, ring in self._rings]
             tensors += [tensor for of_one_kind in zip(*held, strict=True) for tensor in of_one_kind]
@@ -292,7 +294,8 @@ class _Ring:
 class _Int8Ring:
     """As `_Ring`; but a recent key or value [D] is whole numbers in -127 … 127, and a scale of its own.
 
-    Keys and values lie together, [2, B, G, slots, …]: one token alone is a matter of few small kernels.
+    The sinks stay as they are: all that follows looks at them, for ever, and they are few. Keys and values
+    lie together, [2, B, G, slots, …], so that one token takes half as many small kernels.
     """
 
     def __init__(
