@@ -35,8 +35,15 @@ class SinkCache:
     the model's type and device, [B, G, S + W, D] for keys and for values of each layer (S + w where the
     layer's own sliding window w is shorter than W).
 
-    Raises ValueError for sinks < 0, window < 1, batch_size < 1, chunk < 1 or origin outside 0 … 2^48. Warns
-    when sinks + window is longer than the model was trained for.
+    quantize="int8" stores the recent tokens in 8 bits: each key and each value [D], once rotated, is rounded
+    to whole numbers of its own scale when it arrives, and never again. The sinks stay exact. A chunk meets
+    its own recent tokens rounded, too, so that the result does not depend on how a text is cut (it does a
+    little on `origin`: keys are rounded as they stand there; and what lies in the middle between two numbers
+    may fall to either side, as its last bit has it). Keys and values have the model's type again only while
+    their layer looks at them.
+
+    Raises ValueError for sinks < 0, window < 1, batch_size < 1, chunk < 1, origin outside 0 … 2^48 or a
+    quantize that there is not. Warns when sinks + window is longer than the model was trained for.
     """
 
     def __init__(
@@ -47,6 +54,7 @@ class SinkCache:
         batch_size: int = 1,
         chunk: int = 512,
         origin: int = 0,
+        quantize: str | None = None,
     ) -> None:
         geometry = geometry_of(model)
         trained = geometry.trained_length
@@ -62,6 +70,8 @@ class SinkCache:
         _at_least(0, origin=origin)
         if origin >= FURTHEST:
             raise ValueError(f"origin must be below {FURTHEST}, where angles end to be exact, not {origin}")
+        if quantize not in tuple(RINGS):
+            raise ValueError(f'quantize must be None or "int8", not {quantize!r}')
         if trained is not None and sinks + window > trained:
             warnings.warn(
                 f"sinks + window = {sinks + window} is longer than the {trained} tokens "
@@ -70,7 +80,7 @@ class SinkCache:
                 stacklevel=2,
             )
         self.sinks, self.window, self.origin = sinks, window, origin
-        self.batch_size, self.chunk = batch_size, chunk
+        self.batch_size, self.chunk, self.quantize = batch_size, chunk, quantize
         weight = next(model.parameters())
         self.dtype, self.device = weight.dtype, weight.device
         # Tokens seen per row, and the plan that is counted there but that perhaps not every layer keeps yet.
@@ -79,10 +89,11 @@ class SinkCache:
         # A layer whose own window w is shorter keeps W' = min(W, w). One plan per distinct window.
         self._windows = {own: window if own is None else min(window, own) for own in geometry.windows}
         shape = batch_size, geometry.kv_heads, geometry.head_dim
-        self._rings = [
-            (own, _Ring((*shape[:2], sinks + self._windows[own], shape[2]), self.dtype, self.device))
-            for own in geometry.windows
-        ]
+        with torch.inference_mode(False):  # or no forward outside of it could write to them
+            self._rings = [
+                (own, RINGS[quantize](shape, sinks, self._windows[own], self.dtype, self.device))
+                for own in geometry.windows
+            ]
 
     @property
     def _seen(self) -> list[int]:
@@ -96,7 +107,7 @@ class SinkCache:
     @property
     def nbytes(self) -> int:
         """Bytes of keys and values held, from the first token to the last."""
-        return sum(ring.keys.nbytes + ring.values.nbytes for _, ring in self._rings)
+        return sum(tensor.nbytes for _, ring in self._rings for tensor in ring.tensors.values())
 
     def reset(self, rows: Sequence[int] | Tensor | None = None) -> None:
         """Forget the streams in `rows` (None: all), which start again from nothing.
@@ -109,8 +120,8 @@ class SinkCache:
         seen = [0 if row in chosen else seen for row, seen in enumerate(self._seen)]
         self._stand = seen, None
         for _, ring in self._rings:
-            ring.keys[chosen] = 0
-            ring.values[chosen] = 0
+            for tensor in ring.tensors.values():
+                tensor[..., chosen, :, :, :] = 0
 
     def step_back(self) -> None:
         """Take each stream back by the token that it took in last, once, so that it can be fed again.
@@ -123,20 +134,25 @@ class SinkCache:
 
     def state_dict(self) -> dict[str, Tensor]:
         """All that the streams are: "sizes" int64 [3] (sinks, window, origin), "seen" int64 [B], and keys and
-        values of each layer, not copied.
+        values of each layer as they are stored, not copied.
         """
         self._finish()
         state = {"sizes": torch.tensor([self.sinks, self.window, self.origin]), "seen": self.seen}
         for layer, (_, ring) in enumerate(self._rings):
-            state[f"layers.{layer}.keys"], state[f"layers.{layer}.values"] = ring.keys, ring.values
+            state |= {f"layers.{layer}.{name}": tensor for name, tensor in ring.tensors.items()}
         return state
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Go on where another cache of the same model, sinks, window, batch and origin stood; copies.
+        """Go on where another cache of the same model, sizes, batch, origin and quantize stood; copies.
 
         Raises ValueError, and changes nothing, where the state is not one of such a cache.
         """
         own = self.state_dict()
+        quantized = "int8" if "layers.0.scales" in state else None
+        if quantized != self.quantize:
+            raise ValueError(
+                f"the state belongs to a cache with quantize={quantized!r}, here it is {self.quantize!r}"
+            )
         if own.keys() != state.keys():
             raise ValueError("the state is not one of this model's cache: it has other layers")
         for name, tensor in own.items():
@@ -160,7 +176,8 @@ class SinkCache:
         seen = self._seen[0] if len(set(self._seen)) == 1 else self._seen
         return (
             f"SinkCache(sinks={self.sinks}, window={self.window}, batch_size={self.batch_size}, "
-            f"chunk={self.chunk}, seen={seen}, {self.nbytes / 1e6:.1f} MB of {self.dtype} on {self.device})"
+            f"chunk={self.chunk}, seen={seen}, {self.nbytes / 1e6:.1f} MB of {self.quantize or self.dtype} "
+            f"on {self.device})"
         )
 
     # What a forward asks for (models/step.py: Cache)
@@ -185,9 +202,11 @@ class SinkCache:
             }
         tensors = None
         if alone and lockstep and seen[0] >= self.sinks + self.window:
-            # From now on, the plan of one token is that of the last one with other numbers.
+            # From now on, the plan of one token is that of the last one with other numbers. The tensors that
+            # the token itself is written to come last, two for each layer.
             tensors = [tensor for step, moves in planned.values() for tensor in _varying(step, moves)]
-            tensors += [tensor for _, ring in self._rings for tensor in (ring.keys, ring.values)]
+            held = [ring.tensors.values() for _, ring in self._rings]
+            tensors += [tensor for of_one_kind in zip(*held, strict=True) for tensor in of_one_kind]
         return _SinkPlan(
             steps={own: step for own, (step, _) in planned.items()},
             memories=[_Memory(ring, planned[own][1]) for own, ring in self._rings],
@@ -213,6 +232,9 @@ class SinkCache:
             self._stand = seen, None
 
 
+Move = tuple[Tensor | None, Tensor, Tensor]
+
+
 @dataclass(frozen=True, eq=False)
 class _Moves:
     """Which new tokens go to which slots: index tensors of equal length for rows, tokens and slots.
@@ -220,61 +242,158 @@ class _Moves:
     Rows are None where all rows of the batch do the same.
     """
 
-    parts: tuple[tuple[int, int], ...]  # the ranges of slots that a forward looks at
-    early: tuple[Tensor | None, Tensor, Tensor] | None  # what takes its slot before attention
-    late: tuple[Tensor | None, Tensor, Tensor] | None  # … when the chunk is committed; None: no chunk
+    parts: tuple[tuple[int, int], ...]  # the ranges of slots that a forward looks at, sinks first
+    sinks: Move | None  # the new sinks, which take their slots before attention
+    early: Move | None  # recent tokens that do so, too: one token alone
+    late: Move | None  # recent tokens that take theirs when the chunk is committed; None: no chunk
 
 
 class _Ring:
     """The keys and values of one layer: slots 0 … S-1 for the sinks, W more taken in turn."""
 
-    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
-        with torch.inference_mode(False):  # or no forward outside of it could write to them
-            self.keys = torch.zeros(shape, dtype=dtype, device=device)  # [B, G, S + W, D]
-            self.values = torch.zeros_like(self.keys)
-            if dtype == torch.float32 and device.type == "cpu":
-                # Stored [B, G, D, S + W]: one query reads them 1.1 to 1.5 times as fast.
-                self.values = torch.zeros(*shape[:2], shape[3], shape[2]).transpose(2, 3)
+    def __init__(
+        self, shape: tuple[int, int, int], sinks: int, window: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        batch, heads, dim = shape
+        self.keys = torch.zeros(batch, heads, sinks + window, dim, dtype=dtype, device=device)
+        self.values = torch.zeros_like(self.keys)
+        if dtype == torch.float32 and device.type == "cpu":
+            # Stored [B, G, D, S + W]: one query reads them 1.1 to 1.5 times as fast.
+            self.values = torch.zeros(batch, heads, dim, sinks + window).transpose(2, 3)
+        self.dtype = dtype
 
-    def write(self, move: tuple[Tensor | None, Tensor, Tensor], k: Tensor, v: Tensor) -> None:
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """All that is held, each [(2,) B, G, slots, …]; what recent tokens write to comes last."""
+        return {"keys": self.keys, "values": self.values}
+
+    def stored(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """New keys and values [B, G, T, D] in the form in which recent ones are stored, and seen."""
+        return k, v
+
+    def write_sinks(self, move: Move, k: Tensor, v: Tensor) -> None:
+        self.write(move, k, v)
+
+    def write(self, move: Move, k: Tensor, v: Tensor) -> None:
+        """Recent tokens, as `stored` made them, take their slots."""
+        _put(self.keys, move, k)
+        _put(self.values, move, v)
+
+    def read(self, parts: Sequence[tuple[int, int]], *chunk: Tensor) -> tuple[Tensor, Tensor]:
+        """What stands in these slots, and behind it a `stored` chunk: keys and values [B, G, K, D]."""
+        if not chunk:
+            ((start, stop),) = parts
+            return self.keys[:, :, start:stop], self.values[:, :, start:stop]
+        k, v = chunk
+        return (
+            torch.cat([*(self.keys[:, :, start:stop] for start, stop in parts), k], 2),
+            torch.cat([*(self.values[:, :, start:stop] for start, stop in parts), v], 2),
+        )
+
+
+class _Int8Ring:
+    """As `_Ring`; but a recent key or value [D] is whole numbers in -127 … 127, and a scale of its own.
+
+    The sinks stay as they are: all that follows looks at them, for ever, and they are few. Keys and values
+    lie together, [2, B, G, slots, …], so that one token takes half as many small kernels.
+    """
+
+    def __init__(
+        self, shape: tuple[int, int, int], sinks: int, window: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        batch, heads, dim = shape
+        self.sinks = torch.zeros(2, batch, heads, sinks, dim, dtype=dtype, device=device)
+        self.scales = torch.zeros(2, batch, heads, window, 1, dtype=dtype, device=device)
+        self.numbers = torch.zeros(2, batch, heads, window, dim, dtype=torch.int8, device=device)
+        self.dtype = dtype
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        return {"sinks": self.sinks, "scales": self.scales, "numbers": self.numbers}
+
+    def stored(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        both = torch.stack((k, v))
+        heads, dim = self.numbers.shape[2], self.numbers.shape[4]
+        if both.shape[2] != heads or both.shape[4] != dim:  # what is copied below would be repeated to fit
+            raise ValueError(
+                f"the cache was made for keys of {heads} heads of {dim}, the model's are {list(k.shape)}"
+            )
+        # The numbers belong to the scale as it is stored. So a scale in bfloat16 costs nothing: 0.66 % of a
+        # Gaussian vector is lost, as with one in float32.
+        scales = both.abs().amax(-1, keepdim=True) / 127
+        wide = scales.float() if scales.itemsize == 2 else scales
+        numbers = both / wide.clamp(min=torch.finfo(wide.dtype).tiny)
+        return numbers.round_().clamp_(-127, 127).to(torch.int8), scales
+
+    def write_sinks(self, move: Move, k: Tensor, v: Tensor) -> None:
+        _put(self.sinks, move, torch.stack((k, v)))
+
+    def write(self, move: Move, numbers: Tensor, scales: Tensor) -> None:
         rows, tokens, slots = move
-        for ring, new in ((self.keys, k), (self.values, v)):
-            if rows is not None:
-                ring[rows, :, slots] = new[rows, :, tokens]
-            elif len(tokens) == new.shape[2]:
-                ring.index_copy_(2, slots, new)
-            else:
-                ring.index_copy_(2, slots, new.index_select(2, tokens))
+        behind = rows, tokens, slots - self.sinks.shape[3]
+        _put(self.numbers, behind, numbers)
+        _put(self.scales, behind, scales)
+
+    def read(self, parts: Sequence[tuple[int, int]], *chunk: Tensor) -> tuple[Tensor, Tensor]:
+        *outer, first, dim = self.sinks.shape
+        sunk = max((min(stop, first) for _, stop in parts), default=0)
+        spans = [slice(max(start - first, 0), stop - first) for start, stop in parts if stop > first]
+        recent: list[tuple[Tensor, ...]] = [
+            (self.numbers[:, :, :, span], self.scales[:, :, :, span]) for span in spans
+        ]
+        if chunk:
+            recent.append(chunk)
+        sizes = [sunk, *(numbers.shape[3] for numbers, _ in recent)]
+        # Filled in place: joining afterwards what was multiplied before takes up to 20 times as long.
+        both = self.sinks.new_empty(*outer, sum(sizes), dim)
+        sinks, *places = torch.split(both, sizes, 3)
+        sinks.copy_(self.sinks[:, :, :, :sunk])
+        for place, (numbers, scales) in zip(places, recent, strict=True):
+            place.copy_(numbers).mul_(scales)
+        keys, values = both.unbind()
+        return keys, values
+
+
+RINGS: dict[str | None, type[_Ring] | type[_Int8Ring]] = {None: _Ring, "int8": _Int8Ring}
+
+
+def _put(store: Tensor, move: Move, new: Tensor) -> None:
+    """New tokens [(2,) B, G, T, …] to their slots in a store [(2,) B, G, slots, …]."""
+    rows, tokens, slots = move
+    if rows is not None:
+        store[..., rows, :, slots, :] = new[..., rows, :, tokens, :]
+    elif len(tokens) == new.shape[-2]:
+        store.index_copy_(-2, slots, new)
+    else:
+        store.index_copy_(-2, slots, new.index_select(-2, tokens))
 
 
 class _Memory:
     """One layer's ring during one forward."""
 
-    def __init__(self, ring: _Ring, moves: _Moves) -> None:
+    def __init__(self, ring: _Ring | _Int8Ring, moves: _Moves) -> None:
         self._ring, self._moves = ring, moves
-        self._fresh: tuple[Tensor, Tensor] | None = None  # the chunk's own, until it is committed
+        self._chunk: tuple[Tensor, Tensor] | None = None  # the chunk's own, until it is committed
 
     def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         ring, moves = self._ring, self._moves
-        if k.dtype != ring.keys.dtype or v.dtype != ring.keys.dtype:
+        if k.dtype != ring.dtype or v.dtype != ring.dtype:
             raise ValueError(
-                f"the cache was made for {ring.keys.dtype}, the model computes in {v.dtype}: "
+                f"the cache was made for {ring.dtype}, the model computes in {v.dtype}: "
                 f"make a SinkCache for the model as it is, and leave autocast off"
             )
+        if moves.sinks is not None:
+            ring.write_sinks(moves.sinks, k, v)
+        if moves.late is not None:
+            self._chunk = ring.stored(k, v)
+            return ring.read(moves.parts, *self._chunk)
         if moves.early is not None:
-            ring.write(moves.early, k, v)
-        if moves.late is None:
-            ((start, stop),) = moves.parts
-            return ring.keys[:, :, start:stop], ring.values[:, :, start:stop]
-        self._fresh = k, v
-        return (
-            torch.cat([*(ring.keys[:, :, start:stop] for start, stop in moves.parts), k], 2),
-            torch.cat([*(ring.values[:, :, start:stop] for start, stop in moves.parts), v], 2),
-        )
+            ring.write(moves.early, *ring.stored(k, v))
+        return ring.read(moves.parts)
 
     def keep(self) -> None:
-        if self._fresh is not None and self._moves.late is not None:
-            self._ring.write(self._moves.late, *self._fresh)
+        if self._chunk is not None and self._moves.late is not None:
+            self._ring.write(self._moves.late, *self._chunk)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -321,7 +440,9 @@ def _plan_next(sinks: int, window: int, origin: int, seen: int, device: torch.de
         sinks=min(sinks, held) if apart else 0,
         span=total,
     )
-    return step, _Moves(((0, held),), (None, here[0], slots[0]), None)
+    move = None, here[0], slots[0]
+    sunk, early = (move, None) if seen < sinks else (None, move)
+    return step, _Moves(((0, held),), sunk, early, None)
 
 
 def _plan_run(
@@ -362,9 +483,9 @@ def _plan_run(
     )
     tokens = torch.arange(length, device=device)
     kept = max(0, sinks - seen, length - window)
-    early = None if seen >= sinks else (None, tokens[: columns - seen], slots[0, : columns - seen])
+    sunk = None if seen >= sinks else (None, tokens[: columns - seen], slots[0, : columns - seen])
     late = None, tokens[kept:], slots[0, kept:]
-    return step, _Moves(tuple(part for part in parts if part[0] < part[1]), early, late)
+    return step, _Moves(tuple(part for part in parts if part[0] < part[1]), sunk, None, late)
 
 
 def _plan_one(
@@ -381,8 +502,11 @@ def _plan_one(
     keys = _held_places(sinks, window, places + 1, held)
     full = min(seen) + 1 >= held
     step = _step(sinks, window, origin, places, slots, keys, None if full else keys[:, None] >= 0, device)
+    if min(seen) < sinks:
+        sunk, early = (_move(chosen, slots, device) for chosen in (places < sinks, places >= sinks))
+        return step, _Moves(((0, held),), sunk, early, None)
     rows = torch.arange(len(seen), device=device)
-    return step, _Moves(((0, held),), (rows, torch.zeros_like(rows), step.slots[:, 0]), None)
+    return step, _Moves(((0, held),), None, (rows, torch.zeros_like(rows), step.slots[:, 0]), None)
 
 
 def _plan_chunk(
@@ -405,17 +529,18 @@ def _plan_chunk(
     places = start + torch.arange(length)  # [R, T]
     real = torch.arange(length) < torch.tensor(counts)[:, None]
     slots = torch.where(places < sinks, places, sinks + (places - sinks) % window)
-    early = real & (places < sinks)
+    sunk = real & (places < sinks)
     late = real & (places >= sinks) & (places >= torch.tensor(ends)[:, None] - window)
 
     stored = _held_places(sinks, window, start, held)
     slot = torch.arange(held)
     stored = torch.where((slot < sinks) & (slot < torch.tensor(ends)[:, None]), slot, stored)
-    keys = torch.cat((stored, torch.where(early, -1, places)), 1)  # [R, held + T]
+    keys = torch.cat((stored, torch.where(sunk, -1, places)), 1)  # [R, held + T]
     key, query = keys[:, None, :], places[:, :, None]
     visible = (key >= 0) & (key <= query) & ((key < sinks) | (key > query - window))
     step = _step(sinks, window, origin, places, slots, keys, visible, device)
-    return step, _Moves(((0, held),), _move(early, slots, device), _move(late, slots, device, True))
+    moves = _move(sunk, slots, device), None, _move(late, slots, device, True)
+    return step, _Moves(((0, held),), *moves)
 
 
 def _held_places(sinks: int, window: int, seen: Tensor, held: int) -> Tensor:
@@ -451,9 +576,7 @@ def _step(
     )
 
 
-def _move(
-    chosen: Tensor, slots: Tensor, device: torch.device, always: bool = False
-) -> tuple[Tensor, Tensor, Tensor] | None:
+def _move(chosen: Tensor, slots: Tensor, device: torch.device, always: bool = False) -> Move | None:
     """The chosen [R, T] tokens and their slots as index tensors; None where there are none."""
     rows, tokens = chosen.nonzero(as_tuple=True)
     if not always and not len(tokens):

@@ -127,6 +127,12 @@ class Device(click.ParamType):  # type: ignore[type-arg]
     help="Recent tokens that stay.  [default: 1020, or what the model was trained for]",
 )
 @click.option(
+    "--quantize-cache",
+    "quantize",
+    type=click.Choice(["int8"]),
+    help="Store recent keys and values in 8 bits.",
+)
+@click.option(
     "--chunk",
     type=click.IntRange(1),
     default=512,
@@ -173,9 +179,10 @@ class Device(click.ParamType):  # type: ignore[type-arg]
 @click.option("--quiet", "-q", is_flag=True, help="No status line.")
 def generate(
     prompt: str | None, file: IO[str] | None, model: str | None, revision: str | None, sinks: int,
-    window: int | None, chunk: int, max_new_tokens: int | str, temperature: float | None, top_k: int | None,
-    top_p: float | None, min_p: float | None, repetition_penalty: float | None, seed: int | None,
-    stop: tuple[str, ...], ignore_eos: bool, dtype: str, device: str | None, threads: int | None, quiet: bool,
+    window: int | None, quantize: str | None, chunk: int, max_new_tokens: int | str,
+    temperature: float | None, top_k: int | None, top_p: float | None, min_p: float | None,
+    repetition_penalty: float | None, seed: int | None, stop: tuple[str, ...], ignore_eos: bool, dtype: str,
+    device: str | None, threads: int | None, quiet: bool,
 ) -> None:  # fmt: skip
     """Let a model talk, as long as you like.
 
@@ -200,7 +207,7 @@ def generate(
         threads = 1
     if threads is not None:
         torch.set_num_threads(threads)
-    stream = Stream(loaded, tokenizer, sinks=sinks, window=window, chunk=chunk)
+    stream = Stream(loaded, tokenizer, sinks=sinks, window=window, chunk=chunk, quantize=quantize)
     pieces = stream.generate(
         prompt,
         max_new_tokens=None if max_new_tokens == "forever" else int(max_new_tokens),

@@ -15,8 +15,8 @@ from streamllm.tokenizer import Tokenizer
 class Stream:
     """A text that a model and its user write together, without end, in constant memory.
 
-    `sinks`, `window`, `chunk`: see `SinkCache`, which is `stream.cache`. Each `generate` goes on where the
-    text stands; after Ctrl-C, too.
+    `sinks`, `window`, `chunk`, `quantize`: see `SinkCache`, which is `stream.cache`. Each `generate` goes on
+    where the text stands; after Ctrl-C, too.
     """
 
     def __init__(
@@ -26,9 +26,10 @@ class Stream:
         sinks: int = 4,
         window: int | None = None,
         chunk: int = 512,
+        quantize: str | None = None,
     ) -> None:
         self.tokenizer = tokenizer
-        self.cache = SinkCache(model, sinks=sinks, window=window, chunk=chunk)
+        self.cache = SinkCache(model, sinks=sinks, window=window, chunk=chunk, quantize=quantize)
         self._loop = Loop(model, self.cache)
         self._decoder = tokenizer.decoder()
         self._held = ""  # the end of what was said, while it may still become a stop string

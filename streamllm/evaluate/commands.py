@@ -119,6 +119,12 @@ text_files = click.argument(
     type=Numbers(1),
     help="Recent tokens that stay.  [default: 1020, or what the model was trained for]",
 )
+@click.option(
+    "--quantize-cache",
+    "quantize",
+    type=click.Choice(["int8"]),
+    help="Store recent keys and values in 8 bits.",
+)
 @click.option("--tokens", type=click.IntRange(2), help="Read no more than so many tokens.  [default: all]")
 @click.option("--reset-between-texts", is_flag=True, help="Begin every text with an empty cache.")
 @click.option("--chunk", type=click.IntRange(1), default=256, show_default=True, help="Tokens read at once.")
@@ -140,8 +146,8 @@ text_files = click.argument(
 def perplexity(
     files: tuple[Path, ...], model: str | None, revision: str | None, dtype: str, device: str | None,
     threads: int | None, mode: tuple[str, ...], sinks: tuple[int, ...], window: tuple[int, ...] | None,
-    tokens: int | None, reset_between_texts: bool, chunk: int, dense_tokens: int, positions: int, batch: int,
-    seed: int, resume: Path | None, json_file: Path | None, plot: Path | None,
+    quantize: str | None, tokens: int | None, reset_between_texts: bool, chunk: int, dense_tokens: int,
+    positions: int, batch: int, seed: int, resume: Path | None, json_file: Path | None, plot: Path | None,
 ) -> None:  # fmt: skip
     """Score a stream: perplexity under four ways of attending to it.
 
@@ -160,7 +166,7 @@ def perplexity(
     plots.check_path(plot)
     loaded, tokenizer = _load(model, revision, dtype, device, threads)
     texts = _texts(tokenizer, files, reset_between_texts, tokens)
-    settings = _settings(mode, sinks, window)
+    settings = _settings(mode, sinks, window, quantize)
     run = _Run(loaded, resume, _fingerprint(model, dtype, texts, chunk, dense_tokens, positions, seed))
     results = []
     for one in settings:
@@ -345,7 +351,8 @@ def table(results: Sequence[Result]) -> str:
         head = replace(result, buckets=tuple(b for b in result.buckets if b.start < first)).beyond(1)
         cells = [result.perplexity, head.perplexity]
         cells += [by_start[start].perplexity if start in by_start else float("nan") for start in starts]
-        name = [result.mode, str(result.sinks), "–" if result.mode == "dense" else str(result.window)]
+        mode = result.mode if result.quantize is None else f"{result.mode}, {result.quantize}"
+        name = [mode, str(result.sinks), "–" if result.mode == "dense" else str(result.window)]
         rows.append([*name, str(result.tokens), *("–" if cell != cell else f"{cell:.4g}" for cell in cells)])
     return _columns(rows)
 
@@ -369,19 +376,23 @@ class _Setting:
     mode: str
     sinks: int
     window: int | None
+    quantize: str | None
 
     @property
     def key(self) -> str:
-        return f"{self.mode} {self.sinks} {self.window}"
+        key = f"{self.mode} {self.sinks} {self.window}"
+        return key if self.quantize is None else f"{key} {self.quantize}"
 
 
-def _settings(modes: Iterable[str], sinks: Iterable[int], windows: Iterable[int] | None) -> list[_Setting]:
+def _settings(
+    modes: Iterable[str], sinks: Iterable[int], windows: Iterable[int] | None, quantize: str | None
+) -> list[_Setting]:
     """Every combination once; what a mode does not look at makes no difference."""
     chosen: dict[_Setting, None] = {}
     for mode in modes:
         for window in (None,) if mode == "dense" or windows is None else windows:
             for count in (0,) if mode in ("dense", "window") else sinks:
-                chosen[_Setting(mode, count, window)] = None
+                chosen[_Setting(mode, count, window, None if mode == "recompute" else quantize)] = None
     return list(chosen)
 
 
@@ -422,7 +433,7 @@ class _Run:
             try:
                 result = scoring.perplexity(
                     self.model, texts, mode=setting.mode, sinks=setting.sinks, window=setting.window,
-                    resume=resume, progress=progress, **arguments,
+                    quantize=setting.quantize, resume=resume, progress=progress, **arguments,
                 )  # fmt: skip
             except KeyboardInterrupt:
                 if self.part is not None and last is not None and not last.done:

@@ -200,13 +200,11 @@ def save_figure(figure: Figure, path: str | Path) -> None:
 
 def label(result: Result) -> str:
     """How a result is called in tables and pictures."""
-    if result.mode == "dense":
-        return "dense"
-    if result.mode == "window":
-        return f"window {result.window}"
-    return f"{result.sinks} sinks + window {result.window}" + (
-        ", re-computed" if result.mode == "recompute" else ""
-    )
+    names = {"dense": "dense", "window": f"window {result.window}"}
+    name = names.get(result.mode, f"{result.sinks} sinks + window {result.window}")
+    if result.mode == "recompute":
+        return f"{name}, re-computed"
+    return name if result.quantize is None else f"{name}, {result.quantize}"
 
 
 def _figure(width: float, height: float, dark: bool) -> tuple[_Page, Figure]:

@@ -66,6 +66,7 @@ class Result:
     buckets: tuple[Bucket, ...]  # by position, between powers of two
     text: int = 0  # the text that comes next, and how many of its predictions are behind us
     place: int = 0
+    quantize: str | None = None  # how the cache rounds what it stores
     cache: SinkCache | None = field(default=None, repr=False, compare=False)  # None once a text is finished
 
     @property
@@ -120,6 +121,7 @@ def perplexity(
     positions: int | None = None,
     seed: int = 0,
     batch: int = 32,
+    quantize: str | None = None,
     resume: Result | None = None,
     progress: Callable[[Result], None] | None = None,
 ) -> Result:
@@ -129,7 +131,8 @@ def perplexity(
     for, at most 1020). "window" takes 0 for the sinks, "dense" the longest text for the window. The value
     does not depend on `chunk`: a chunk of tokens is exact, and logits exist for one chunk at a time, so that
     memory does not depend on the length of the text (except in dense mode, whose cache holds it).
-    "recompute" costs S + W tokens for each prediction, computed `batch` at a time.
+    "recompute" costs S + W tokens for each prediction, computed `batch` at a time. `quantize` is as for
+    SinkCache; "recompute", which stores nothing, takes None for it.
 
     `every` scores only every n-th prediction; `positions` only so many at random (`seed`), the same ones in
     every mode. `progress` is called with the score so far after each chunk. A run that was interrupted goes
@@ -144,14 +147,19 @@ def perplexity(
     counts = [len(text) - 1 for text in texts]
     if mode in ("window", "dense"):
         sinks = 0
+    if mode == "recompute":
+        quantize = None
     if mode == "dense":
         window = max(counts) + 1
     elif window is None:
-        window = new_cache(model, mode, sinks, None, chunk).window
+        window = new_cache(model, mode, sinks, None, chunk, quantize=quantize).window
     wanted = _wanted(sum(counts), every, positions, seed)
-    blank = Result(mode, sinks, window, 0.0, 0, sum(counts) if wanted is None else len(wanted), ())
+    total = sum(counts) if wanted is None else len(wanted)
+    blank = Result(mode, sinks, window, 0.0, 0, total, (), quantize=quantize)
     result = blank if resume is None else resume
-    if (result.mode, result.sinks, result.window, result.total) != (mode, sinks, window, blank.total):
+    if (result.mode, result.sinks, result.window, result.quantize, result.total) != (
+        mode, sinks, window, quantize, total,
+    ):  # fmt: skip
         raise ValueError(f"cannot go on with a run of other settings: {result} is not {blank}")
 
     while result.text < len(texts):
@@ -165,7 +173,8 @@ def perplexity(
             chosen = torch.arange(len(text) - 1) if inside is None else inside
             pieces = recomputed(model, text, chosen[chosen >= result.place], sinks, window, batch, chunk)
         else:
-            cache = _continued(result, model, chunk) or new_cache(model, mode, sinks, window, chunk)
+            cache = _continued(result, model, chunk)
+            cache = cache or new_cache(model, mode, sinks, window, chunk, quantize=quantize)
             pieces = streamed(model, text, cache, chunk)
         for places, nll in pieces:
             past = int(places[-1]) + 1
@@ -335,7 +344,7 @@ def load(model: nn.Module, path: str | Path) -> Result:
         state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     if not state:
         return result
-    cache = new_cache(model, result.mode, result.sinks, result.window, 1)
+    cache = new_cache(model, result.mode, result.sinks, result.window, 1, quantize=result.quantize)
     try:
         cache.load_state_dict(state)
     except ValueError as error:
@@ -344,13 +353,14 @@ def load(model: nn.Module, path: str | Path) -> Result:
 
 
 def new_cache(
-    model: nn.Module, mode: str, sinks: int, window: int | None, chunk: int, rows: int = 1
-) -> SinkCache:
+    model: nn.Module, mode: str, sinks: int, window: int | None, chunk: int, rows: int = 1,
+    quantize: str | None = None,
+) -> SinkCache:  # fmt: skip
     """The cache of a mode; in dense mode without the warning that it outgrows what the model knows."""
     with warnings.catch_warnings():
         if mode == "dense":
             warnings.simplefilter("ignore")
-        return SinkCache(model, sinks=sinks, window=window, batch_size=rows, chunk=chunk)
+        return SinkCache(model, sinks, window, batch_size=rows, chunk=chunk, quantize=quantize)
 
 
 def _continued(result: Result, model: nn.Module, chunk: int) -> SinkCache | None:

@@ -25,6 +25,10 @@ class Encoding(Protocol):
         """Heads [heads, D] as they look at a place."""
         ...
 
+    def turn_back(self, x: Array, place: int) -> Array:
+        """The inverse of `turn`."""
+        ...
+
     def bias(self, distance: int) -> Array:
         """What is added to the scores of the heads ([H], or [1] for all alike), for a key that far back."""
         ...
@@ -39,9 +43,15 @@ class Rotary:
         self.factor = factor
 
     def turn(self, x: Array, place: int) -> Array:
+        return self._turn(x, self.factor, place)
+
+    def turn_back(self, x: Array, place: int) -> Array:
+        return self._turn(x, 1 / self.factor, -place)
+
+    def _turn(self, x: Array, factor: float, place: int) -> Array:
         n = len(self.frequencies)
         pairs = x[:, :n] + 1j * x[:, n : 2 * n]
-        turned = self.factor * np.exp(1j * place * self.frequencies) * pairs
+        turned = factor * np.exp(1j * place * self.frequencies) * pairs
         return np.concatenate((turned.real, turned.imag, x[:, 2 * n :]), axis=1)
 
     def bias(self, distance: int) -> Array:
@@ -55,6 +65,9 @@ class Alibi:
         self.slopes = slopes.double().numpy()
 
     def turn(self, x: Array, place: int) -> Array:
+        return x
+
+    def turn_back(self, x: Array, place: int) -> Array:
         return x
 
     def bias(self, distance: int) -> Array:
@@ -86,11 +99,20 @@ class Cached(NamedTuple):
     value: Array  # [G, D]
 
 
-class Stream:
-    """A stream with sinks and a window, from its first token on."""
+def in_int8(x: Array) -> Array:
+    """Each row [D] as whole numbers in -127 … 127 times a scale, which the largest of them decides."""
+    scale = np.abs(x).max(1, keepdims=True) / 127
+    return np.rint(x / scale) * scale
 
-    def __init__(self, network: Network, sinks: int, window: int) -> None:
-        self.network, self.sinks = network, sinks
+
+class Stream:
+    """A stream with sinks and a window, from its first token on.
+
+    `int8`: recent keys and values are rounded when they come, keys as they stand at their place in the text.
+    """
+
+    def __init__(self, network: Network, sinks: int, window: int, int8: bool = False) -> None:
+        self.network, self.sinks, self.int8 = network, sinks, int8
         self.windows = [window if own is None else min(window, own) for own in network.windows]
         self.encodings = [network.encoding(sinks + window)] * len(self.windows)
         self.cached: list[list[Cached]] = [[] for _ in self.windows]
@@ -101,6 +123,10 @@ class Stream:
         x = self.network.embed(token)
         for layer, cached in enumerate(self.cached):
             queries, keys, values = self.network.project(layer, x)
+            if self.int8 and self.seen >= self.sinks:
+                encoding, place = self.encodings[layer], self.seen
+                keys = encoding.turn_back(in_int8(encoding.turn(keys, place)), place)
+                values = in_int8(values)
             cached.append(Cached(self.seen, keys, values))
             if len(cached) > self.sinks + self.windows[layer]:
                 del cached[self.sinks]
@@ -122,9 +148,9 @@ class Stream:
         return (weights[:, :, None] * values).sum(0)
 
 
-def run(network: Network, tokens: Sequence[int], sinks: int, window: int) -> torch.Tensor:
+def run(network: Network, tokens: Sequence[int], sinks: int, window: int, int8: bool = False) -> torch.Tensor:
     """The logits [T, V] of a whole stream."""
-    stream = Stream(network, sinks, window)
+    stream = Stream(network, sinks, window, int8)
     return torch.from_numpy(np.stack([stream.step(token) for token in tokens]))
 
 

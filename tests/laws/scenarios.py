@@ -68,14 +68,14 @@ def text(length: int, rows: int = 1, seed: int = 0) -> Tensor:
     return torch.randint(VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(seed))
 
 
-def defined(model: llama.Model, tokens: Tensor, sinks: int, window: int) -> Tensor:
+def defined(model: llama.Model, tokens: Tensor, sinks: int, window: int, int8: bool = False) -> Tensor:
     """The logits [B, T, V] that the definition gives for streams [B, T]."""
-    return torch.stack([_defined(model, tuple(row.tolist()), sinks, window) for row in tokens])
+    return torch.stack([_defined(model, tuple(row.tolist()), sinks, window, int8) for row in tokens])
 
 
 @lru_cache(maxsize=512)
-def _defined(model: llama.Model, tokens: tuple[int, ...], sinks: int, window: int) -> Tensor:
-    return reference.run(network(model), tokens, sinks, window)
+def _defined(model: llama.Model, tokens: tuple[int, ...], sinks: int, window: int, int8: bool) -> Tensor:
+    return reference.run(network(model), tokens, sinks, window, int8)
 
 
 def error(got: Tensor, wanted: Tensor) -> float:
@@ -125,14 +125,13 @@ class Rows:
 
     def error(self) -> float:
         """How far the worst row is from being that stream alone."""
-        return max(
-            error(
-                torch.stack(logits)[None],
-                defined(self.model, torch.tensor([given]), self.cache.sinks, self.cache.window),
-            )
-            for given, logits in zip(self.given, self.logits, strict=True)
-            if given
-        )
+        cache, worst = self.cache, []
+        for given, logits in zip(self.given, self.logits, strict=True):
+            if given:
+                int8 = cache.quantize == "int8"
+                wanted = defined(self.model, torch.tensor([given]), cache.sinks, cache.window, int8)
+                worst.append(error(torch.stack(logits)[None], wanted))
+        return max(worst)
 
 
 class Interrupted(Exception):

@@ -89,18 +89,21 @@ def within(key, query, window=W, ahead=0):
 
 def slot_off_by_one(patch):
     def change(step, moves, window, seen, counts):
+        if moves.early is None:  # a new sink
+            return step, moves
         rows, tokens, slots = moves.early
-        return step, replace(
-            moves, early=(rows, tokens, torch.where(slots < S, slots, S + (slots - S + 1) % window))
-        )
+        return step, replace(moves, early=(rows, tokens, S + (slots - S + 1) % window))
 
     planned(patch, change, ["_plan_one"])
 
 
 def ring_turns_over_the_sinks_too(patch):
     def change(step, moves, window, seen, counts):
+        if moves.early is None:
+            return step, moves
         rows, tokens, _ = moves.early
-        return step, replace(moves, early=(rows, tokens, places(step)[:, 0] % (S + window)))
+        slots = places(step)[slice(None) if rows is None else rows, 0] % (S + window)
+        return step, replace(moves, early=(rows, tokens, slots))
 
     planned(patch, change, ["_plan_one"])
 

@@ -26,6 +26,8 @@ from tests.laws.scenarios import (
     tiny,
 )
 
+rounded_or_not = pytest.mark.parametrize("quantize", [None, "int8"])
+
 
 @pytest.mark.parametrize(
     ("given", "says"),
@@ -39,6 +41,9 @@ from tests.laws.scenarios import (
         ({"chunk": 0}, "chunk must be a whole number of at least 1, not 0"),
         ({"origin": -1}, "origin must be a whole number of at least 0, not -1"),
         ({"origin": 2**48}, "origin must be below 281474976710656"),
+        ({"quantize": "int4"}, "quantize must be None or \"int8\", not 'int4'"),
+        ({"quantize": True}, 'quantize must be None or "int8", not True'),
+        ({"quantize": ["int8"]}, 'quantize must be None or "int8", not'),
     ],
 )
 def test_a_cache_that_cannot_be_is_refused_in_one_sentence(given, says):
@@ -100,6 +105,22 @@ def test_a_cache_says_what_it_is():
     assert cache.nbytes == bytes_held
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_a_cache_in_int8_holds_a_byte_for_a_number_and_a_scale_for_a_vector(dtype):
+    cache = SinkCache(tiny(dtype=dtype), sinks=4, window=1020, batch_size=2, quantize="int8")
+    vectors = 3 * 2 * 2 * 2  # layers, keys and values, B, G
+    bytes_held = vectors * (4 * 8 * dtype.itemsize + 1020 * (8 + dtype.itemsize))
+    assert cache.nbytes == bytes_held == sum(tensor.nbytes for tensor in held(cache))
+    assert f"seen=0, {bytes_held / 1e6:.1f} MB of int8 on cpu" in repr(cache)
+    tiny(dtype=dtype)(text(2000, 2), cache)
+    assert cache.nbytes == bytes_held
+    assert {tensor.dtype for tensor in held(cache)} == {dtype, torch.int8}
+
+
+def held(cache):
+    return [tensor for name, tensor in cache.state_dict().items() if name.startswith("layers")]
+
+
 def test_seen_is_a_count_that_nobody_can_write_to():
     cache = SinkCache(tiny(), 2, 4, batch_size=2)
     tiny()(text(5, 2), cache)
@@ -118,9 +139,10 @@ def test_a_cache_has_the_models_type(dtype):
 
 @pytest.mark.parametrize("twin", [copy.deepcopy, lambda cache: pickle.loads(pickle.dumps(cache))])
 @pytest.mark.parametrize("before", [0, 3, 20])
-def test_a_copy_goes_its_own_way(twin, before):
+@rounded_or_not
+def test_a_copy_goes_its_own_way(twin, before, quantize):
     model, tokens, other = tiny(), text(30), text(30, seed=1)
-    cache = SinkCache(model, 2, 5)
+    cache = SinkCache(model, 2, 5, quantize=quantize)
     if before:
         model(tokens[:, :before], cache)
     with failing(model.layers[1]), pytest.raises(Interrupted):  # a copy of an interrupted one is no worse
@@ -129,7 +151,7 @@ def test_a_copy_goes_its_own_way(twin, before):
     other[:, :before] = tokens[:, :before]
     for stream, given in [(copied, other), (cache, tokens)]:
         got = feed(model, stream, given[:, before:], cuts(30 - before, seed=1))
-        assert error(got, defined(model, given, 2, 5)[:, before:]) <= TOLERANCE
+        assert error(got, defined(model, given, 2, 5, quantize == "int8")[:, before:]) <= TOLERANCE
 
 
 def test_a_copy_is_no_larger_than_what_is_held():
@@ -137,12 +159,13 @@ def test_a_copy_is_no_larger_than_what_is_held():
     assert len(pickle.dumps(cache)) < 1.05 * cache.nbytes + 10_000
 
 
-def test_a_cache_made_in_inference_mode_works_outside_of_it_and_the_other_way_round():
+@rounded_or_not
+def test_a_cache_made_in_inference_mode_works_outside_of_it_and_the_other_way_round(quantize):
     model, tokens = tiny(), text(30)
     with torch.inference_mode():
-        inside = SinkCache(model, 2, 5)
+        inside = SinkCache(model, 2, 5, quantize=quantize)
         model(tokens[:, :7], inside)
-    outside = SinkCache(model, 2, 5)
+    outside = SinkCache(model, 2, 5, quantize=quantize)
     model(tokens[:, :7], outside)
     with torch.inference_mode():
         first = feed(model, outside, tokens[:, 7:], [1, 10, 12])
@@ -152,45 +175,52 @@ def test_a_cache_made_in_inference_mode_works_outside_of_it_and_the_other_way_ro
     outside.reset()
 
 
-def test_what_was_not_a_number_in_one_row_stays_there_and_leaves_with_it():
+@rounded_or_not
+def test_what_was_not_a_number_in_one_row_stays_there_and_leaves_with_it(quantize):
     """A row of NaN, reset, leaves nothing behind: neither what is masked nor what is multiplied by zero."""
     model = type(tiny())(tiny().config).double()
     model.load_state_dict(tiny().state_dict())
     model.requires_grad_(False)
     tokens = text(30, 2) % 60  # token 60 stands for what overflows
     model.embed.weight[60] = torch.nan
-    cache = SinkCache(model, 2, 5, batch_size=2)
+    cache = SinkCache(model, 2, 5, batch_size=2, quantize=quantize)
     poisoned = tokens[:, :9].clone()
     poisoned[1] = 60
     out = [model(poisoned, cache)]
     cache.reset([1])
     out += [model(tokens[:, 9:10], cache), model(tokens[:, 10:16], cache, lengths=[3, 6])]
     assert out[0][1].isnan().all()
-    whole = defined(tiny(), tokens, 2, 5)
+    whole = defined(tiny(), tokens, 2, 5, quantize == "int8")
     assert error(torch.cat((out[0][0], out[1][0], out[2][0, :3])), whole[0, :13]) <= TOLERANCE
-    alone = defined(tiny(), tokens[1:, 9:16], 2, 5)[0]
+    alone = defined(tiny(), tokens[1:, 9:16], 2, 5, quantize == "int8")[0]
     assert error(torch.cat((out[1][1], out[2][1])), alone) <= TOLERANCE
 
 
 @pytest.mark.parametrize("length", [1, 2, 9])
-def test_a_model_of_another_type_is_refused_in_one_sentence_and_does_no_harm(length):
+@rounded_or_not
+def test_a_model_of_another_type_is_refused_in_one_sentence_and_does_no_harm(length, quantize):
     model, tokens = tiny(), text(30)
-    cache = SinkCache(model, 2, 4)
+    cache = SinkCache(model, 2, 4, quantize=quantize)
     model(tokens[:, :9], cache)
     with pytest.raises(ValueError, match=r"made for torch\.float64, the model computes in torch\.float32"):
         tiny(dtype=torch.float32)(text(length), cache)
-    assert error(model(tokens[:, 9:], cache), defined(model, tokens, 2, 4)[:, 9:]) <= TOLERANCE
+    wanted = defined(model, tokens, 2, 4, quantize == "int8")
+    assert error(model(tokens[:, 9:], cache), wanted[:, 9:]) <= TOLERANCE
 
 
 @pytest.mark.parametrize("length", [1, 2, 9])
-@pytest.mark.parametrize("other", [{"kv_heads": 4}, {"head_dim": 12}, {"layers": 1}, {"layers": 5}], ids=str)
-def test_a_model_of_another_shape_does_no_harm(other, length):
+@pytest.mark.parametrize(
+    "other", [{"kv_heads": 4}, {"kv_heads": 1}, {"head_dim": 12}, {"layers": 1}, {"layers": 5}], ids=str
+)
+@rounded_or_not
+def test_a_model_of_another_shape_does_no_harm(other, length, quantize):
     model, tokens = tiny(), text(30)
-    cache = SinkCache(model, 2, 4)
+    cache = SinkCache(model, 2, 4, quantize=quantize)
     model(tokens[:, :9], cache)
     with pytest.raises((ValueError, RuntimeError)):
         tiny(**other)(text(length), cache)
-    assert error(model(tokens[:, 9:], cache), defined(model, tokens, 2, 4)[:, 9:]) <= TOLERANCE
+    wanted = defined(model, tokens, 2, 4, quantize == "int8")
+    assert error(model(tokens[:, 9:], cache), wanted[:, 9:]) <= TOLERANCE
 
 
 @pytest.mark.parametrize("length", [1, 9])
@@ -220,6 +250,18 @@ def test_a_state_of_another_model_is_refused_by_name():
         other.load_state_dict(SinkCache(tiny(layers=1), 2, 6).state_dict())
     with pytest.raises(ValueError, match=r"layers\.0\.keys is torch\.float32"):
         other.load_state_dict(SinkCache(tiny(dtype=torch.float32), 2, 6).state_dict())
+
+
+@pytest.mark.parametrize("quantize", ["int8", None])
+def test_a_state_is_not_rounded_and_not_made_exact_again(quantize):
+    cache, other = SinkCache(tiny(), 2, 6, quantize=quantize), SinkCache(tiny(), 2, 6)
+    if quantize is None:
+        other = SinkCache(tiny(), 2, 6, quantize="int8")
+    tiny()(text(9), other)
+    says = f"quantize={quantize!r}, here it is {other.quantize!r}"
+    with pytest.raises(ValueError, match=says):
+        other.load_state_dict(cache.state_dict())
+    assert other.seen.tolist() == [9]
 
 
 # A model whose layers have windows of their own

@@ -89,6 +89,17 @@ def test_numbers_reach_the_stream(run, checkpoint, loaded) -> None:
     assert again.out == result.out[: result.out.index(stop, 3)] + "\n"
 
 
+def test_a_cache_may_be_in_int8(run, checkpoint, loaded) -> None:
+    stream = streamllm.Stream(*loaded, window=9, quantize="int8")
+    said = stream.generate("one", max_new_tokens=40, temperature=0.0, eos=[])
+    options = ("-m", checkpoint, "-n", 40, "-t", 0, "--window", 9, "--ignore-eos")
+    result = run("generate", "one", *options, "--quantize-cache", "int8")
+    assert result.out == "one" + "".join(said) + "\n"
+    wrong = run("generate", "one", *options, "--quantize-cache", "int4")
+    assert wrong.code == 2
+    assert "'int4' is not 'int8'" in wrong.err
+
+
 def test_a_window_beyond_the_trained_length_is_a_warning(run, checkpoint) -> None:
     result = run("generate", "a", "-m", checkpoint, "-n", 1, "--window", 300)
     assert result.code == 0

@@ -136,9 +136,10 @@ class Interruption(Exception):
 @pytest.mark.parametrize("mode", ["sinks", "dense", "recompute"])
 @pytest.mark.parametrize("stop", [0, 1, 5])
 @pytest.mark.parametrize("through_a_file", [False, True])
-def test_an_interrupted_run_goes_on(model, text, mode, stop, through_a_file, tmp_path):
+@pytest.mark.parametrize("quantize", [None, "int8"])
+def test_an_interrupted_run_goes_on(model, text, mode, stop, through_a_file, quantize, tmp_path):
     texts = [text[:120], text[120:]]
-    arguments = {"mode": mode, "sinks": S, "window": W, "chunk": 40, "batch": 16}
+    arguments = {"mode": mode, "sinks": S, "window": W, "chunk": 40, "batch": 16, "quantize": quantize}
     whole = perplexity(model, texts, **arguments)
     reached = []
 
@@ -163,6 +164,8 @@ def test_a_run_goes_on_only_as_it_was(model, text, tmp_path):
     assert [result.tokens for result in seen] == [40, 80, 120, 160, 200, 240, 280, 299]
     with pytest.raises(ValueError, match="other settings"):
         perplexity(model, text, sinks=S, window=W + 1, resume=seen[0])
+    with pytest.raises(ValueError, match="other settings"):
+        perplexity(model, text, sinks=S, window=W, quantize="int8", resume=seen[0])
     with pytest.raises(ValueError, match="moved on"):
         perplexity(model, text, sinks=S, window=W, resume=seen[0])
     with pytest.raises(ValueError, match="moved on"):

@@ -61,6 +61,21 @@ def test_perplexity_is_what_the_library_says(run, text, tmp_path, model, tokeniz
     assert rows[2][4] == f"{expected.perplexity:.4g}"
 
 
+def test_perplexity_with_a_cache_in_int8(run, text, tmp_path, model, tokenizer):
+    file = tmp_path / "out.json"
+    output = run(
+        commands.perplexity, text, "--mode", "all", "--sinks", "2", "--window", "30", "--positions", "20",
+        "--quantize-cache", "int8", "--json", str(file),
+    )  # fmt: skip
+    results = json.loads(file.read_text())["results"]
+    assert [result["quantize"] for result in results] == ["int8", "int8", "int8", None]
+    ids = as_stream(tokenizer, [WORDS * 30])
+    exact, rounded = (scoring.perplexity(model, ids, sinks=2, window=30, quantize=q) for q in (None, "int8"))
+    assert results[0]["nll"] == pytest.approx(rounded.nll, rel=1e-6)
+    assert rounded.nll != exact.nll
+    assert output.splitlines()[1].startswith("sinks, int8")
+
+
 def test_texts_are_one_stream_or_apart(run, text, tmp_path, tokenizer):
     (tmp_path / "other").write_text("café")
     counts = []
