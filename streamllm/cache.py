@@ -74,7 +74,7 @@ class SinkCache:
         weight = next(model.parameters())
         self.dtype, self.device = weight.dtype, weight.device
         # Tokens seen per row, and the plan that is counted there but that perhaps not every layer keeps yet.
-        # One attribute, replaced as a whole: Ctrl-C falls before or after.
+        # One attribute, replaced as a whole by all that touches the cache: Ctrl-C falls before or after.
         self._stand: tuple[list[int], _SinkPlan | None] = ([0] * batch_size, None)
         # A layer whose own window w is shorter keeps W' = min(W, w). One plan per distinct window.
         self._windows = {own: window if own is None else min(window, own) for own in geometry.windows}
@@ -112,14 +112,24 @@ class SinkCache:
             ring.keys[chosen] = 0
             ring.values[chosen] = 0
 
-    def step_back(self) -> None:
+    def step_back(self) -> object:
         """Take each stream back by the token that it took in last, once, so that it can be fed again.
 
-        For a forward whose result was lost after it was committed. Exact: what that token overwrote was out
-        of its own window.
+        For a forward whose result was lost after it was committed, or that ran ahead. Exact: what that token
+        overwrote was out of its own window. What is returned lets `step_on` undo it.
         """
-        seen, unfinished = self._stand
-        self._stand = [max(0, count - 1) for count in seen], unfinished
+        before = self._stand
+        self._stand = [max(0, count - 1) for count in before[0]], before[1]
+        return before, self._stand
+
+    def step_on(self, back: object) -> bool:
+        """Undo what `step_back` did and returned, if nothing has touched the cache since. Says whether it did."""
+        assert isinstance(back, tuple)
+        before, after = back
+        if self._stand is not after:
+            return False
+        self._stand = before
+        return True
 
     def state_dict(self) -> dict[str, Tensor]:
         """All that the streams are: "sizes" int64 [3] (sinks, window, origin), "seen" int64 [B], and keys and
@@ -210,7 +220,7 @@ class SinkCache:
         if unfinished is not None:
             for memory in unfinished.memories:
                 memory.keep()
-            self._stand = seen, None
+        self._stand = seen, None  # also where nothing was left: whoever plans or looks has touched the cache
 
 
 @dataclass(frozen=True, eq=False)
