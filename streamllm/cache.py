@@ -175,35 +175,53 @@ class SinkCache:
 
     # What a forward asks for (models/step.py: Cache)
 
-    def plan(self, length: int, lengths: Sequence[int] | None = None) -> Plan:
-        """Where `length` new tokens per row will stand; `lengths` [B] of them are real. No row moves."""
+    def plan(self, length: int, lengths: Sequence[int] | None = None, counted: bool = False) -> Plan:
+        """Where `length` new tokens per row will stand; `lengths` [B] of them are real. No row moves.
+
+        counted: one token per row past eviction is planned by its number alone, `Plan.t`. It can be committed;
+        what to compute, `planned` says.
+        """
         self._finish()
         lockstep = lengths is None and len(set(self._seen)) == 1
         seen = self._seen[:1] if lockstep else self._seen
         counts = [length] * len(seen) if lengths is None else list(lengths)
         alone = length == 1 and all(counts)  # one token for every row: it may take its slot at once
+        evicting = alone and lockstep and seen[0] >= self.sinks + self.window
+        if evicting and counted:
+            return _SinkPlan(steps={}, memories=[], advance=[1] * self.batch_size, t=seen[0], by=self)
         maker = _plan_one if alone else _plan_chunk
         planned = {
             own: maker(self.sinks, window, self.origin, seen, counts, length, self.device)
             for own, window in self._windows.items()
         }
-        if len(self._windows) > 1 or self.window not in self._windows.values():
-            # Frequencies that depend on a length depend on the cache's, also where a layer's window is shorter.
-            planned = {
-                own: (replace(step, span=self.sinks + self.window), moves)
-                for own, (step, moves) in planned.items()
-            }
         tensors = None
-        if alone and lockstep and seen[0] >= self.sinks + self.window:
+        if evicting:
             # From now on, the plan of one token is that of the last one with other numbers.
             tensors = [tensor for step, moves in planned.values() for tensor in _varying(step, moves)]
             tensors += [tensor for _, ring in self._rings for tensor in (ring.keys, ring.values)]
-        return _SinkPlan(
-            steps={own: step for own, (step, _) in planned.items()},
-            memories=[_Memory(ring, planned[own][1]) for own, ring in self._rings],
-            tensors=tensors,
-            advance=[length] * self.batch_size if lengths is None else counts,
-        )
+        return self._plan(planned, tensors, [length] * self.batch_size if lengths is None else counts)
+
+    def planned(self, t: Tensor) -> Plan:
+        """The plan of one token per row past eviction, from its number: int64 [1], on the cache's device.
+
+        What `plan` gives, but computed there: the host neither knows t nor waits for anything.
+        """
+        windows = self._windows.items()
+        planned = {own: _plan_number(self.sinks, window, self.origin, t) for own, window in windows}
+        return self._plan(planned, None, [1] * self.batch_size)
+
+    def _plan(
+        self,
+        planned: Mapping[int | None, tuple[Step, _Moves]],
+        tensors: Sequence[Tensor] | None,
+        advance: Sequence[int],
+    ) -> _SinkPlan:
+        memories = [_Memory(ring, planned[own][1]) for own, ring in self._rings]
+        steps = {own: step for own, (step, _) in planned.items()}
+        if len(self._windows) > 1 or self.window not in self._windows.values():
+            # Frequencies that depend on a length depend on the cache's, also where a layer's window is shorter.
+            steps = {own: replace(step, span=self.sinks + self.window) for own, step in steps.items()}
+        return _SinkPlan(steps=steps, memories=memories, tensors=tensors, advance=advance)
 
     def commit(self, plan: Plan) -> None:
         """Keep what the forward computed, and move on.
@@ -311,27 +329,48 @@ def _plan_next(sinks: int, window: int, origin: int, seen: int, device: torch.de
     apart = sinks > 0 and (origin > 0 or seen >= total)
     # One small tensor instead of many: this is done for every token.
     numbers = [slot, 0, near, far] if seen >= sinks else [slot, 0, near, far, seen]
-    slots, here, *places = torch.tensor(numbers).to(device, non_blocking=True).view(-1, 1, 1).unbind()
+    pinned = device.type == "cuda"  # or the copy would wait for all that the device has still to do
+    fresh = torch.tensor(numbers, pin_memory=pinned).to(device, non_blocking=True)
+    slots, here, *places = fresh.view(-1, 1, 1).unbind()
     held, visible = min(-(-(seen + 1) // STRIDE) * STRIDE, total), None
     if held < total or seen + 1 < total:
-        keys = torch.arange(held)
-        visible = None if seen + 1 == held else (keys <= seen).to(device)[None, None]
+        keys = torch.arange(held, device=device)
+        visible = None if seen + 1 == held else (keys <= seen)[None, None]
         if origin:
             keys[sinks:] += origin
     else:  # behind the sinks: this lap's tokens up to t, then what is left of the lap before
-        keys = torch.cat((torch.arange(sinks), torch.arange(near - lap, near + 1),
-                          torch.arange(near - window + 1, near - lap)))  # fmt: skip
+        parts = (0, sinks), (near - lap, near + 1), (near - window + 1, near - lap)
+        keys = torch.cat([torch.arange(start, stop, device=device) for start, stop in parts])
     step = Step(
         slots=slots,
         near=places[0],
         far=places[1],
         own=places[-1] if origin and seen < sinks else places[0],
-        keys=keys.to(device, non_blocking=True)[None],
+        keys=keys[None],
         visible=visible,
         sinks=min(sinks, held) if apart else 0,
         span=total,
     )
     return step, _Moves(((0, held),), (None, here[0], slots[0]), None)
+
+
+def _plan_number(sinks: int, window: int, origin: int, t: Tensor) -> tuple[Step, _Moves]:
+    """`_plan_next` past eviction, from t as a tensor, int64 [1], of which nobody here knows the value."""
+    total = sinks + window
+    slots = (t - sinks) % window + sinks
+    near = (t + origin)[None]
+    slot = torch.arange(total, device=t.device)
+    step = Step(
+        slots=slots[None],
+        near=near,
+        far=torch.full_like(near, total - 1),
+        own=near,
+        keys=torch.where(slot < sinks, slot, near - (slots - slot) % window),
+        visible=None,
+        sinks=sinks,
+        span=total,
+    )
+    return step, _Moves(((0, total),), (None, torch.zeros_like(t), slots), None)
 
 
 def _plan_run(

@@ -652,7 +652,9 @@ def main() -> None:
         "--streaming-llm", metavar="FOLDER", help="an environment with its package on the path"
     )
     parser.add_argument("--attention-sinks", metavar="FOLDER", help="an environment that has attention_sinks")
-    parser.add_argument("--llama-cpp", metavar="FOLDER", help="an environment that has llama-cpp-python and gguf")
+    parser.add_argument(
+        "--llama-cpp", metavar="FOLDER", help="an environment that has llama-cpp-python and gguf"
+    )
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--tokens", type=int, help="per round; default: 20 decoded, 2 windows read")
     parser.add_argument("--json", metavar="FILE")
