@@ -261,11 +261,11 @@ class _Answer:
         cuda = numbers.device.type == "cuda"
         self._numbers = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=cuda)
         self._numbers.copy_(numbers, non_blocking=cuda)
-        self._there = torch.cuda.Event() if cuda else None
+        self._there = torch.cuda.Event() if cuda else None  # type: ignore[no-untyped-call]
         if self._there is not None:
             self._there.record()
 
     def wait(self) -> list[float]:
         if self._there is not None:
             self._there.synchronize()
-        return self._numbers.tolist()  # type: ignore[no-any-return]
+        return self._numbers.tolist()
