@@ -35,7 +35,8 @@ def compile(model: nn.Module, backend: str | None = None) -> Compiled:
     the model's own way. The logits are the same, but for rounding. Weights are shared with `model`.
 
     backend: "flat" runs the kernels one by one (the default on a CPU), "cudagraphs" launches all at once (on
-    CUDA), "inductor" gives the list to torch.compile, which may fuse them, and takes minutes at first.
+    CUDA), "inductor" gives the list to torch.compile, which may fuse them, and takes minutes at first (on
+    CUDA, what it makes of them is launched at once, too).
 
     Hooks on the model's modules see only what takes the model's own way. Raises TypeError for a model of
     somebody else's, ValueError for a backend that there is not.
@@ -55,6 +56,8 @@ class Compiled(nn.Module):
         super().__init__()
         self.model, self.backend = model, backend
         self.recordings = 0
+        on_cuda = next(model.parameters()).device.type == "cuda"
+        self._captures = backend == "cudagraphs" or (backend == "inductor" and on_cuda)
         self._recorded: dict[Any, Callable[..., Tensor]] = {}
         self._graphs: WeakKeyDictionary[Planner, dict[Any, _CudaGraph]] = (
             WeakKeyDictionary()
@@ -79,7 +82,7 @@ class Compiled(nn.Module):
         logits_to_keep: int | None = None,
     ) -> Tensor:
         """As the model's own forward."""
-        if self.backend == "cudagraphs" and isinstance(cache, SinkCache):
+        if self._captures and isinstance(cache, SinkCache):
             cache = _Counted(cache)
         return forward_in_chunks(self, tokens, cache, lengths, logits_to_keep)
 
@@ -107,9 +110,7 @@ class Compiled(nn.Module):
         with Recorder(given) as recorder:
             result = self.model.hidden(tokens, plan)  # type: ignore[operator]
         function = recorder.finish(result)
-        if self.backend == "inductor":
-            return torch.compile(function, fullgraph=True, dynamic=False)
-        return _bare(function)
+        return _fused(function) if self.backend == "inductor" else _bare(function)
 
     def _graph(self, tokens: Tensor, t: int, planner: Planner | None) -> _CudaGraph:
         """The graph for one token per row of the planner's cache: it writes to memories that stay the same."""
@@ -122,8 +123,9 @@ class Compiled(nn.Module):
             with Recorder([tokens, place]) as recorder:
                 result = self.model.hidden(tokens, planner.planned(place))  # type: ignore[operator]
             function = recorder.finish(result)
-            _prune(function.graph)
-            graphs[key] = _CudaGraph(_bare(function), tokens, place)
+            _prune(function)
+            kernels = _fused(function) if self.backend == "inductor" else _bare(function)
+            graphs[key] = _CudaGraph(kernels, tokens, place)
             self.recordings += 1
         return graphs[key]
 
@@ -217,6 +219,10 @@ class Recorder(TorchFunctionMode):
         return value
 
 
+def _fused(module: fx.GraphModule) -> Callable[..., Tensor]:
+    return torch.compile(module, fullgraph=True, dynamic=False)
+
+
 def _bare(module: fx.GraphModule) -> Callable[..., Tensor]:
     """A GraphModule's function without the module, whose every look-up of a weight takes 0.3 us."""
     _fuse(module)
@@ -304,13 +310,14 @@ def _joined(weights: Sequence[Tensor], transposed: bool) -> Tensor:
     return joined
 
 
-def _prune(graph: fx.Graph) -> None:
+def _prune(module: fx.GraphModule) -> None:
     """Leave out what is computed for nobody: where keys stand, unless a bias asks."""
-    for node in reversed(graph.nodes):
+    for node in reversed(module.graph.nodes):
         name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "_")
         changes = name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
         if node.op in ("call_method", "call_function") and not node.users and not changes:
-            graph.erase_node(node)
+            module.graph.erase_node(node)
+    module.recompile()
 
 
 class _CudaGraph:

@@ -169,3 +169,21 @@ def test_a_stream_that_runs_ahead_on_graphs_says_the_same(monkeypatch, replays, 
         prompt = said[-1:]
     assert replays[0] >= 27
     assert model.recordings == 1
+
+
+def test_what_torch_compile_makes_of_it_is_captured_too(monkeypatch, replays) -> None:
+    """As "inductor" does on CUDA; here with a backend that compiles nothing, but takes the same apart."""
+    monkeypatch.setattr(
+        COMPILE, "_fused", lambda module: torch.compile(module, fullgraph=True, backend="aot_eager")
+    )
+    torch._dynamo.reset()
+    model, tokens = streamllm.compile(tiny(), "inductor"), text(30)
+    model._captures = True
+    try:
+        for inference in (True, False):
+            with torch.inference_mode(inference):
+                got = feed(model, SinkCache(model, 2, 5), tokens, [1] * 12 + [5] + [1] * 13)
+            assert error(got, defined(tiny(), tokens, 2, 5)) <= TOLERANCE
+    finally:
+        torch._dynamo.reset()
+    assert replays == [2 * (30 - 7 - 5)]
