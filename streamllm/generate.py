@@ -218,32 +218,25 @@ class Loop:
     ) -> tuple[int, BaseException | None]:
         """The next token, pushed, and what went wrong with feeding it, if anything did."""
         assert self.logits is not None
+        before = int(self.cache.seen[0])
         ahead: _Ahead | None = None
         failed: BaseException | None = None
         with torch.inference_mode():
             token, best = choose(self.logits, config, generator, self.said)
             answer = _Answer(torch.cat((token.double(), best.double())))
             try:
-                ahead = self._run_ahead(token)
+                logits = self.model(token[None], self.cache, logits_to_keep=1)[0, -1]
                 answer.wait()
             except BaseException as error:
                 failed = error
+        if int(self.cache.seen[0]) > before:
+            back = self.cache.step_back()
+            ahead = None if failed is not None else _Ahead(logits, back)
         value, finite = answer.wait()
         check_finite(finite)
         self.push([int(value)], token)
         self._ahead = ahead
         return int(value), failed
-
-    def _run_ahead(self, token: Tensor) -> _Ahead:
-        """Feed a token, int64 [1], whose value is not known here, and step back from it."""
-        before = int(self.cache.seen[0])
-        back: object = None
-        try:
-            logits = self.model(token[None], self.cache, logits_to_keep=1)[0, -1]
-        finally:
-            if int(self.cache.seen[0]) > before:
-                back = self.cache.step_back()
-        return _Ahead(logits, back)
 
 
 @dataclass(frozen=True, eq=False)
