@@ -131,6 +131,14 @@ class Plan:
     tensors: Sequence[Tensor] | None = (
         None  # all that differ from this plan to the next, if nothing else does
     )
+    t: int | None = None  # the number of each row's one token, where nothing but that was asked for …
+    by: Planner | None = None  # … and who knows the rest
+
+
+class Planner(Protocol):
+    """Who plans one token per row from its number, int64 [1], on the device and without a look at it."""
+
+    def planned(self, t: Tensor) -> Plan: ...
 
 
 class Cache(Protocol):

@@ -84,7 +84,7 @@ class SinkCache:
         weight = next(model.parameters())
         self.dtype, self.device = weight.dtype, weight.device
         # Tokens seen per row, and the plan that is counted there but that perhaps not every layer keeps yet.
-        # One attribute, replaced as a whole: Ctrl-C falls before or after.
+        # One attribute, replaced as a whole by all that touches the cache: Ctrl-C falls before or after.
         self._stand: tuple[list[int], _SinkPlan | None] = ([0] * batch_size, None)
         # A layer whose own window w is shorter keeps W' = min(W, w). One plan per distinct window.
         self._windows = {own: window if own is None else min(window, own) for own in geometry.windows}
@@ -123,14 +123,24 @@ class SinkCache:
             for tensor in ring.tensors.values():
                 tensor[..., chosen, :, :, :] = 0
 
-    def step_back(self) -> None:
+    def step_back(self) -> object:
         """Take each stream back by the token that it took in last, once, so that it can be fed again.
 
-        For a forward whose result was lost after it was committed. Exact: what that token overwrote was out
-        of its own window.
+        For a forward whose result was lost after it was committed, or that ran ahead. Exact: what that token
+        overwrote was out of its own window. What is returned lets `step_on` undo it.
         """
-        seen, unfinished = self._stand
-        self._stand = [max(0, count - 1) for count in seen], unfinished
+        before = self._stand
+        self._stand = [max(0, count - 1) for count in before[0]], before[1]
+        return before, self._stand
+
+    def step_on(self, back: object) -> bool:
+        """Undo what `step_back` did and returned, if nothing has touched the cache since. Says whether it did."""
+        assert isinstance(back, tuple)
+        before, after = back
+        if self._stand is not after:
+            return False
+        self._stand = before
+        return True
 
     def state_dict(self) -> dict[str, Tensor]:
         """All that the streams are: "sizes" int64 [3] (sinks, window, origin), "seen" int64 [B], and keys and
@@ -182,37 +192,53 @@ class SinkCache:
 
     # What a forward asks for (models/step.py: Cache)
 
-    def plan(self, length: int, lengths: Sequence[int] | None = None) -> Plan:
-        """Where `length` new tokens per row will stand; `lengths` [B] of them are real. No row moves."""
+    def plan(self, length: int, lengths: Sequence[int] | None = None, counted: bool = False) -> Plan:
+        """Where `length` new tokens per row will stand; `lengths` [B] of them are real. No row moves.
+
+        counted: one token per row past eviction is planned by its number alone, `Plan.t`. It can be committed;
+        what to compute, `planned` says.
+        """
         self._finish()
         lockstep = lengths is None and len(set(self._seen)) == 1
         seen = self._seen[:1] if lockstep else self._seen
         counts = [length] * len(seen) if lengths is None else list(lengths)
         alone = length == 1 and all(counts)  # one token for every row: it may take its slot at once
+        evicting = alone and lockstep and seen[0] >= self.sinks + self.window
+        if evicting and counted:
+            return _SinkPlan(steps={}, memories=[], advance=[1] * self.batch_size, t=seen[0], by=self)
         maker = _plan_one if alone else _plan_chunk
         planned = {
             own: maker(self.sinks, window, self.origin, seen, counts, length, self.device)
             for own, window in self._windows.items()
         }
+        tensors = None
+        if evicting:
+            # From now on, the plan of one token is that of the last one with other numbers.
+            tensors = [tensor for step, moves in planned.values() for tensor in _varying(step, moves)]
+            tensors += [tensor for _, ring in self._rings for tensor in ring.tensors.values()]
+        return self._plan(planned, tensors, [length] * self.batch_size if lengths is None else counts)
+
+    def planned(self, t: Tensor) -> Plan:
+        """The plan of one token per row past eviction, from its number: int64 [1], on the cache's device.
+
+        What `plan` gives, but computed there: the host neither knows t nor waits for anything.
+        """
+        windows = self._windows.items()
+        planned = {own: _plan_number(self.sinks, window, self.origin, t) for own, window in windows}
+        return self._plan(planned, None, [1] * self.batch_size)
+
+    def _plan(
+        self,
+        planned: Mapping[int | None, tuple[Step, _Moves]],
+        tensors: Sequence[Tensor] | None,
+        advance: Sequence[int],
+    ) -> _SinkPlan:
+        memories = [_Memory(ring, planned[own][1]) for own, ring in self._rings]
+        steps = {own: step for own, (step, _) in planned.items()}
         if len(self._windows) > 1 or self.window not in self._windows.values():
             # Frequencies that depend on a length depend on the cache's, also where a layer's window is shorter.
-            planned = {
-                own: (replace(step, span=self.sinks + self.window), moves)
-                for own, (step, moves) in planned.items()
-            }
-        tensors = None
-        if alone and lockstep and seen[0] >= self.sinks + self.window:
-            # From now on, the plan of one token is that of the last one with other numbers. The tensors that
-            # the token itself is written to come last, two for each layer.
-            tensors = [tensor for step, moves in planned.values() for tensor in _varying(step, moves)]
-            held = [ring.tensors.values() for _, ring in self._rings]
-            tensors += [tensor for of_one_kind in zip(*held, strict=True) for tensor in of_one_kind]
-        return _SinkPlan(
-            steps={own: step for own, (step, _) in planned.items()},
-            memories=[_Memory(ring, planned[own][1]) for own, ring in self._rings],
-            tensors=tensors,
-            advance=[length] * self.batch_size if lengths is None else counts,
-        )
+            steps = {own: replace(step, span=self.sinks + self.window) for own, step in steps.items()}
+        return _SinkPlan(steps=steps, memories=memories, tensors=tensors, advance=advance)
 
     def commit(self, plan: Plan) -> None:
         """Keep what the forward computed, and move on.
@@ -229,7 +255,7 @@ class SinkCache:
         if unfinished is not None:
             for memory in unfinished.memories:
                 memory.keep()
-            self._stand = seen, None
+        self._stand = seen, None  # also where nothing was left: whoever plans or looks has touched the cache
 
 
 Move = tuple[Tensor | None, Tensor, Tensor]
@@ -420,22 +446,24 @@ def _plan_next(sinks: int, window: int, origin: int, seen: int, device: torch.de
     apart = sinks > 0 and (origin > 0 or seen >= total)
     # One small tensor instead of many: this is done for every token.
     numbers = [slot, 0, near, far] if seen >= sinks else [slot, 0, near, far, seen]
-    slots, here, *places = torch.tensor(numbers).to(device, non_blocking=True).view(-1, 1, 1).unbind()
+    pinned = device.type == "cuda"  # or the copy would wait for all that the device has still to do
+    fresh = torch.tensor(numbers, pin_memory=pinned).to(device, non_blocking=True)
+    slots, here, *places = fresh.view(-1, 1, 1).unbind()
     held, visible = min(-(-(seen + 1) // STRIDE) * STRIDE, total), None
     if held < total or seen + 1 < total:
-        keys = torch.arange(held)
-        visible = None if seen + 1 == held else (keys <= seen).to(device)[None, None]
+        keys = torch.arange(held, device=device)
+        visible = None if seen + 1 == held else (keys <= seen)[None, None]
         if origin:
             keys[sinks:] += origin
     else:  # behind the sinks: this lap's tokens up to t, then what is left of the lap before
-        keys = torch.cat((torch.arange(sinks), torch.arange(near - lap, near + 1),
-                          torch.arange(near - window + 1, near - lap)))  # fmt: skip
+        parts = (0, sinks), (near - lap, near + 1), (near - window + 1, near - lap)
+        keys = torch.cat([torch.arange(start, stop, device=device) for start, stop in parts])
     step = Step(
         slots=slots,
         near=places[0],
         far=places[1],
         own=places[-1] if origin and seen < sinks else places[0],
-        keys=keys.to(device, non_blocking=True)[None],
+        keys=keys[None],
         visible=visible,
         sinks=min(sinks, held) if apart else 0,
         span=total,
@@ -443,6 +471,25 @@ def _plan_next(sinks: int, window: int, origin: int, seen: int, device: torch.de
     move = None, here[0], slots[0]
     sunk, early = (move, None) if seen < sinks else (None, move)
     return step, _Moves(((0, held),), sunk, early, None)
+
+
+def _plan_number(sinks: int, window: int, origin: int, t: Tensor) -> tuple[Step, _Moves]:
+    """`_plan_next` past eviction, from t as a tensor, int64 [1], of which nobody here knows the value."""
+    total = sinks + window
+    slots = (t - sinks) % window + sinks
+    near = (t + origin)[None]
+    slot = torch.arange(total, device=t.device)
+    step = Step(
+        slots=slots[None],
+        near=near,
+        far=torch.full_like(near, total - 1),
+        own=near,
+        keys=torch.where(slot < sinks, slot, near - (slots - slot) % window),
+        visible=None,
+        sinks=sinks,
+        span=total,
+    )
+    return step, _Moves(((0, total),), None, (None, torch.zeros_like(t), slots), None)
 
 
 def _plan_run(

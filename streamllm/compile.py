@@ -11,14 +11,16 @@ from functools import partial
 from itertools import accumulate
 from types import MethodDescriptorType, MethodWrapperType, SimpleNamespace, WrapperDescriptorType
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
+from streamllm.cache import SinkCache
 from streamllm.models import layers
-from streamllm.models.step import Cache, Geometry, Plan, forward_in_chunks, geometry_of
+from streamllm.models.step import Cache, Geometry, Plan, Planner, forward_in_chunks, geometry_of
 
 BACKENDS = ("flat", "inductor", "cudagraphs")
 _POINTWISE = layers._pointwise
@@ -33,7 +35,8 @@ def compile(model: nn.Module, backend: str | None = None) -> Compiled:
     the model's own way. The logits are the same, but for rounding. Weights are shared with `model`.
 
     backend: "flat" runs the kernels one by one (the default on a CPU), "cudagraphs" launches all at once (on
-    CUDA), "inductor" gives the list to torch.compile, which may fuse them, and takes minutes at first.
+    CUDA), "inductor" gives the list to torch.compile, which may fuse them, and takes minutes at first (on
+    CUDA, what it makes of them is launched at once, too).
 
     Hooks on the model's modules see only what takes the model's own way. Raises TypeError for a model of
     somebody else's, ValueError for a backend that there is not.
@@ -53,7 +56,12 @@ class Compiled(nn.Module):
         super().__init__()
         self.model, self.backend = model, backend
         self.recordings = 0
+        on_cuda = next(model.parameters()).device.type == "cuda"
+        self._captures = backend == "cudagraphs" or (backend == "inductor" and on_cuda)
         self._recorded: dict[Any, Callable[..., Tensor]] = {}
+        self._graphs: WeakKeyDictionary[Planner, dict[Any, _CudaGraph]] = (
+            WeakKeyDictionary()
+        )  # gone with a cache
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -74,18 +82,20 @@ class Compiled(nn.Module):
         logits_to_keep: int | None = None,
     ) -> Tensor:
         """As the model's own forward."""
+        if self._captures and isinstance(cache, SinkCache):
+            cache = _Counted(cache)
         return forward_in_chunks(self, tokens, cache, lengths, logits_to_keep)
 
     def hidden(self, tokens: Tensor, plan: Plan) -> Tensor:
         """One chunk: int64 [B, T] -> [B, T, C], before the head."""
+        if plan.t is not None:
+            return self._graph(tokens, plan.t, plan.by)(tokens, plan.t)
         if plan.tensors is None:
             return self.model.hidden(tokens, plan)  # type: ignore[no-any-return, operator]
         given = [tokens, *plan.tensors]
         memory = given[-1]
         key: tuple[Any, ...] = (tokens.shape, memory.dtype, memory.device, torch.is_inference_mode_enabled(),
                tuple((own, step.sinks, step.span) for own, step in plan.steps.items()))  # fmt: skip
-        if self.backend == "cudagraphs":
-            key = *key, memory.data_ptr()  # a graph writes to the memories that it was captured with
         if key not in self._recorded:
             self._recorded[key] = self._record(tokens, plan, given)
             self.recordings += 1
@@ -100,10 +110,37 @@ class Compiled(nn.Module):
         with Recorder(given) as recorder:
             result = self.model.hidden(tokens, plan)  # type: ignore[operator]
         function = recorder.finish(result)
-        if self.backend == "inductor":
-            return torch.compile(function, fullgraph=True, dynamic=False)
-        flat = _bare(function)
-        return _CudaGraph(flat, given, 2 * len(plan.memories)) if self.backend == "cudagraphs" else flat
+        return _fused(function) if self.backend == "inductor" else _bare(function)
+
+    def _graph(self, tokens: Tensor, t: int, planner: Planner | None) -> _CudaGraph:
+        """The graph for one token per row of the planner's cache: it writes to memories that stay the same."""
+        assert planner is not None
+        graphs = self._graphs.setdefault(planner, {})
+        key = tokens.shape, tokens.dtype, torch.is_inference_mode_enabled()
+        if key not in graphs:
+            place = torch.full((1,), t, device=tokens.device)
+            self.model.hidden(tokens, planner.planned(place))  # type: ignore[operator]
+            with Recorder([tokens, place]) as recorder:
+                result = self.model.hidden(tokens, planner.planned(place))  # type: ignore[operator]
+            function = recorder.finish(result)
+            _prune(function)
+            kernels = _fused(function) if self.backend == "inductor" else _bare(function)
+            graphs[key] = _CudaGraph(kernels, tokens, place)
+            self.recordings += 1
+        return graphs[key]
+
+
+class _Counted:
+    """A cache that plans single tokens past eviction by their number alone: the rest is in the graph."""
+
+    def __init__(self, cache: SinkCache) -> None:
+        self._cache, self.chunk, self.batch_size = cache, cache.chunk, cache.batch_size
+
+    def plan(self, length: int, lengths: Sequence[int] | None) -> Plan:
+        return self._cache.plan(length, lengths, counted=True)
+
+    def commit(self, plan: Plan) -> None:
+        self._cache.commit(plan)
 
 
 class Recorder(TorchFunctionMode):
@@ -180,6 +217,10 @@ class Recorder(TorchFunctionMode):
         if isinstance(value, slice):
             return slice(self._mapped(value.start), self._mapped(value.stop), self._mapped(value.step))
         return value
+
+
+def _fused(module: fx.GraphModule) -> Callable[..., Tensor]:
+    return torch.compile(module, fullgraph=True, dynamic=False)
 
 
 def _bare(module: fx.GraphModule) -> Callable[..., Tensor]:
@@ -269,25 +310,49 @@ def _joined(weights: Sequence[Tensor], transposed: bool) -> Tensor:
     return joined
 
 
-class _CudaGraph:
-    """The kernels of a function, captured once and launched together, on inputs that stay where they are."""
+def _prune(module: fx.GraphModule) -> None:
+    """Leave out what is computed for nobody: where keys stand, unless a bias asks."""
+    for node in reversed(module.graph.nodes):
+        name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "_")
+        changes = name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
+        if node.op in ("call_method", "call_function") and not node.users and not changes:
+            module.graph.erase_node(node)
+    module.recompile()
 
-    def __init__(self, function: Callable[..., Tensor], given: Sequence[Tensor], memories: int) -> None:
-        self._varying = len(given) - memories
-        self._given = [tensor.clone() for tensor in given[: self._varying]]
-        given = [*self._given, *given[self._varying :]]
+
+class _CudaGraph:
+    """The kernels of one token's forward, captured once and launched together.
+
+    They find the token and its number where they stood at the capture; all else follows from these on the
+    device. The number goes there as a kernel's argument: no copy from the host, none to wait for.
+    """
+
+    def __init__(self, function: Callable[[Tensor, Tensor], Tensor], tokens: Tensor, place: Tensor) -> None:
+        self._tokens, self._place = tokens.clone(), place
+        self._replay = _captured(lambda: function(self._tokens, self._place), tokens.device)
+
+    def __call__(self, tokens: Tensor, t: int) -> Tensor:
+        """The result stands where the next call's will."""
+        self._tokens.copy_(tokens)
+        self._place.fill_(t)
+        return self._replay()
+
+
+def _captured(function: Callable[[], Tensor], device: torch.device) -> Callable[[], Tensor]:
+    """What does the same to the same memory again, in one launch."""
+    with torch.cuda.device(device):
         side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):  # libraries set themselves up outside of the capture
             for _ in range(3):
-                function(*given)
+                function()
         torch.cuda.current_stream().wait_stream(side)
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
-            self._result = function(*given)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            result = function()
 
-    def __call__(self, *given: Tensor) -> Tensor:
-        for place, tensor in zip(self._given, given[: self._varying], strict=True):
-            place.copy_(tensor, non_blocking=True)
-        self._graph.replay()
-        return self._result
+    def replay() -> Tensor:
+        graph.replay()
+        return result
+
+    return replay

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from streamllm.cache import SinkCache
 from streamllm.models.step import geometry_of
-from streamllm.sampling import GenerationConfig, attached, next_token
+from streamllm.sampling import GenerationConfig, attached, check_finite, choose, next_token
 from streamllm.weights.errors import UnsupportedConfig
+
+# Devices that work through a queue: they are given the next forward before the last token is read from them.
+AHEAD = ("cuda",)
 
 
 def generate(
@@ -94,6 +98,11 @@ class Loop:
     """One stream between a model and its cache: what is fed, what is still to be fed, and the last logits.
 
     It can be interrupted anywhere, and run on: `unfed` is what the cache has not taken in yet.
+
+    A device that works through a queue (`AHEAD`) never waits for the host: a token is fed to the next forward
+    where it was chosen, and only then read. The cache steps back from that forward before the token is said,
+    and on again when the next one is asked for. So whoever stops, looks or does something else between two
+    tokens finds all as if nothing had run ahead.
     """
 
     def __init__(self, model: nn.Module, cache: SinkCache) -> None:
@@ -107,9 +116,13 @@ class Loop:
         self.logits: Tensor | None = None  # [V], after the last token fed
         self.past: set[int] = set()  # the tokens of the stream so far
         self.said: Tensor | None = None  # the same as bool [V], once the repetition penalty asks
+        self._ahead: _Ahead | None = None  # the forward of `unfed`, where that is one token, run already
 
-    def push(self, tokens: Sequence[int]) -> None:
-        """Tokens to take in before the next one is chosen. Raises ValueError for ids that the model lacks."""
+    def push(self, tokens: Sequence[int], there: Tensor | None = None) -> None:
+        """Tokens to take in before the next one is chosen. `there`: the same, int64, on the device already.
+
+        Raises ValueError for ids that the model lacks.
+        """
         wrong = [token for token in tokens if not 0 <= token < self.vocab_size]
         if wrong:
             raise ValueError(
@@ -119,15 +132,20 @@ class Loop:
         self.past.update(tokens)
         if self.said is not None:
             with torch.inference_mode():
-                self.said[list(tokens)] = True
+                if there is None:
+                    there = torch.tensor(list(tokens), dtype=torch.int64, device=self.cache.device)
+                self.said.index_fill_(0, there, True)
 
     def feed(self) -> None:
         """Let the cache take in what is still to be fed."""
         if not self.unfed:
             return
         before = int(self.cache.seen[0])
-        self.logits = None
+        ahead, self._ahead, self.logits = self._ahead, None, None
         try:
+            if ahead is not None and len(self.unfed) == 1 and self.cache.step_on(ahead.back):
+                self.logits = ahead.logits
+                return
             with torch.inference_mode():
                 tokens = torch.tensor([self.unfed], device=self.cache.device)
                 self.logits = self.model(tokens, self.cache, logits_to_keep=1)[0, -1]
@@ -169,13 +187,78 @@ class Loop:
                 self.said = torch.zeros(self.vocab_size, dtype=torch.bool, device=self.cache.device)
                 self.said[list(self.past)] = True
         done = 0
+        failed: BaseException | None = None
         while max_new_tokens is None or done < max_new_tokens:
+            if failed is not None:  # in its turn: what is said and fed is then what it is without AHEAD
+                self.logits = None
+                raise failed
             self.feed()
-            assert self.logits is not None
-            with torch.inference_mode():
-                token = next_token(self.logits, config, generator, self.said)
-            self.push([token])
             done += 1
-            yield token
+            if self.cache.device.type in AHEAD and done != max_new_tokens:
+                token, failed = self._choose_and_run_ahead(config, generator)
+            else:
+                token = self._choose(config, generator)
+            try:
+                yield token
+            finally:
+                if failed is not None and not isinstance(failed, Exception):
+                    raise failed  # Ctrl-C is never lost, not even on one who wants no more tokens
             if token in config.eos:
                 return
+
+    def _choose(self, config: GenerationConfig, generator: torch.Generator | None) -> int:
+        assert self.logits is not None
+        with torch.inference_mode():
+            token = next_token(self.logits, config, generator, self.said)
+        self.push([token])
+        return token
+
+    def _choose_and_run_ahead(
+        self, config: GenerationConfig, generator: torch.Generator | None
+    ) -> tuple[int, BaseException | None]:
+        """The next token, pushed, and what went wrong with feeding it, if anything did."""
+        assert self.logits is not None
+        before = int(self.cache.seen[0])
+        ahead: _Ahead | None = None
+        failed: BaseException | None = None
+        with torch.inference_mode():
+            token, best = choose(self.logits, config, generator, self.said)
+            answer = _Answer(torch.cat((token.double(), best.double())))
+            try:
+                logits = self.model(token[None], self.cache, logits_to_keep=1)[0, -1]
+                answer.wait()
+            except BaseException as error:
+                failed = error
+        if int(self.cache.seen[0]) > before:
+            back = self.cache.step_back()
+            ahead = None if failed is not None else _Ahead(logits, back)
+        value, finite = answer.wait()
+        check_finite(finite)
+        self.push([int(value)], token)
+        self._ahead = ahead
+        return int(value), failed
+
+
+@dataclass(frozen=True, eq=False)
+class _Ahead:
+    """A forward that ran before anybody asked for it."""
+
+    logits: Tensor  # [V]
+    back: object  # how the cache came back from it
+
+
+class _Answer:
+    """Numbers on their way to the host. What the device was told to do after them is not waited for."""
+
+    def __init__(self, numbers: Tensor) -> None:
+        cuda = numbers.device.type == "cuda"
+        self._numbers = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=cuda)
+        self._numbers.copy_(numbers, non_blocking=cuda)
+        self._there = torch.cuda.Event() if cuda else None  # type: ignore[no-untyped-call]
+        if self._there is not None:
+            self._there.record()
+
+    def wait(self) -> list[float]:
+        if self._there is not None:
+            self._there.synchronize()
+        return self._numbers.tolist()

@@ -138,22 +138,75 @@ def next_token(
 
     Raises ValueError where a logit is no number, which a model out of its precision gives.
     """
-    scores = logits.float()
-    if said is not None and config.repetition_penalty != 1.0:
-        penalty = config.repetition_penalty
-        scores = torch.where(said, torch.where(scores < 0, scores * penalty, scores / penalty), scores)
-    best, first = scores.max(-1)
-    if not best.isfinite():
+    if logits.device.type != "cpu":  # where a look at the numbers costs more than it can spare
+        token, best = choose(logits, config, generator, said)
+        check_finite(float(best))
+        return int(token)
+    scores = _penalised(logits, config, said)
+    top, first = scores.max(-1)
+    check_finite(float(top))
+    if config.temperature == 0:
+        return int(first)
+    # the difference, because a small temperature would make infinities of the scores themselves
+    scores, tokens = _likeliest((scores - top) / config.temperature, config)
+    return int(tokens[_drawn(scores, generator)])
+
+
+def choose(
+    logits: Tensor, config: GenerationConfig, generator: torch.Generator | None, said: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """As `next_token`, but the token stays on its device, int64 [1], and nothing waits for it.
+
+    With it comes the best logit, [1], for `check_finite`: where it is no number, the token means nothing.
+    """
+    scores = _penalised(logits, config, said)
+    best, token = scores.max(-1, keepdim=True)
+    if config.temperature == 0:
+        return token, best
+    scores = (scores - best) / config.temperature
+    if not config.top_k and config.top_p == 1 and not config.min_p:
+        return _drawn(scores, generator), best
+    # As `_likeliest`, but what is left out keeps its place: how many are left is not known here.
+    scores, tokens = scores.sort(descending=True, stable=True)
+    if config.top_k:
+        worst = scores[min(config.top_k, len(scores)) - 1]
+        scores = scores.masked_fill(scores < worst, -torch.inf)
+    shares = scores.softmax(-1)
+    fits = shares.cumsum(-1) - shares < config.top_p if config.top_p < 1 else shares >= 0
+    if config.min_p:
+        fits = fits & (shares >= config.min_p * shares[0])
+    return tokens.gather(0, _drawn(scores.masked_fill(~fits, -torch.inf), generator)), best
+
+
+def check_finite(best: float) -> None:
+    """Raises ValueError where the best logit is no number."""
+    if not math.isfinite(best):
         raise ValueError(
             f"the model's logits are not finite ({best:g}): in float16 take bfloat16 or float32 instead; "
             f"else its weights are damaged"
         )
-    if config.temperature == 0:
-        return int(first)
-    # the difference, because a small temperature would make infinities of the scores themselves
-    scores, tokens = _likeliest((scores - best) / config.temperature, config)
-    chosen = torch.multinomial(scores.softmax(-1), 1, generator=generator)
-    return int(tokens[chosen])
+
+
+def _penalised(logits: Tensor, config: GenerationConfig, said: Tensor | None) -> Tensor:
+    scores = logits.float()
+    if said is None or config.repetition_penalty == 1.0:
+        return scores
+    penalty = config.repetition_penalty
+    return torch.where(said, torch.where(scores < 0, scores * penalty, scores / penalty), scores)
+
+
+def _drawn(scores: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Which of the scores, of which the best is 0, one number of chance falls on: int64 [1].
+
+    Scores of -inf behind the others change nothing, and a vocabulary costs no more chance than a few tokens.
+    """
+    wide = torch.float32 if scores.device.type == "mps" else torch.float64  # MPS has no more
+    reached = scores.to(wide).exp().cumsum(-1)
+    chance = torch.rand(1, generator=generator, dtype=wide, device=scores.device)
+    rank = torch.searchsorted(reached, chance * reached[-1], right=True)
+    return rank.clamp(
+        max=len(scores) - 1
+    )  # acts where scores are no numbers: a token there must be, to be fed
 
 
 def _likeliest(scores: Tensor, config: GenerationConfig) -> tuple[Tensor, Tensor]:

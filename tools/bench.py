@@ -3,11 +3,15 @@
     python tools/bench.py decode --model M --window 1024 --threads 1 2
     python tools/bench.py decode score --model S --dtype float32 bfloat16 --systems ours compiled dynamic
     python tools/bench.py load --model M
+    python tools/bench.py decode --device cuda --model 7B --dtype bfloat16 --window 4092 \\
+        --systems limit ours cudagraphs static static-compiled
+    python tools/bench.py decode --device cuda --model 7B --dtype bfloat16 --systems ours cudagraphs --profile
     python tools/bench.py decode --streaming-llm ~/peer       # ~/peer/bin/python, with its package importable
 
 The limit is the fastest plain read of the bytes that one token needs: the weights but for the embedding,
 and the cache. It is measured in the same run, with the same threads. Every system is a process of its own;
-all are set up first, then measured in turn, round after round, so that a busy neighbour disturbs all alike.
+all are set up first, then measured in turn, round after round, so that a busy neighbour disturbs all alike
+(on a CPU: on an accelerator, which has no neighbours and no room, one comes after the other).
 What is printed is the median of the rounds, with the lowest and the highest, and the ratio to the limit.
 
 Weights are random: nothing here depends on their values. Streams stand past eviction when the clock starts.
@@ -85,23 +89,19 @@ def limit(spec: Spec) -> Round:
         ),
     ]
 
-    def pass_over(reader: Any) -> None:
-        for part in parts:
-            reader(part)
-        _wait(spec)
+    def pass_over(reader: Any, times: int) -> None:
+        for _ in range(times):
+            for part in parts:
+                reader(part)
+        _wait(spec)  # an accelerator works through all of them without a word from here
 
     def seconds(reader: Any) -> float:
         begin = time.perf_counter()
-        pass_over(reader)
+        pass_over(reader, 1)
         return time.perf_counter() - begin
 
     best = min(readers, key=lambda reader: min(seconds(reader) for _ in range(5)))
-
-    def run() -> None:
-        for _ in range(spec.tokens):
-            pass_over(best)
-
-    return run
+    return lambda: pass_over(best, spec.tokens)
 
 
 def ours(spec: Spec, compiled: str | None = None) -> Round:
@@ -111,11 +111,14 @@ def ours(spec: Spec, compiled: str | None = None) -> Round:
     import streamllm
 
     model: Any = _our_model(spec)
-    cache = streamllm.SinkCache(model, SINKS, spec.window, spec.batch)
+    # On an accelerator the scores of a chunk, [B, H, chunk, K] in float32, must fit beside a large batch.
+    chunk = 512 if spec.device == "cpu" else max(32, 512 // spec.batch)
+    cache = streamllm.SinkCache(model, SINKS, spec.window, spec.batch, chunk)
     if compiled:
         model = streamllm.compile(model, backend=compiled)
     text = _text(spec, SINKS + spec.window + spec.tokens)
-    model(text, cache, logits_to_keep=1)
+    with torch.inference_mode():
+        model(text, cache, logits_to_keep=1)
 
     def decode() -> None:
         with torch.inference_mode():
@@ -140,16 +143,24 @@ def ours(spec: Spec, compiled: str | None = None) -> Round:
 
 
 def transformers(spec: Spec, kind: str) -> Round:
-    """transformers with one of its caches: dynamic or static, neither of which evicts; or the sliding one."""
+    """transformers with one of its caches: dynamic or static, neither of which evicts; or the sliding one.
+
+    "static-compiled" is what its own generate does with a static cache on CUDA: prefill as it is, then the
+    forward through torch.compile, with CUDA graphs.
+    """
     import torch
     from transformers import DynamicCache, LlamaForCausalLM, MistralForCausalLM, StaticCache
 
     model = _their_model(spec, MistralForCausalLM if kind == "sliding" else LlamaForCausalLM)
     full = SINKS + spec.window
     text = _text(spec, full + spec.tokens)
+    places = [torch.tensor([[full - spec.tokens + i]], device=spec.device) for i in range(spec.tokens)]
+    one: Any = model
+    if kind == "static-compiled":
+        one = torch.compile(model, mode="reduce-overhead", fullgraph=True)
 
     def fresh() -> Any:
-        if kind == "static":
+        if kind.startswith("static"):
             return StaticCache(config=model.config, max_cache_len=max(full, spec.tokens))
         return DynamicCache(config=model.config) if kind == "sliding" else DynamicCache()
 
@@ -157,14 +168,12 @@ def transformers(spec: Spec, kind: str) -> Round:
         token = text[:, :1]
         with torch.inference_mode():
             for i in range(spec.tokens):
-                place = torch.tensor([full - spec.tokens + i], device=spec.device)
-                out = model(
-                    token, past_key_values=state["cache"], use_cache=True, position_ids=place[None]
-                )  # fmt: skip
+                torch.compiler.cudagraph_mark_step_begin()
+                out = one(token, past_key_values=state["cache"], use_cache=True, position_ids=places[i])
                 token = out.logits[:, -1].argmax(-1, keepdim=True)
             if kind == "dynamic":
                 state["cache"].crop(-spec.tokens)
-            elif kind == "static":
+            elif kind.startswith("static"):
                 for layer in state["cache"].layers:
                     layer.cumulative_length -= spec.tokens
         _wait(spec)
@@ -258,6 +267,7 @@ SYSTEMS: dict[str, Callable[[Spec], Round]] = {
     "cudagraphs": lambda spec: ours(spec, "cudagraphs"),
     "dynamic": lambda spec: transformers(spec, "dynamic"),
     "static": lambda spec: transformers(spec, "static"),
+    "static-compiled": lambda spec: transformers(spec, "static-compiled"),
     "sliding": lambda spec: transformers(spec, "sliding"),
     "streaming-llm": lambda spec: streaming_llm(spec, "streaming-llm"),
     "attention-sinks": lambda spec: streaming_llm(spec, "attention-sinks"),
@@ -313,7 +323,9 @@ def _their_model(spec: Spec, kind: Any, **options: Any) -> Any:
     if hasattr(config, "sliding_window"):
         config.sliding_window = full
     torch.set_default_dtype(getattr(torch, spec.dtype))
-    model = kind(config, **options).eval().requires_grad_(False).to(spec.device)
+    # A large model is drawn where it will be: a CPU takes minutes for 7 billion numbers.
+    with contextlib.nullcontext() if spec.device == "cpu" else torch.device(spec.device):
+        model = kind(config, **options).eval().requires_grad_(False).to(spec.device)
     torch.set_default_dtype(torch.float32)
     return model
 
@@ -443,6 +455,52 @@ class Worker:
         answer = json.loads(line)
         self.failed = answer.get("failed")
         return answer  # type: ignore[no-any-return]
+
+
+# ---------------------------------------------------------------- who waits for whom
+
+
+def profiled(spec: Spec) -> dict[str, float]:
+    """What `streamllm.generate` does for one token: host calls that wait, launches, kernels; ms unprofiled.
+
+    On CUDA one event is waited for per token, which the device has long passed or will pass with the next
+    forward in its queue: cudaEventSynchronize 1, the other waits 0 but for the profiler's own. On a CPU
+    `_local_scalar_dense` stands in for them; it counts numbers read from the host's own tensors, too.
+    """
+    import torch
+    from torch.profiler import ProfilerActivity
+
+    import streamllm
+
+    torch.set_num_threads(spec.threads)
+    model: Any = _our_model(spec)
+    cache = streamllm.SinkCache(model, SINKS, spec.window)
+    backend = {"compiled": "flat", "cudagraphs": "cudagraphs"}.get(spec.system)
+    if backend:
+        model = streamllm.compile(model, backend)
+    prompt = _text(replace(spec, batch=1), SINKS + spec.window)
+    said = streamllm.generate(model, prompt, cache, eos=[])
+    for _ in range(10):
+        next(said)
+    _wait(spec)
+    begin = time.perf_counter()
+    for _ in range(spec.tokens):
+        next(said)
+    counts = {"ms": (time.perf_counter() - begin) / spec.tokens * 1e3}
+    cuda = spec.device.startswith("cuda")
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
+    with torch.profiler.profile(activities=activities) as profile:
+        for _ in range(spec.tokens):
+            next(said)
+    for row in profile.key_averages():
+        waits = row.key.endswith("Synchronize") or row.key in ("cudaMemcpy", "aten::nonzero")
+        pageable = row.key.startswith("Memcpy") and "Pageable" in row.key
+        launches = row.key.startswith(("cudaLaunch", "cuLaunch", "cudaGraphLaunch", "cudaMemcpyAsync"))
+        if waits or pageable or launches or row.key in ("aten::_local_scalar_dense", "aten::item"):
+            counts[row.key] = row.count / spec.tokens
+        elif row.device_type == torch.autograd.DeviceType.CUDA:
+            counts["kernels"] = counts.get("kernels", 0.0) + row.count / spec.tokens
+    return counts
 
 
 # ---------------------------------------------------------------- load and import
@@ -652,7 +710,10 @@ def main() -> None:
         "--streaming-llm", metavar="FOLDER", help="an environment with its package on the path"
     )
     parser.add_argument("--attention-sinks", metavar="FOLDER", help="an environment that has attention_sinks")
-    parser.add_argument("--llama-cpp", metavar="FOLDER", help="an environment that has llama-cpp-python and gguf")
+    parser.add_argument(
+        "--llama-cpp", metavar="FOLDER", help="an environment that has llama-cpp-python and gguf"
+    )
+    parser.add_argument("--profile", action="store_true", help="count what waits, and per token; ours only")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--tokens", type=int, help="per round; default: 20 decoded, 2 windows read")
     parser.add_argument("--json", metavar="FILE")
@@ -670,8 +731,14 @@ def main() -> None:
         Spec("", task, model, dtype, window, batch, threads, args.device, args.tokens or 0)
         for task in args.tasks if task != "load"
         for model in args.model for dtype in args.dtype for window in args.window
-        for batch in args.batch for threads in args.threads
+        for batch in args.batch for threads in (args.threads if args.device == "cpu" else args.threads[-1:])
     ]  # fmt: skip
+    if args.profile:
+        for cell in cells:
+            for system in [name for name in args.systems if name in ("ours", "compiled", "cudagraphs")]:
+                counts = profiled(replace(cell, system=system, tokens=cell.tokens or 50))
+                print(json.dumps({"what": cell.place, "system": system, **counts}))
+        return
     for cell in cells:
         workers = []
         for system in systems:
@@ -682,11 +749,10 @@ def main() -> None:
             spec = replace(cell, system=system, tokens=cell.tokens or _amount(cell, system))
             if _possible(spec):
                 workers.append(Worker(spec, python or sys.executable, path))
-        for _ in range(args.rounds):
-            for worker in workers:
-                worker.round()
-        for worker in workers:
-            worker.end()
+                if args.device != "cpu":  # two may not fit beside each other
+                    _run([workers[-1]], args.rounds)
+        if args.device == "cpu":
+            _run(workers, args.rounds)
         rows += measured(workers)
         print(table(rows[-len(workers) :]), flush=True)
     if "load" in args.tasks:
@@ -701,6 +767,14 @@ def main() -> None:
         plot(rows, args.plot)
 
 
+def _run(workers: Sequence[Worker], rounds: int) -> None:
+    for _ in range(rounds):
+        for worker in workers:
+            worker.round()
+    for worker in workers:
+        worker.end()
+
+
 def _amount(cell: Spec, system: str) -> int:
     if cell.task == "decode" or system in ("streaming-llm", "attention-sinks"):
         return 20
@@ -709,8 +783,8 @@ def _amount(cell: Spec, system: str) -> int:
 
 def _possible(spec: Spec) -> bool:
     """Whether a system does this at all."""
-    if spec.system in ("limit", "llama-cpp"):
-        return spec.task == "decode"
+    if spec.system in ("limit", "llama-cpp", "static-compiled"):
+        return spec.task == "decode" and (spec.dtype != "int8" or spec.system != "static-compiled")
     if spec.system in ("dynamic", "static", "sliding", "streaming-llm", "attention-sinks"):
         if spec.dtype == "int8":
             return False

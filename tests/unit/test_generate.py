@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 
 import pytest
@@ -11,9 +12,18 @@ import streamllm
 from streamllm import GenerationConfig, SinkCache, Stream, generate
 from streamllm.weights.errors import UnsupportedConfig
 
+LOOP = importlib.import_module("streamllm.generate")  # `streamllm.generate` is the function
 PROMPT = [0, 40, 50, 60, 70, 80, 90]
 TEXT = "def once(upon):\n    return"
 NEVER = "\ue000"  # a character that the model does not say
+
+
+@pytest.fixture(params=["", "ahead"], autouse=True)
+def ahead(request, monkeypatch) -> bool:
+    """Every test here runs twice: the second time as on a device that is never waited for."""
+    if request.param:
+        monkeypatch.setattr(LOOP, "AHEAD", ("cpu",))
+    return bool(request.param)
 
 
 def greedy(model: torch.nn.Module, tokens: list[int], count: int) -> list[int]:
