@@ -108,6 +108,13 @@ def arrange(model: nn.Module) -> None:
         linear.arrange()
 
 
+def arrange_by_rows(model: nn.Module) -> None:
+    """Lay out every Linear of a model [out, in], as on disk: what compiled loops over its outputs read."""
+    for module in model.modules():
+        if isinstance(module, Linear):
+            _by_rows(module)
+
+
 def quantize(model: nn.Module) -> None:
     """Round the weights of every Linear of a model to int8. Embeddings and norms stay as they are."""
     for module in model.modules():
@@ -126,38 +133,46 @@ def _eight_bits(scale: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -
     return F.linear(x, weight.to(x.dtype) * scale.to(x.dtype)[:, None], bias)
 
 
-# The kernels of a CPU, per number of rows, measured on one core of a Zen 4 with AVX-512.
+# The kernels of a CPU, per number of rows, measured on a Zen 4 with AVX-512.
 
 
-def _transposed(linear: Linear) -> None:
-    """float32: stored [in, out], a row times a matrix reads up to twice as fast as stored [out, in]."""
+def _rows_or_columns(linear: Linear) -> None:
+    """float32, for oneDNN: [out, in], as on disk, with one to 512 rows the fastest or next to it.
+
+    But on one thread, a row of more outputs than inputs is read 1.1 to 1.3 times as fast by MKL, from weights
+    stored [in, out]. More threads do not help MKL there.
+    """
     weight = linear.weight
-    if weight.stride() != (1, weight.shape[0]):
+    if torch.get_num_threads() > 1 or weight.shape[0] < weight.shape[1] or not _ONEDNN:
+        _by_rows(linear)
+    elif weight.stride() != (1, weight.shape[0]):
         weight.data = weight.data.t().contiguous().t()  # shape and values stay: only strides change
     linear.kernel = _float32
 
 
+def _by_rows(linear: Linear) -> None:
+    """[out, in], without gaps between the rows of inputs."""
+    if linear.weight.is_mkldnn:
+        linear.weight = nn.Parameter(linear.weight.to_dense(), requires_grad=False)
+    linear.weight.data = linear.weight.data.contiguous()
+    linear.__dict__.pop("kernel", None)
+    linear._settle(arranged=False)
+    if linear.weight.dtype == torch.float32 and linear.weight.device.type == "cpu":
+        linear.kernel = _float32
+
+
 def _float32(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    rows = x.numel() // x.shape[-1]
     if not _ONEDNN or x.requires_grad or weight.requires_grad:  # oneDNN has no gradients
         return F.linear(x, weight, bias)
-    if weight.stride(1) != weight.shape[0]:  # a view of fused weights: oneDNN reads it at 0.2 GB/s
+    rows = x.numel() // x.shape[-1]
+    by_columns = weight.stride(1) != 1
+    if by_columns and rows == 1:
+        return F.linear(x, weight, bias)
+    if by_columns and weight.stride(1) != weight.shape[0]:  # a view of fused weights: oneDNN takes ages
         if rows < 16:
             return F.linear(x, weight, bias)
         weight = weight.t().contiguous().t()
-    elif rows == 1:
-        return row_kernel(weight.shape)(x, weight, bias)
-    return onednn(x, weight, bias)  # 2 to 4 times as fast as MKL for 16 rows and more
-
-
-def row_kernel(shape: Sequence[int]) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
-    """What multiplies a row with float32 weights [out, in] stored [in, out]: MKL at 18 to 25 GB/s, or oneDNN.
-
-    That takes 7 us longer to set out, reads up to 1.5 times as fast then, but at half the speed where the
-    rows of the storage lie a multiple of 2 KB apart.
-    """
-    slow = shape[0] * shape[1] < 1 << 17 or shape[0] % 512 == 0
-    return F.linear if slow or not _ONEDNN else onednn
+    return onednn(x, weight, bias)
 
 
 def onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -201,7 +216,7 @@ def _find_pointwise() -> Callable[..., Tensor] | None:
 _ONEDNN = torch.backends.mkldnn.is_available() and _find_pointwise() is not None  # type: ignore[no-untyped-call]
 _pointwise: Callable[..., Tensor] = _find_pointwise() or F.linear
 _ARRANGED: dict[torch.dtype, Callable[[Linear], None]] = {
-    torch.float32: _transposed,
+    torch.float32: _rows_or_columns,
     torch.bfloat16: _packed,
     torch.float16: _widened,
 }

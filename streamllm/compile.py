@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
+from streamllm import inductor
 from streamllm.cache import SinkCache
 from streamllm.models import layers
 from streamllm.models.step import Cache, Geometry, Plan, Planner, forward_in_chunks, geometry_of
@@ -35,8 +36,9 @@ def compile(model: nn.Module, backend: str | None = None) -> Compiled:
     the model's own way. The logits are the same, but for rounding. Weights are shared with `model`.
 
     backend: "flat" runs the kernels one by one (the default on a CPU), "cudagraphs" launches all at once (on
-    CUDA), "inductor" gives the list to torch.compile, which may fuse them, and takes minutes at first (on
-    CUDA, what it makes of them is launched at once, too).
+    CUDA), "inductor" gives the list to torch's compiler. On a CPU that makes one C++ function of it, which
+    reads weights and cache at the speed of memory: it needs a C++ compiler and half a minute, the first time
+    that a window is full. On CUDA, what it makes is launched at once, too.
 
     Hooks on the model's modules see only what takes the model's own way. Raises TypeError for a model of
     somebody else's, ValueError for a backend that there is not.
@@ -57,11 +59,13 @@ class Compiled(nn.Module):
         self.model, self.backend = model, backend
         self.recordings = 0
         on_cuda = next(model.parameters()).device.type == "cuda"
+        # Inductor's own loops, where a token's products are sums over rows: on the CPU.
+        self._dots = backend == "inductor" and next(model.parameters()).device.type == "cpu"
         self._captures = backend == "cudagraphs" or (backend == "inductor" and on_cuda)
         self._recorded: dict[Any, Callable[..., Tensor]] = {}
         self._graphs: WeakKeyDictionary[Planner, dict[Any, _CudaGraph]] = (
-            WeakKeyDictionary()
-        )  # gone with a cache
+            WeakKeyDictionary()  # gone with a cache
+        )
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -92,25 +96,35 @@ class Compiled(nn.Module):
             return self._graph(tokens, plan.t, plan.by)(tokens, plan.t)
         if plan.tensors is None:
             return self.model.hidden(tokens, plan)  # type: ignore[no-any-return, operator]
+        kinds = tuple((own, step.sinks, step.span) for own, step in plan.steps.items())
         given = [tokens, *plan.tensors]
-        memory = given[-1]
-        key: tuple[Any, ...] = (tokens.shape, memory.dtype, memory.device, torch.is_inference_mode_enabled(),
-               tuple((own, step.sinks, step.span) for own, step in plan.steps.items()))  # fmt: skip
-        if key not in self._recorded:
-            self._recorded[key] = self._record(tokens, plan, given)
-            self.recordings += 1
-        return self._recorded[key](*given)
+        return self._run(kinds, given, lambda: self.model.hidden(tokens, plan))  # type: ignore[operator]
 
     def project(self, x: Tensor) -> Tensor:
         """[B, T, C] -> logits [B, T, V]."""
+        if self._dots and x.numel() == x.shape[-1]:
+            return self._run("project", [x], lambda: self.model.project(x))  # type: ignore[operator]
         return self.model.project(x)  # type: ignore[no-any-return, operator]
 
-    def _record(self, tokens: Tensor, plan: Plan, given: Sequence[Tensor]) -> Callable[..., Tensor]:
-        self.model.hidden(tokens, plan)  # type: ignore[operator]  # whoever remembers constants does so now
+    def _run(self, kind: Any, given: Sequence[Tensor], function: Callable[[], Tensor]) -> Tensor:
+        """What `function` computes from the tensors `given`, from the recording for their sizes."""
+        key = (kind, *((tensor.shape, tensor.dtype) for tensor in given), given[-1].device,
+               torch.is_inference_mode_enabled(), torch.get_num_threads())  # fmt: skip
+        if key not in self._recorded:
+            self._recorded[key] = self._record(given, function)
+            self.recordings += kind != "project"
+        return self._recorded[key](*given)
+
+    def _record(self, given: Sequence[Tensor], function: Callable[[], Tensor]) -> Callable[..., Tensor]:
+        if self._dots:
+            layers.arrange_by_rows(self.model)
+        function()  # whoever remembers constants does so now
         with Recorder(given) as recorder:
-            result = self.model.hidden(tokens, plan)  # type: ignore[operator]
-        function = recorder.finish(result)
-        return _fused(function) if self.backend == "inductor" else _bare(function)
+            result = function()
+        recorded = recorder.finish(result)
+        if self._dots:
+            return inductor.compiled(recorded, given)
+        return _fused(recorded) if self.backend == "inductor" else _bare(recorded)
 
     def _graph(self, tokens: Tensor, t: int, planner: Planner | None) -> _CudaGraph:
         """The graph for one token per row of the planner's cache: it writes to memories that stay the same."""
@@ -241,31 +255,24 @@ def _fuse(module: fx.GraphModule) -> None:
         if node.op == "call_function" and node.target in (F.linear, _POINTWISE):
             x, weight, bias = node.args[:3]
             if weight.op == "get_attr" and (bias is None or bias.op == "get_attr"):
-                groups.setdefault(x, []).append(node)
-    for number, (x, nodes) in enumerate(groups.items()):
+                by_columns = _by_columns(getattr(module, weight.target))
+                if by_columns is not None:
+                    groups.setdefault((x, node.target, by_columns, bias is None), []).append(node)
+    for number, ((x, kernel, by_columns, _), nodes) in enumerate(groups.items()):
         weights = [getattr(module, node.args[1].target) for node in nodes]
         biases = [node.args[2] and getattr(module, node.args[2].target) for node in nodes]
-        transposed = {weight.stride(0) == 1 and weight.stride(1) != 1 for weight in weights if _dense(weight)}
-        alone = len(nodes) == 1 or len({id(weight) for weight in weights}) < len(nodes)
-        packed = not all(_dense(weight) for weight in weights)
-        if alone or packed or len(transposed) > 1 or len({bias is None for bias in biases}) > 1:
+        if len(nodes) == 1 or len({id(weight) for weight in weights}) < len(nodes):
             continue
-        kernel: Callable[..., Tensor] = F.linear
-        more: tuple[Any, ...] = ()
-        if transposed == {True} and weights[0].dtype == torch.float32:
-            shape = sum(len(weight) for weight in weights), weights[0].shape[1]
-            if layers.row_kernel(shape) is layers.onednn:
-                kernel, more = _POINTWISE, ("none", [], "")
-        if kernel is F.linear and any(node.target is _POINTWISE for node in nodes):
-            continue  # together they would be slower
         with torch.no_grad():
-            weight = _joined(weights, transposed == {True})
+            weight = _joined(weights, by_columns)
             bias = None if biases[0] is None else torch.cat(biases)
         module.register_buffer(f"weight_{number}", weight)
         module.register_buffer(f"bias_{number}", bias)
         with graph.inserting_before(nodes[0]):
             added = None if bias is None else graph.get_attr(f"bias_{number}")
-            product = graph.call_function(kernel, (x, graph.get_attr(f"weight_{number}"), added, *more))
+            product = graph.call_function(
+                kernel, (x, graph.get_attr(f"weight_{number}"), added, *nodes[0].args[3:])
+            )
             ends = list(accumulate(len(weight) for weight in weights))
             outputs = [
                 graph.call_method("narrow", (product, -1, end - len(weight), len(weight)))
@@ -279,8 +286,11 @@ def _fuse(module: fx.GraphModule) -> None:
             graph.erase_node(node)
 
 
-def _dense(weight: Tensor) -> bool:
-    return weight.layout == torch.strided and weight.is_floating_point()
+def _by_columns(weight: Tensor) -> bool | None:
+    """Whether a weight [out, in] is stored [in, out]; None where it is packed, and cannot be joined."""
+    if weight.layout != torch.strided or not weight.is_floating_point():
+        return None
+    return weight.stride(0) == 1 and weight.stride(1) != 1
 
 
 def _share(graph: fx.Graph) -> None:
@@ -293,7 +303,7 @@ def _share(graph: fx.Graph) -> None:
             graph.erase_node(node)
 
 
-def _joined(weights: Sequence[Tensor], transposed: bool) -> Tensor:
+def _joined(weights: Sequence[Tensor], by_columns: bool) -> Tensor:
     """[out, in] each -> [sum of out, in], of which each weight is then a view."""
     sizes = [len(weight) for weight in weights]
     shape, stride = (sum(sizes), weights[0].shape[1]), weights[0].stride()
@@ -304,7 +314,7 @@ def _joined(weights: Sequence[Tensor], transposed: bool) -> Tensor:
         parts = zip(weights, torch.split(joined, sizes), strict=True)
         if all(weight.data_ptr() == part.data_ptr() and weight.stride() == stride for weight, part in parts):
             return joined
-    joined = torch.cat([weight.t() for weight in weights], 1).t() if transposed else torch.cat(list(weights))
+    joined = torch.cat([weight.t() for weight in weights], 1).t() if by_columns else torch.cat(list(weights))
     for weight, part in zip(weights, torch.split(joined, sizes), strict=True):
         weight.data = part
     return joined

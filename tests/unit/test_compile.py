@@ -98,10 +98,10 @@ def test_fusing_leaves_the_weights_what_they_were(dtype):
     bytes_of = lambda model: sum(  # noqa: E731
         {w.untyped_storage().data_ptr(): w.untyped_storage().nbytes() for w in model.parameters()}.values()
     )
-    assert bytes_of(model) == bytes_of(plain)  # q, k and v lie in one storage now; nothing lies there twice
-    assert len({layer.attention.q.weight.untyped_storage().data_ptr() for layer in model.layers}) == 3
+    assert bytes_of(model) == bytes_of(plain)  # k and v lie in one storage now; nothing lies there twice
+    assert len({layer.attention.k.weight.untyped_storage().data_ptr() for layer in model.layers}) == 3
     first = model.layers[0].attention
-    assert first.q.weight.untyped_storage().data_ptr() == first.v.weight.untyped_storage().data_ptr()
+    assert first.k.weight.untyped_storage().data_ptr() == first.v.weight.untyped_storage().data_ptr()
 
 
 def test_it_can_be_used_where_the_model_can():

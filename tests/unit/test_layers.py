@@ -121,13 +121,3 @@ def test_a_view_of_fused_weights_is_as_good(rows):
     linear.weight.data = fused[:, 30:70].t()
     x = torch.randn(rows, 72)
     torch.testing.assert_close(linear(x), F.linear(x, fused[:, 30:70].t(), linear.bias), atol=1e-4, rtol=1e-5)
-
-
-@pytest.mark.parametrize("high", [512, 600])
-def test_large_float32_weights_take_the_other_kernel(high):
-    linear = filled(torch.float32, wide=300, high=high)
-    x = torch.randn(1, 1, 300)
-    wanted = linear(x)
-    arrange(linear)
-    torch.testing.assert_close(linear(x), wanted, atol=1e-4, rtol=1e-5)
-    assert (layers.row_kernel(linear.weight.shape) is layers.onednn) == (high == 600 and layers._ONEDNN)

@@ -1,0 +1,139 @@
+"""A recorded step as dot products, which torch's inductor makes one C++ function of: every weight is read once.
+
+A row times a matrix, one query against the keys, one row of attention against the values: for a single token
+all of it is sums over the last axis. Written so, inductor turns a whole forward into one function of plain
+loops, without calls between, that read weights and cache as fast as memory gives them.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+
+from streamllm.models import layers
+
+# Rows of queries up to which keys are read as dot products: for each row once more, from the processor's cache.
+FEW = 16
+# A sum waits for the one before it: so many side by side, of as many outputs, hide that. int8 has the shortest
+# way from memory to the sum, and so the most to hide.
+SIDE_BY_SIDE = {1: 4, 2: 2}  # by bytes of a weight; else 1
+OPTIONS = {
+    "cpp.enable_floating_point_contract_flag": "fast",  # multiply and add in one
+    "size_asserts": False,  # the recording was looked up by its sizes
+    "alignment_asserts": False,
+}
+
+
+def compiled(module: fx.GraphModule, given: Sequence[Tensor]) -> Callable[..., Tensor]:
+    """The recorded function for a CPU, compiled for tensors like those given; needs a C++ compiler.
+
+    Raises RuntimeError where there is none.
+    """
+    nodes: list[Any] = list(module.graph.nodes)
+    for node in nodes:
+        if node.op == "call_method" and node.target in ("matmul", "__matmul__"):
+            node.op, node.target = "call_function", torch.matmul
+        if node.op == "call_function" and node.target in _AS_DOTS:
+            node.target = _AS_DOTS[node.target]
+    constants = _constants_as_inputs(module)
+    options = {name: value for name, value in OPTIONS.items() if name in _known_options()}
+    try:
+        function = torch._inductor.compile(module, [*given, *constants], options=options)
+    except Exception as error:
+        if "compiler" not in str(error).lower():
+            raise
+        raise RuntimeError(
+            f'backend="inductor" needs a C++ compiler, which was not found: install g++ or clang, or name one '
+            f'in the variable CXX, or use backend="flat" ({type(error).__name__})'
+        ) from error
+
+    def run(*given: Tensor) -> Tensor:
+        result = function(*given, *constants)
+        return result if isinstance(result, Tensor) else result[0]
+
+    return run
+
+
+def _known_options() -> Any:
+    from torch._inductor import config
+
+    return config.get_config_copy()  # type: ignore[no-untyped-call, unused-ignore]
+
+
+def _constants_as_inputs(module: fx.GraphModule) -> list[Tensor]:
+    """Weights are handed over with each call, behind what is given: they are not looked into, nor copied."""
+    graph = module.graph
+    last = graph.find_nodes(op="placeholder")[-1]
+    constants = []
+    for node in graph.find_nodes(op="get_attr"):
+        constants.append(getattr(module, node.target))
+        with graph.inserting_after(last):
+            last = graph.placeholder(node.target)
+        node.replace_all_uses_with(last)
+        graph.erase_node(node)
+    module.recompile()
+    return constants
+
+
+# What stands in the graph instead of a kernel. Sizes are known when inductor runs these, once.
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *more: Any) -> Tensor:
+    rows = x.numel() // x.shape[-1]
+    if rows > 1:
+        return F.linear(x, weight, bias)
+    product = _row_times(x, weight)
+    if bias is not None:
+        product = product + bias
+    return product.to(x.dtype).view(*x.shape[:-1], -1)
+
+
+def _int8_linear(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    if len(x) > 1:
+        return torch._weight_int8pack_mm(x, weight, scale)
+    return (_row_times(x, weight) * scale).to(x.dtype).view(1, -1)
+
+
+def _row_times(x: Tensor, weight: Tensor) -> Tensor:
+    """One row and a weight [out, in] -> [out], in float32 or wider."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    row = _made(x).view(1, -1).to(wide)
+    parts = SIDE_BY_SIDE.get(weight.itemsize, 1)
+    if len(weight) % parts:  # only loops of one length run side by side
+        parts = 1
+    sums = [(row * part.to(wide)).sum(-1) for part in weight.chunk(parts)]
+    return sums[0] if parts == 1 else torch.cat(sums)
+
+
+def _matmul(a: Tensor, b: Tensor) -> Tensor:
+    rows, columns = a.shape[-2], b.shape[-1]
+    if min(rows, columns) > FEW or min(a.dim(), b.dim()) < 2:
+        return torch.matmul(a, b)
+    wide = torch.promote_types(a.dtype, torch.float32)
+    turned = b.transpose(-1, -2)
+    if rows < columns:  # the few are made first, the many are read where they lie
+        a = _made(a)
+    else:
+        turned = _made(turned)
+    products = a[..., :, None, :].to(wide) * turned[..., None, :, :].to(wide)
+    return products.sum(-1).to(a.dtype)
+
+
+def _made(x: Tensor) -> Tensor:
+    """x, computed and kept. Else inductor computes it again wherever it is read: cosines for every key."""
+    x = x.contiguous()
+    return x.as_strided(x.shape, x.stride())
+
+
+_AS_DOTS: dict[Any, Callable[..., Tensor]] = {
+    F.linear: _linear,
+    layers._pointwise: _linear,
+    torch._weight_int8pack_mm: _int8_linear,
+    torch.matmul: _matmul,
+    operator.matmul: _matmul,
+}
