@@ -205,9 +205,12 @@ def streaming_llm(spec: Spec, package: str) -> Round:
     if package == "attention-sinks":
         from attention_sinks import LlamaForCausalLM as Sinking
 
-        model = _their_model(
-            spec, Sinking, attention_sink_size=SINKS, attention_sink_window_size=spec.window - 1
-        )
+        with tempfile.TemporaryDirectory() as folder:  # it patches what it loads, and nothing else
+            _their_model(spec, LlamaForCausalLM).save_pretrained(folder)
+            model = Sinking.from_pretrained(
+                folder, attention_sink_size=SINKS, attention_sink_window_size=spec.window - 1,
+                torch_dtype=getattr(torch, spec.dtype),
+            ).eval()  # fmt: skip
         evict = None
     else:
         from streaming_llm.enable_streaming_llm import enable_streaming_llm
@@ -311,7 +314,7 @@ def _our_model(spec: Spec) -> Any:
     return model
 
 
-def _their_model(spec: Spec, kind: Any, **options: Any) -> Any:
+def _their_model(spec: Spec, kind: Any) -> Any:
     import torch
 
     size, full = SIZES[spec.model], SINKS + spec.window
@@ -325,7 +328,7 @@ def _their_model(spec: Spec, kind: Any, **options: Any) -> Any:
     torch.set_default_dtype(getattr(torch, spec.dtype))
     # A large model is drawn where it will be: a CPU takes minutes for 7 billion numbers.
     with contextlib.nullcontext() if spec.device == "cpu" else torch.device(spec.device):
-        model = kind(config, **options).eval().requires_grad_(False).to(spec.device)
+        model = kind(config).eval().requires_grad_(False).to(spec.device)
     torch.set_default_dtype(torch.float32)
     return model
 
