@@ -40,14 +40,18 @@ def compile(model: nn.Module, backend: str | None = None) -> Compiled:
     reads weights and cache at the speed of memory: it needs a C++ compiler and half a minute, the first time
     that a window is full. On CUDA, what it makes is launched at once, too.
 
-    Hooks on the model's modules see only what takes the model's own way. Raises TypeError for a model of
-    somebody else's, ValueError for a backend that there is not.
+    Hooks on the model's modules see only what takes the model's own way. A model that is moved, quantized or
+    laid out anew is recorded anew. Raises TypeError for a model of somebody else's, ValueError for a backend
+    that there is not, RuntimeError where "inductor" finds no C++ compiler.
     """
     geometry_of(model)
+    device = next(model.parameters()).device.type
     if backend is None:
-        backend = "cudagraphs" if next(model.parameters()).device.type == "cuda" else "flat"
+        backend = "cudagraphs" if device == "cuda" else "flat"
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, not {backend!r}")
+    if backend == "inductor" and device == "cpu":
+        inductor.check()  # now, not when the first window is full
     return Compiled(model.model if isinstance(model, Compiled) else model, backend)
 
 
@@ -57,15 +61,24 @@ class Compiled(nn.Module):
     def __init__(self, model: nn.Module, backend: str) -> None:
         super().__init__()
         self.model, self.backend = model, backend
+        self._forget()
+
+    def _forget(self) -> None:
         self.recordings = 0
-        on_cuda = next(model.parameters()).device.type == "cuda"
-        # Inductor's own loops, where a token's products are sums over rows: on the CPU.
-        self._dots = backend == "inductor" and next(model.parameters()).device.type == "cpu"
-        self._captures = backend == "cudagraphs" or (backend == "inductor" and on_cuda)
         self._recorded: dict[Any, Callable[..., Tensor]] = {}
         self._graphs: WeakKeyDictionary[Planner, dict[Any, _CudaGraph]] = (
             WeakKeyDictionary()  # gone with a cache
         )
+        self._weights = _Weights()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copy.deepcopy and pickle: a copy has weights of its own, of which nothing is recorded."""
+        recorded = "_recorded", "_graphs", "_weights"
+        return {name: value for name, value in self.__dict__.items() if name not in recorded}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._forget()
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -86,23 +99,29 @@ class Compiled(nn.Module):
         logits_to_keep: int | None = None,
     ) -> Tensor:
         """As the model's own forward."""
-        if self._captures and isinstance(cache, SinkCache):
+        if self._captures(tokens) and isinstance(cache, SinkCache):
             cache = _Counted(cache)
         return forward_in_chunks(self, tokens, cache, lengths, logits_to_keep)
 
     def hidden(self, tokens: Tensor, plan: Plan) -> Tensor:
         """One chunk: int64 [B, T] -> [B, T, C], before the head."""
+        if not self._weights.lie_still():
+            self._recorded.clear()
+            self._graphs.clear()
         if plan.t is not None:
             return self._graph(tokens, plan.t, plan.by)(tokens, plan.t)
         if plan.tensors is None:
             return self.model.hidden(tokens, plan)  # type: ignore[no-any-return, operator]
         kinds = tuple((own, step.sinks, step.span) for own, step in plan.steps.items())
+        tokens = tokens.contiguous()  # what is compiled knows shapes, and trusts in strides
         given = [tokens, *plan.tensors]
         return self._run(kinds, given, lambda: self.model.hidden(tokens, plan))  # type: ignore[operator]
 
     def project(self, x: Tensor) -> Tensor:
         """[B, T, C] -> logits [B, T, V]."""
-        if self._dots and x.numel() == x.shape[-1]:
+        # Only a stream past eviction has recorded anything, and only there are no gradients to be lost.
+        if self._recorded and self._by_dots(x) and x.numel() == x.shape[-1] and not torch.is_grad_enabled():
+            x = x.contiguous()
             return self._run("project", [x], lambda: self.model.project(x))  # type: ignore[operator]
         return self.model.project(x)  # type: ignore[no-any-return, operator]
 
@@ -111,20 +130,31 @@ class Compiled(nn.Module):
         key = (kind, *((tensor.shape, tensor.dtype) for tensor in given), given[-1].device,
                torch.is_inference_mode_enabled(), torch.get_num_threads())  # fmt: skip
         if key not in self._recorded:
-            self._recorded[key] = self._record(given, function)
+            recorded = self._record(given, function)
+            if not self._weights.lie_still():
+                self._recorded.clear()
+            self._weights = _Weights(self.model)  # where this recording has put them
+            self._recorded[key] = recorded
             self.recordings += kind != "project"
         return self._recorded[key](*given)
 
     def _record(self, given: Sequence[Tensor], function: Callable[[], Tensor]) -> Callable[..., Tensor]:
-        if self._dots:
+        if self._by_dots(given[0]):
             layers.arrange_by_rows(self.model)
         function()  # whoever remembers constants does so now
         with Recorder(given) as recorder:
             result = function()
         recorded = recorder.finish(result)
-        if self._dots:
+        if self._by_dots(given[0]):
             return inductor.compiled(recorded, given)
         return _fused(recorded) if self.backend == "inductor" else _bare(recorded)
+
+    def _captures(self, tokens: Tensor) -> bool:
+        return self.backend == "cudagraphs" or (self.backend == "inductor" and tokens.is_cuda)
+
+    def _by_dots(self, x: Tensor) -> bool:
+        """Inductor's own loops, where a token's products are sums over rows: on the CPU."""
+        return self.backend == "inductor" and x.device.type == "cpu"
 
     def _graph(self, tokens: Tensor, t: int, planner: Planner | None) -> _CudaGraph:
         """The graph for one token per row of the planner's cache: it writes to memories that stay the same."""
@@ -140,8 +170,31 @@ class Compiled(nn.Module):
             _prune(function)
             kernels = _fused(function) if self.backend == "inductor" else _bare(function)
             graphs[key] = _CudaGraph(kernels, tokens, place)
+            if not self._weights.lie_still():  # others read the weights where they were
+                self._graphs.clear()
+                self._graphs[planner] = {key: graphs[key]}
+            self._weights = _Weights(self.model)
             self.recordings += 1
         return graphs[key]
+
+
+class _Weights:
+    """Where a model's weights lie: what was recorded, or even compiled for their strides, reads them there."""
+
+    def __init__(self, model: nn.Module | None = None) -> None:
+        self._places = [
+            (module._parameters, name, weight, 0 if weight.is_mkldnn else weight.data_ptr())
+            for module in (() if model is None else model.modules())
+            for name, weight in module._parameters.items()
+            if weight is not None
+        ]
+
+    def lie_still(self) -> bool:
+        """Whether none was replaced, converted or laid out anew since. Looked at for each token: 0.1 us each."""
+        for parameters, name, weight, place in self._places:
+            if parameters[name] is not weight or (place and weight.data_ptr() != place):
+                return False
+        return True
 
 
 class _Counted:

@@ -29,34 +29,43 @@ OPTIONS = {
 }
 
 
-def compiled(module: fx.GraphModule, given: Sequence[Tensor]) -> Callable[..., Tensor]:
-    """The recorded function for a CPU, compiled for tensors like those given; needs a C++ compiler.
+def check() -> None:
+    """Raises RuntimeError where inductor finds no C++ compiler."""
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
 
-    Raises RuntimeError where there is none.
-    """
-    nodes: list[Any] = list(module.graph.nodes)
-    for node in nodes:
-        if node.op == "call_method" and node.target in ("matmul", "__matmul__"):
-            node.op, node.target = "call_function", torch.matmul
-        if node.op == "call_function" and node.target in _AS_DOTS:
-            node.target = _AS_DOTS[node.target]
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler as error:
+        raise RuntimeError(
+            'backend="inductor" needs a C++ compiler, and none was found: install g++ or clang, '
+            'or name one in the variable CXX, or use backend="flat"'
+        ) from error
+
+
+def compiled(module: fx.GraphModule, given: Sequence[Tensor]) -> Callable[..., Tensor]:
+    """The recorded function for a CPU, compiled for tensors like those given; needs a C++ compiler."""
+    as_dots(module)
     constants = _constants_as_inputs(module)
     options = {name: value for name, value in OPTIONS.items() if name in _known_options()}
-    try:
-        function = torch._inductor.compile(module, [*given, *constants], options=options)
-    except Exception as error:
-        if "compiler" not in str(error).lower():
-            raise
-        raise RuntimeError(
-            f'backend="inductor" needs a C++ compiler, which was not found: install g++ or clang, or name one '
-            f'in the variable CXX, or use backend="flat" ({type(error).__name__})'
-        ) from error
+    function = torch._inductor.compile(module, [*given, *constants], options=options)
 
     def run(*given: Tensor) -> Tensor:
         result = function(*given, *constants)
         return result if isinstance(result, Tensor) else result[0]
 
     return run
+
+
+def as_dots(module: fx.GraphModule) -> None:
+    """Replace the kernels of products by functions that say them as sums."""
+    nodes: list[Any] = list(module.graph.nodes)
+    for node in nodes:
+        if node.op == "call_method" and node.target in ("matmul", "__matmul__"):
+            node.op, node.target = "call_function", torch.matmul
+        if node.op == "call_function" and node.target in _AS_DOTS:
+            node.target = _AS_DOTS[node.target]
+    module.recompile()
 
 
 def _known_options() -> Any:
