@@ -14,6 +14,7 @@ from operator import index
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from streamllm.models.step import Band, Plan, Step, geometry_of
 
@@ -361,7 +362,7 @@ class _Int8Ring:
         _put(self.scales, behind, scales)
 
     def read(self, parts: Sequence[tuple[int, int]], *chunk: Tensor) -> tuple[Tensor, Tensor]:
-        *outer, first, dim = self.sinks.shape
+        first = self.sinks.shape[3]
         sunk = max((min(stop, first) for _, stop in parts), default=0)
         spans = [slice(max(start - first, 0), stop - first) for start, stop in parts if stop > first]
         recent: list[tuple[Tensor, ...]] = [
@@ -369,15 +370,27 @@ class _Int8Ring:
         ]
         if chunk:
             recent.append(chunk)
-        sizes = [sunk, *(numbers.shape[3] for numbers, _ in recent)]
-        # Filled in place: joining afterwards what was multiplied before takes up to 20 times as long.
-        both = self.sinks.new_empty(*outer, sum(sizes), dim)
-        sinks, *places = torch.split(both, sizes, 3)
-        sinks.copy_(self.sinks[:, :, :, :sunk])
-        for place, (numbers, scales) in zip(places, recent, strict=True):
-            place.copy_(numbers).mul_(scales)
-        keys, values = both.unbind()
-        return keys, values
+        numbers, scales = zip(*recent, strict=True) if recent else ((), ())
+        return dequantized(self.sinks[:, :, :, :sunk], numbers, scales)
+
+
+def dequantized(sinks: Tensor, numbers: Sequence[Tensor], scales: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Keys and values, each [B, G, K, D]: the sinks, and behind them numbers · scales, all [2, B, G, …, D].
+
+    A recording has it as one call, in whose place dot products can be put that look at the numbers themselves.
+    """
+    if has_torch_function_unary(sinks):
+        return handle_torch_function(dequantized, (sinks,), sinks, numbers, scales)
+    *outer, sunk, dim = sinks.shape
+    sizes = [sunk, *(part.shape[3] for part in numbers)]
+    # Filled in place: joining afterwards what was multiplied before takes up to 20 times as long.
+    both = sinks.new_empty(*outer, sum(sizes), dim)
+    first, *places = torch.split(both, sizes, 3)
+    first.copy_(sinks)
+    for place, number, scale in zip(places, numbers, scales, strict=True):
+        place.copy_(number).mul_(scale)
+    keys, values = both.unbind()
+    return keys, values
 
 
 RINGS: dict[str | None, type[_Ring] | type[_Int8Ring]] = {None: _Ring, "int8": _Int8Ring}

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
+from streamllm.cache import dequantized
 from streamllm.models import layers
 
 # Rows of queries up to which keys are read as dot products: for each row once more, from the processor's cache.
@@ -119,18 +120,69 @@ def _row_times(x: Tensor, weight: Tensor) -> Tensor:
     return sums[0] if parts == 1 else torch.cat(sums)
 
 
-def _matmul(a: Tensor, b: Tensor) -> Tensor:
-    rows, columns = a.shape[-2], b.shape[-1]
-    if min(rows, columns) > FEW or min(a.dim(), b.dim()) < 2:
+def _matmul(a: Tensor | _Quantized, b: Tensor | _Quantized) -> Tensor:
+    if isinstance(a, _Quantized):  # keys and a query in their columns; else the query comes first
+        return _matmul(b.transpose(-1, -2), a.transpose(-1, -2)).transpose(-1, -2)
+    if isinstance(b, _Quantized):
+        return b.behind(a)
+    if min(a.shape[-2], b.shape[-1]) > FEW or min(a.dim(), b.dim()) < 2:
         return torch.matmul(a, b)
+    return _dots(a, b).to(a.dtype)
+
+
+def _dots(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b as sums, in float32 or wider."""
     wide = torch.promote_types(a.dtype, torch.float32)
     turned = b.transpose(-1, -2)
-    if rows < columns:  # the few are made first, the many are read where they lie
+    if a.shape[-2] < b.shape[-1]:  # the few are made first, the many are read where they lie
         a = _made(a)
     else:
         turned = _made(turned)
-    products = a[..., :, None, :].to(wide) * turned[..., None, :, :].to(wide)
-    return products.sum(-1).to(a.dtype)
+    return (a[..., :, None, :].to(wide) * turned[..., None, :, :].to(wide)).sum(-1)
+
+
+def _dequantized(
+    sinks: Tensor, numbers: Sequence[Tensor], scales: Sequence[Tensor]
+) -> tuple[_Quantized, _Quantized]:
+    (number,), (scale,) = numbers, scales  # a ring in one piece: a single token brings no chunk
+    keys, values = zip(sinks.unbind(), number.unbind(), scale.unbind(), strict=True)
+    return _Quantized(*keys), _Quantized(*values)
+
+
+class _Quantized:
+    """Keys or values [B, G, K, D] of an int8 ring, which are never made whole.
+
+    A product is one with the numbers, and its scale comes behind it (of keys) or before it (of values). So
+    half as many bytes are read as of bfloat16; and nothing is rounded before it is summed.
+    """
+
+    def __init__(self, sinks: Tensor, numbers: Tensor, scales: Tensor, turned: bool = False) -> None:
+        self._sinks, self._numbers, self._scales = sinks, numbers, scales
+        self._turned = turned  # [B, G, D, K]
+
+    def transpose(self, *axes: int) -> _Quantized:
+        return _Quantized(self._sinks, self._numbers, self._scales, not self._turned)
+
+    def __getitem__(self, places: tuple[slice, ...]) -> Tensor:
+        """What attention looks at alone: the sinks, or some of them."""
+        alone = not self._turned and places[2].stop <= self._sinks.shape[2]
+        return self._sinks[places] if alone else self._whole()[places]
+
+    def behind(self, x: Tensor) -> Tensor:
+        """x @ self."""
+        sunk, rows = self._sinks.shape[2], x.shape[-2]
+        scales = self._scales.transpose(2, 3).to(torch.promote_types(x.dtype, torch.float32))
+        if rows > FEW:
+            return torch.matmul(x, self._whole())
+        if self._turned:
+            recent = _dots(x, self._numbers.transpose(2, 3)) * scales
+            return torch.cat((_dots(x, self._sinks.transpose(2, 3)), recent), -1).to(x.dtype)
+        recent = _dots(x[..., sunk:] * scales, self._numbers)
+        return (_dots(x[..., :sunk], self._sinks) + recent).to(x.dtype)
+
+    def _whole(self) -> Tensor:
+        whole = torch.cat((self._sinks, self._numbers * self._scales), 2)
+        return whole.transpose(2, 3) if self._turned else whole
 
 
 def _made(x: Tensor) -> Tensor:
@@ -139,10 +191,11 @@ def _made(x: Tensor) -> Tensor:
     return x.as_strided(x.shape, x.stride())
 
 
-_AS_DOTS: dict[Any, Callable[..., Tensor]] = {
+_AS_DOTS: dict[Any, Callable[..., Any]] = {
     F.linear: _linear,
     layers._pointwise: _linear,
     torch._weight_int8pack_mm: _int8_linear,
     torch.matmul: _matmul,
+    dequantized: _dequantized,
     operator.matmul: _matmul,
 }

@@ -256,3 +256,18 @@ def test_smaller_types_do_not_drift(dtype, allowed):
     early, late = difference[44:124].mean(), difference[-80:].mean()
     assert early <= allowed
     assert late <= 1.5 * early
+
+
+@pytest.mark.parametrize(("sinks", "rows"), [(4, 1), (0, 2)])
+@pytest.mark.parametrize("name", ["gpt_neox", "falcon 7b", "falcon rw", "mpt", "qwen2, three windows"])
+def test_dot_products_with_the_stored_numbers_are_the_definition(name, sinks, rows, monkeypatch):
+    """The graph that inductor is given for a CPU, run as it is. Observed: 1e-14; compiled, the same."""
+
+    def as_it_is(module, inputs, **options):
+        return torch.fx.Interpreter(module).run
+
+    monkeypatch.setattr(torch._inductor, "compile", as_it_is)
+    model, tokens = streamllm.compile(families.tiny(name), "inductor"), text(40, rows)
+    got = feed(model, int8(model, sinks, 9, rows), tokens, [20, *[1] * 20])
+    assert error(got, defined(families.tiny(name), tokens, sinks, 9, int8=True)) <= TOLERANCE
+    assert model.recordings == 1
