@@ -11,6 +11,8 @@ from typing import IO, Any
 
 import click
 
+from streamllm.compile import BACKENDS
+
 # name -> (module, attribute, what `streamllm --help` says); imported when called, so that help comes at once
 COMMANDS = {
     "generate": ("streamllm.cli", "generate", "Let a model talk, as long as you like."),
@@ -126,11 +128,13 @@ class Device(click.ParamType):  # type: ignore[type-arg]
     type=click.IntRange(1),
     help="Recent tokens that stay.  [default: 1020, or what the model was trained for]",
 )
+@click.option("--quantize-cache", type=click.Choice(["int8"]), help="Store recent keys and values in 8 bits.")
+@click.option("--quantize", type=click.Choice(["int8"]), help="Round the weights to 8 bits.")
 @click.option(
-    "--quantize-cache",
-    "quantize",
-    type=click.Choice(["int8"]),
-    help="Store recent keys and values in 8 bits.",
+    "--compile",
+    "backend",
+    type=click.Choice(BACKENDS),
+    help="Compile the next token's work once the window is full; inductor is the fastest, and takes half a minute.",
 )
 @click.option(
     "--chunk",
@@ -179,8 +183,8 @@ class Device(click.ParamType):  # type: ignore[type-arg]
 @click.option("--quiet", "-q", is_flag=True, help="No status line.")
 def generate(
     prompt: str | None, file: IO[str] | None, model: str | None, revision: str | None, sinks: int,
-    window: int | None, quantize: str | None, chunk: int, max_new_tokens: int | str,
-    temperature: float | None, top_k: int | None, top_p: float | None, min_p: float | None,
+    window: int | None, quantize_cache: str | None, quantize: str | None, backend: str | None, chunk: int,
+    max_new_tokens: int | str, temperature: float | None, top_k: int | None, top_p: float | None, min_p: float | None,
     repetition_penalty: float | None, seed: int | None, stop: tuple[str, ...], ignore_eos: bool, dtype: str,
     device: str | None, threads: int | None, quiet: bool,
 ) -> None:  # fmt: skip
@@ -191,7 +195,7 @@ def generate(
     """
     import torch
 
-    from streamllm import Stream, load
+    from streamllm import Stream, compile, load
     from streamllm.status import Status
 
     if prompt is not None and file is not None:
@@ -202,12 +206,14 @@ def generate(
             prompt = source.read() if source else ""
         except UnicodeDecodeError as error:
             raise ValueError(f"the prompt is not UTF-8: {error}") from None
-    loaded, tokenizer = load(model, revision=revision, dtype=dtype, device=device)
+    loaded, tokenizer = load(model, revision=revision, dtype=dtype, device=device, quantize=quantize)
     if threads is None and sum(parameter.numel() for parameter in loaded.parameters()) < SMALL:
         threads = 1
     if threads is not None:
         torch.set_num_threads(threads)
-    stream = Stream(loaded, tokenizer, sinks=sinks, window=window, chunk=chunk, quantize=quantize)
+    if backend is not None:
+        loaded = compile(loaded, backend)
+    stream = Stream(loaded, tokenizer, sinks=sinks, window=window, chunk=chunk, quantize=quantize_cache)
     pieces = stream.generate(
         prompt,
         max_new_tokens=None if max_new_tokens == "forever" else int(max_new_tokens),

@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 
 import streamllm
+from streamllm.compile import BACKENDS
 
 
 def main() -> None:
@@ -36,7 +37,9 @@ def main() -> None:
     parser.add_argument("--sinks", type=int, default=4)
     parser.add_argument("--window", type=int)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--eager", action="store_true", help="without streamllm.compile")
+    parser.add_argument(
+        "--backend", default="flat", choices=[*BACKENDS, "eager"], help="of streamllm.compile; eager: without"
+    )
     parser.add_argument("--json", metavar="FILE")
     args = parser.parse_args()
     if args.tokens < args.early + 2 * args.span:
@@ -49,8 +52,8 @@ def main() -> None:
         parser.error(
             f"the window of {cache.window} is not full after {args.early} tokens: give a later --early"
         )
-    if not args.eager:
-        model = streamllm.compile(model, backend="flat")
+    if args.backend != "eager":
+        model = streamllm.compile(model, backend=args.backend)
 
     spans = {"early": args.early, "late": args.tokens - args.span}
     wall = {name: array("d", bytes(8 * args.span)) for name in spans}

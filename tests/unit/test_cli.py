@@ -100,6 +100,19 @@ def test_a_cache_may_be_in_int8(run, checkpoint, loaded) -> None:
     assert "'int4' is not 'int8'" in wrong.err
 
 
+def test_weights_in_int8_and_a_compiled_step(run, checkpoint) -> None:
+    model = streamllm.load_model(checkpoint, quantize="int8")
+    stream = streamllm.Stream(
+        streamllm.compile(model, "flat"), streamllm.load_tokenizer(checkpoint), window=9
+    )
+    said = stream.generate("one", max_new_tokens=40, temperature=0.0, eos=[])
+    options = ("-m", checkpoint, "-n", 40, "-t", 0, "--window", 9, "--ignore-eos", "--quantize", "int8")
+    assert run("generate", "one", *options, "--compile", "flat").out == "one" + "".join(said) + "\n"
+    wrong = run("generate", "one", *options, "--compile", "llvm")
+    assert wrong.code == 2
+    assert "'llvm' is not one of" in wrong.err
+
+
 def test_a_window_beyond_the_trained_length_is_a_warning(run, checkpoint) -> None:
     result = run("generate", "a", "-m", checkpoint, "-n", 1, "--window", 300)
     assert result.code == 0
