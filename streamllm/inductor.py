@@ -27,6 +27,7 @@ OPTIONS = {
     "cpp.enable_floating_point_contract_flag": "fast",  # multiply and add in one
     "size_asserts": False,  # the recording was looked up by its sizes
     "alignment_asserts": False,
+    "compile_threads": 1,  # it is one function; and what is cut off in a pool of processes fails ever after
 }
 
 
