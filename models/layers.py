@@ -101,6 +101,13 @@ def to_arrange(model: nn.Module, dtype: torch.dtype, device: torch.device) -> li
     ]
 
 
+def is_copied(linear: Linear, dtype: torch.dtype) -> bool:
+    """Whether `arrange` lays a weight in `dtype` out anew. Else it stays where it was read."""
+    if dtype == torch.bfloat16:
+        return _packs()
+    return dtype == torch.float32 and _lies_by_columns(linear.weight.shape)
+
+
 def arrange(model: nn.Module) -> None:
     """Lay out every Linear of a model for inference where it is. The logits stay, to rounding."""
     weight = next(model.parameters())
@@ -143,11 +150,15 @@ def _rows_or_columns(linear: Linear) -> None:
     stored [in, out]. More threads do not help MKL there.
     """
     weight = linear.weight
-    if torch.get_num_threads() > 1 or weight.shape[0] < weight.shape[1] or not _ONEDNN:
+    if not _lies_by_columns(weight.shape):
         _by_rows(linear)
     elif weight.stride() != (1, weight.shape[0]):
         weight.data = weight.data.t().contiguous().t()  # shape and values stay: only strides change
     linear.kernel = _float32
+
+
+def _lies_by_columns(shape: torch.Size) -> bool:
+    return torch.get_num_threads() == 1 and shape[0] >= shape[1] and _ONEDNN
 
 
 def _by_rows(linear: Linear) -> None:
@@ -182,13 +193,17 @@ def onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def _packed(linear: Linear) -> None:
     """bfloat16: in oneDNN's own blocks, 1.5 to 3 times as fast for a row, and as fast for many."""
-    if not _ONEDNN or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if not _packs():
         return
     weight = linear.weight
     with torch.no_grad():
         packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), 1)
     linear.weight = nn.Parameter(packed, requires_grad=False)
     linear.kernel = onednn
+
+
+def _packs() -> bool:
+    return _ONEDNN and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def _widened(linear: Linear) -> None:

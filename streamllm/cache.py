@@ -283,10 +283,11 @@ class _Ring:
     ) -> None:
         batch, heads, dim = shape
         self.keys = torch.zeros(batch, heads, sinks + window, dim, dtype=dtype, device=device)
-        self.values = torch.zeros_like(self.keys)
         if dtype == torch.float32 and device.type == "cpu":
             # Stored [B, G, D, S + W]: one query reads them 1.1 to 1.5 times as fast.
             self.values = torch.zeros(batch, heads, dim, sinks + window).transpose(2, 3)
+        else:
+            self.values = torch.zeros_like(self.keys)
         self.dtype = dtype
 
     @property

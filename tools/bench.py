@@ -3,6 +3,7 @@
     python tools/bench.py decode --model M --window 1024 --threads 1 2
     python tools/bench.py decode score --model S --dtype float32 bfloat16 --systems ours compiled dynamic
     python tools/bench.py load --model M
+    python tools/bench.py memory --model S M --dtype float32 bfloat16 int8 --systems ours compiled inductor
     python tools/bench.py decode --device cuda --model 7B --dtype bfloat16 --window 4092 \\
         --systems limit ours cudagraphs static static-compiled
     python tools/bench.py decode --device cuda --model 7B --dtype bfloat16 --systems ours cudagraphs --profile
@@ -13,6 +14,9 @@ and the cache. It is measured in the same run, with the same threads. Every syst
 all are set up first, then measured in turn, round after round, so that a busy neighbour disturbs all alike
 (on a CPU: on an accelerator, which has no neighbours and no room, one comes after the other).
 What is printed is the median of the rounds, with the lowest and the highest, and the ratio to the limit.
+
+Memory is what a process holds that has loaded a checkpoint and decodes, beside what it must hold: the
+runtime, measured in the same process when a tiny model has been through all of it, the weights and the cache.
 
 Weights are random: nothing here depends on their values. Streams stand past eviction when the clock starts.
 This file runs in the environments of the peers, too: the top of it imports nothing but the standard library.
@@ -603,6 +607,81 @@ print(time.perf_counter() - begin)
 """
 
 
+# ---------------------------------------------------------------- memory
+
+DECODED = (200, 2000)  # tokens after which one looks
+
+
+def memory_rows(cells: Sequence[Spec]) -> Iterator[dict[str, Any]]:
+    """One row for each cell: bytes held while decoding, and how much more than what must be held."""
+    with tempfile.TemporaryDirectory() as folder:
+        for spec in cells:
+            yield _held(spec, folder)
+
+
+def _held(spec: Spec, folder: str) -> dict[str, Any]:
+    stored = "bfloat16" if spec.dtype == "int8" else spec.dtype
+    for size in ("tiny", spec.model):
+        if not os.path.exists(f"{folder}/{size}/{stored}"):
+            _python(_WRITE, f"{folder}/{size}/{stored}", json.dumps(SIZES[size]), stored)
+    env = {**os.environ, "OMP_NUM_THREADS": str(spec.threads), "MKL_NUM_THREADS": str(spec.threads)}
+    folders = [f"{folder}/{size}/{stored}" for size in ("tiny", spec.model)]
+    command = [sys.executable, __file__, "--memory", json.dumps(asdict(spec)), *folders]
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
+    row = {"place": spec.place, **asdict(spec)}
+    if done.returncode:
+        return {**row, "failed": done.stderr.strip().rpartition("\n")[2]}
+    held = json.loads(done.stdout)
+    must = held["runtime"] + held["weights"] + held["cache"]
+    return {**row, **held, "ratio": max(held["resident"]) / must}
+
+
+def remember(spec: Spec, tiny: str, folder: str) -> dict[str, Any]:
+    """Run in a process of its own: a stream past eviction by a tiny model, then by the one that is asked for."""
+    import torch
+    from flat import resident_bytes
+
+    import streamllm
+
+    torch.set_num_threads(spec.threads)
+    backend = {"ours": None, "compiled": "flat"}.get(spec.system, spec.system)
+    text = _text(replace(spec, model="tiny"), SINKS + spec.window)
+    quantize = "int8" if spec.dtype == "int8" else None
+
+    def decode(folder: str, stops: Sequence[int]) -> dict[str, Any]:
+        model: Any = streamllm.load_model(folder, device="cpu", quantize=quantize)
+        cache = streamllm.SinkCache(model, SINKS, spec.window, spec.batch)
+        if backend:
+            model = streamllm.compile(model, backend=backend)
+        resident = []
+        with torch.inference_mode():
+            token = model(text, cache, logits_to_keep=1)[:, -1].argmax(-1, keepdim=True)
+            for count in range(1, max(stops) + 1):
+                token = model(token, cache, logits_to_keep=1)[:, -1].argmax(-1, keepdim=True)
+                if count in stops:
+                    resident.append(resident_bytes())
+        tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}.values()
+        weights = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        return {"weights": weights, "cache": cache.nbytes, "resident": resident}
+
+    runtime = decode(tiny, [20])["resident"][0]
+    return {"runtime": runtime, **decode(folder, DECODED)}
+
+
+def memory_table(rows: Sequence[dict[str, Any]]) -> str:
+    """Markdown, in MB."""
+    after = " | ".join(f"after {count:,} tokens" for count in DECODED)
+    lines = [f"| what | system | runtime | weights | cache | {after} | × their sum |", "|---" * 8 + "|"]
+    for row in rows:
+        if "failed" in row:
+            lines.append(f"| {row['place']} | {row['system']} | failed: {row['failed']} | | | | | |")
+            continue
+        held = [row["runtime"], row["weights"], row["cache"], *row["resident"]]
+        numbers = " | ".join(f"{nbytes / 1e6:.1f}" for nbytes in held)
+        lines.append(f"| {row['place']} | {row['system']} | {numbers} | {row['ratio']:.3f} |")
+    return "\n".join(lines)
+
+
 # ---------------------------------------------------------------- tables
 
 
@@ -718,7 +797,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("tasks", nargs="+", choices=["decode", "prefill", "score", "load"])
+    parser.add_argument("tasks", nargs="+", choices=["decode", "prefill", "score", "load", "memory"])
     parser.add_argument("--model", nargs="+", default=["S", "M"], choices=list(SIZES))
     parser.add_argument("--dtype", nargs="+", default=["float32"])
     parser.add_argument("--window", nargs="+", type=int, default=[1024])
@@ -749,7 +828,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     cells = [
         Spec("", task, model, dtype, window, batch, threads, args.device, args.tokens or 0)
-        for task in args.tasks if task != "load"
+        for task in args.tasks if task not in ("load", "memory")
         for model in args.model for dtype in args.dtype for window in args.window
         for batch in args.batch for threads in (args.threads if args.device == "cpu" else args.threads[-1:])
     ]  # fmt: skip
@@ -778,6 +857,16 @@ def main() -> None:
     if "load" in args.tasks:
         rows += load_times(args.model, args.dtype, args.rounds)
         print(table([row for row in rows if "task" not in row]))
+    if "memory" in args.tasks:
+        held = memory_rows([
+            Spec(system, "memory", model, dtype, window, batch, threads, "cpu", max(DECODED))
+            for model in args.model for dtype in args.dtype for window in args.window
+            for batch in args.batch for threads in args.threads
+            for system in systems if system in ("ours", "compiled", "inductor")
+        ])  # fmt: skip
+        for row in held:
+            rows.append(row)
+            print(memory_table([row]), flush=True)
     late = busy()
     if late > 0.2:
         print(f"warning: others use {late:.2f} cores now", file=sys.stderr)
@@ -817,5 +906,7 @@ def _possible(spec: Spec) -> bool:
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--worker"]:
         work(Spec(**json.loads(sys.argv[2])))
+    elif sys.argv[1:2] == ["--memory"]:
+        print(json.dumps(remember(Spec(**json.loads(sys.argv[2])), *sys.argv[3:])))
     else:
         main()

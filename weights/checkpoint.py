@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from streamllm.models.layers import to_arrange
+from streamllm.models.layers import is_copied, to_arrange
 from streamllm.weights import FAMILIES, pickled
 from streamllm.weights.errors import CheckpointError, CheckpointNotFound, UnsupportedConfig
 from streamllm.weights.family import NOT_NEEDED, Family, Fused
@@ -203,7 +203,8 @@ class Checkpoint:
         for stored, names, split in jobs:
             arranged = [linears[id(slots[name][0][0])] for name in names if id(slots[name][0][0]) in linears]
             same = FLOATS[stored.dtype] == dtype and device.type == "cpu"
-            stays = same and split is None and not arranged
+            # What stays in a mapping keeps all of it in memory, beside the copies that were made from it.
+            stays = same and split is None and not any(is_copied(linear, dtype) for linear in arranged)
             whole = reader.read(stored, keep=stays)
             parts = (whole,) if split is None else split(whole, config)
             del whole
