@@ -228,10 +228,11 @@ def test_int8_is_its_own_dequantized_weights(compiling):
 # Recordings, of weights and of nobody else's
 
 
-def test_weights_that_are_moved_are_recorded_anew(uncompiled):
+@pytest.mark.parametrize("backend", ["flat", "inductor"])
+def test_weights_that_are_moved_are_recorded_anew(uncompiled, backend):
     """Layouts are compiled for: what was packed, converted or replaced since would be read wrongly."""
     model, tokens = fresh(dtype=torch.float32, layers=1), text(30)
-    compiled, plain = streamllm.compile(model, "inductor"), fresh(dtype=torch.float32, layers=1)
+    compiled, plain = streamllm.compile(model, backend), fresh(dtype=torch.float32, layers=1)
 
     def same() -> bool:
         got, wanted = (feed(by, SinkCache(by, S, W), tokens, PARTS) for by in (compiled, plain))
