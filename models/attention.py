@@ -63,21 +63,20 @@ def _in_tiles(
     sinks = keys[:, :, :columns], values[:, :, :columns]
     joinable = on_cpu and _FLASH is not None and (bias is None or near.dtype == _wide(near.dtype))
     read: list[Tensor] = []
-    hidden, known, shut, fused = None, None, None, None
+    hidden, known, shut = None, None, None
     for start in range(0, T, tile):
         stop = min(start + tile, T)
         low, high = band.keys(start, stop)
         kind = stop - start, high - low, start - low, band.start + start < columns
         if kind != known or kind[-1]:  # else what the tile before hid is hidden here
             mask, known = band.mask(start, stop, near.device), kind
-            hidden = None if mask is None else ~mask
+            hidden, shut = None if mask is None else ~mask, None
         recent = near[:, :, start:stop]
         sunken = recent if far is near else far[:, :, start:stop]
         added = bias if bias is None else bias[:, :, start:stop]
         if joinable and band.start + start >= band.sinks:  # each query sees itself in the run, and all sinks
-            if kind != fused:
-                fused = kind
-                shut = None if hidden is None else _shut(hidden[:, columns:], near.dtype)
+            if shut is None and hidden is not None:
+                shut = _shut(hidden[:, columns:], near.dtype)
             read.append(
                 _joined(recent, sunken, keys[:, :, low:high], values[:, :, low:high], sinks, scale,
                         _sum(shut, None if added is None else added[..., low:high]),

@@ -158,7 +158,7 @@ def _rows_or_columns(linear: Linear) -> None:
 
 
 def _lies_by_columns(shape: torch.Size) -> bool:
-    return torch.get_num_threads() == 1 and shape[0] >= shape[1] and _ONEDNN
+    return (torch.get_num_threads() == 1 or not _ONEDNN) and shape[0] >= shape[1]
 
 
 def _by_rows(linear: Linear) -> None:

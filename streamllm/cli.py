@@ -212,7 +212,10 @@ def generate(
     if threads is not None:
         torch.set_num_threads(threads)
     if backend is not None:
-        loaded = compile(loaded, backend)
+        try:
+            loaded = compile(loaded, backend)
+        except RuntimeError as error:  # there is no C++ compiler
+            raise click.UsageError(str(error)) from None
     stream = Stream(loaded, tokenizer, sinks=sinks, window=window, chunk=chunk, quantize=quantize_cache)
     pieces = stream.generate(
         prompt,

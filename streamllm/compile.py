@@ -24,6 +24,7 @@ from streamllm.models import layers
 from streamllm.models.step import Cache, Geometry, Plan, Planner, forward_in_chunks, geometry_of
 
 BACKENDS = ("flat", "inductor", "cudagraphs")
+CAPTURING = ("cuda",)  # devices that launch at once what was captured
 _POINTWISE = layers._pointwise
 
 
@@ -42,7 +43,7 @@ def compile(model: nn.Module, backend: str | None = None) -> Compiled:
 
     Hooks on the model's modules see only what takes the model's own way. A model that is moved, quantized or
     laid out anew is recorded anew. Raises TypeError for a model of somebody else's, ValueError for a backend
-    that there is not, RuntimeError where "inductor" finds no C++ compiler.
+    that there is not, or not on the model's device, RuntimeError where "inductor" finds no C++ compiler.
     """
     geometry_of(model)
     device = next(model.parameters()).device.type
@@ -50,6 +51,10 @@ def compile(model: nn.Module, backend: str | None = None) -> Compiled:
         backend = "cudagraphs" if device == "cuda" else "flat"
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, not {backend!r}")
+    if backend == "cudagraphs" and device not in CAPTURING:
+        raise ValueError(
+            f'backend="cudagraphs" needs a model on CUDA, and this one is on {device}: take "flat" or "inductor"'
+        )
     if backend == "inductor" and device == "cpu":
         inductor.check()  # now, not when the first window is full
     return Compiled(model.model if isinstance(model, Compiled) else model, backend)

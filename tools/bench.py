@@ -109,7 +109,10 @@ def limit(spec: Spec) -> Round:
     return lambda: pass_over(best, spec.tokens)
 
 
-def ours(spec: Spec, compiled: str | None = None) -> Round:
+OURS = {"ours": None, "compiled": "flat", "inductor": "inductor", "cudagraphs": "cudagraphs"}  # and backends
+
+
+def ours(spec: Spec) -> Round:
     """This library, as `streamllm.load` leaves a model; or with `streamllm.compile` around it."""
     import torch
 
@@ -119,8 +122,9 @@ def ours(spec: Spec, compiled: str | None = None) -> Round:
     # On an accelerator the scores of a chunk, [B, H, chunk, K] in float32, must fit beside a large batch.
     chunk = 512 if spec.device == "cpu" else max(32, 512 // spec.batch)
     cache = streamllm.SinkCache(model, SINKS, spec.window, spec.batch, chunk)
-    if compiled:
-        model = streamllm.compile(model, backend=compiled)
+    backend = OURS[spec.system]
+    if backend:
+        model = streamllm.compile(model, backend=backend)
     text = _text(spec, SINKS + spec.window + spec.tokens)
     with torch.inference_mode():
         model(text, cache, logits_to_keep=1)
@@ -269,10 +273,7 @@ def llama_cpp(spec: Spec) -> Round:
 
 SYSTEMS: dict[str, Callable[[Spec], Round]] = {
     "limit": limit,
-    "ours": ours,
-    "compiled": lambda spec: ours(spec, "flat"),
-    "inductor": lambda spec: ours(spec, "inductor"),
-    "cudagraphs": lambda spec: ours(spec, "cudagraphs"),
+    **dict.fromkeys(OURS, ours),
     "dynamic": lambda spec: transformers(spec, "dynamic"),
     "static": lambda spec: transformers(spec, "static"),
     "static-compiled": lambda spec: transformers(spec, "static-compiled"),
@@ -483,7 +484,7 @@ def profiled(spec: Spec) -> dict[str, float]:
     torch.set_num_threads(spec.threads)
     model: Any = _our_model(spec)
     cache = streamllm.SinkCache(model, SINKS, spec.window)
-    backend = {"compiled": "flat", "cudagraphs": "cudagraphs"}.get(spec.system)
+    backend = OURS[spec.system]
     if backend:
         model = streamllm.compile(model, backend)
     prompt = _text(replace(spec, batch=1), SINKS + spec.window)
@@ -644,7 +645,7 @@ def remember(spec: Spec, tiny: str, folder: str) -> dict[str, Any]:
     import streamllm
 
     torch.set_num_threads(spec.threads)
-    backend = {"ours": None, "compiled": "flat"}.get(spec.system, spec.system)
+    backend = OURS[spec.system]
     text = _text(replace(spec, model="tiny"), SINKS + spec.window)
     quantize = "int8" if spec.dtype == "int8" else None
 
@@ -834,7 +835,7 @@ def main() -> None:
     ]  # fmt: skip
     if args.profile:
         for cell in cells:
-            for system in [name for name in args.systems if name in ("ours", "compiled", "cudagraphs")]:
+            for system in [name for name in args.systems if name in OURS]:
                 counts = profiled(replace(cell, system=system, tokens=cell.tokens or 50))
                 print(json.dumps({"what": cell.place, "system": system, **counts}))
         return

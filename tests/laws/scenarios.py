@@ -154,3 +154,17 @@ def failing(module: nn.Module, after: int = 0) -> Iterator[None]:
         yield
     finally:
         handle.remove()
+
+
+def mixed(model) -> Rows:
+    """Three rows fed by single tokens, chunks and ragged chunks in turn, and one of them begun again."""
+    rows = Rows(model, SinkCache(model, 2, 5, 3, chunk=4))
+    rows.feed(text(9, 3))
+    for turn, lengths in enumerate([None, [1, 1, 1], [3, 0, 1], [1, 4, 3], None]):
+        for extra in range(3):
+            rows.feed(text(1, 3, seed=10 * turn + extra))
+        rows.feed(text(4 if lengths else 6, 3, seed=turn), lengths)
+    rows.restart([1])
+    for extra in range(20):
+        rows.feed(text(1, 3, seed=100 + extra))
+    return rows

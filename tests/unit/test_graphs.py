@@ -10,7 +10,7 @@ import torch
 
 import streamllm
 from streamllm.cache import SinkCache
-from tests.laws.scenarios import TOLERANCE, Rows, cuts, defined, error, feed, text, tiny
+from tests.laws.scenarios import TOLERANCE, cuts, defined, error, feed, mixed, text, tiny
 from tests.laws.test_families import CONFIGS
 from tests.laws.test_families import tiny as of_family
 
@@ -36,6 +36,7 @@ def replays(monkeypatch) -> list[int]:
         return replay
 
     monkeypatch.setattr(COMPILE, "_captured", captured)
+    monkeypatch.setattr(COMPILE, "CAPTURING", ("cpu",))
     return count
 
 
@@ -92,15 +93,7 @@ def test_nothing_of_it_is_looked_at() -> None:
 
 def test_single_tokens_between_chunks_and_ragged_rows() -> None:
     model = streamllm.compile(tiny(), "cudagraphs")
-    rows = Rows(model, SinkCache(model, 2, 5, 3, chunk=4))
-    rows.feed(text(9, 3))
-    for turn, lengths in enumerate([None, [1, 1, 1], [3, 0, 1], [1, 4, 3], None]):
-        for extra in range(3):
-            rows.feed(text(1, 3, seed=10 * turn + extra))
-        rows.feed(text(4 if lengths else 6, 3, seed=turn), lengths)
-    rows.restart([1])
-    for extra in range(20):
-        rows.feed(text(1, 3, seed=100 + extra))
+    rows = mixed(model)
     rows.restart([0, 1, 2])
     rows.feed(text(12, 3, seed=7))
     rows.feed(text(1, 3, seed=8))

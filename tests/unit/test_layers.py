@@ -121,3 +121,16 @@ def test_a_view_of_fused_weights_is_as_good(rows):
     linear.weight.data = fused[:, 30:70].t()
     x = torch.randn(rows, 72)
     torch.testing.assert_close(linear(x), F.linear(x, fused[:, 30:70].t(), linear.bias), atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("high", [200, 512, 600])
+def test_large_float32_weights_lie_as_their_kernel_reads_them(threaded, high, threads):
+    threaded(threads)
+    linear = filled(torch.float32, wide=300, high=high)
+    x = torch.randn(1, 1, 300)
+    wanted = linear(x)
+    arrange(linear)
+    torch.testing.assert_close(linear(x), wanted, atol=1e-4, rtol=1e-5)
+    by_columns = high > 300 and (threads == 1 or not layers._ONEDNN)
+    assert linear.weight.stride() == ((1, high) if by_columns else (300, 1))

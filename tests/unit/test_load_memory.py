@@ -1,7 +1,13 @@
 """Loading holds the result, and beside it one tensor and the pages of a few others."""
 
-import pytest
+import json
 
+import pytest
+from safetensors.torch import load_file, save_file
+
+import streamllm
+from streamllm.models import layers
+from streamllm.weights import checkpoint
 from tools import load_memory
 
 
@@ -12,3 +18,36 @@ def test_the_peak_is_the_larger_of_file_and_result(tmp_path, monkeypatch, dtype)
     peak, _, result, _ = load_memory.measure(tmp_path, "streamllm", dtype)
     assert result > 0.99 * size
     assert peak < max(size, result) + 130_000_000
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_what_stays_mapped_shares_no_mapping_with_what_was_copied(tmp_path, monkeypatch, threads):
+    """Or every page that was read for the copies would stay, too: the file's, beside the model's."""
+    monkeypatch.setitem(load_memory.CONFIG, "vocab_size", 1000)
+    monkeypatch.setitem(load_memory.CONFIG, "hidden_size", 128)
+    monkeypatch.setitem(load_memory.CONFIG, "intermediate_size", 256)
+    load_memory.make(tmp_path, 3_000_000)
+    for file in tmp_path.glob("*.safetensors"):
+        save_file({name: tensor.float() for name, tensor in load_file(file).items()}, file, {"format": "pt"})
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"torch_dtype": "float32"}))
+    opened = []
+
+    def counted(stored):
+        read = opening(stored)
+        opened.append([])
+
+        def remembered(name, tensors=opened[-1]):
+            tensors.append(read(name))
+            return tensors[-1]
+
+        return remembered
+
+    opening = checkpoint._open
+    monkeypatch.setattr(checkpoint, "_open", counted)
+    monkeypatch.setattr(layers.torch, "get_num_threads", lambda: threads)
+    model = streamllm.load_model(tmp_path, device="cpu")
+    held = {weight.data_ptr() for weight in model.parameters()}
+    stay = [[tensor.data_ptr() in held for tensor in tensors] for tensors in opened]
+    assert any(all(tensors) for tensors in stay)
+    assert all(all(tensors) or not any(tensors) for tensors in stay)
