@@ -249,7 +249,7 @@ class Recorder(TorchFunctionMode):
                 raise NotImplementedError(f"a tensor as an attribute of a tensor: {function}")
             return result
         name = function.__name__
-        changes = name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
+        changes = inductor.changes(name)
         outputs = result if isinstance(result, (tuple, list)) else [result]
         if not changes and not any(isinstance(output, Tensor) for output in outputs):
             return result  # a size, a type, a number
@@ -389,9 +389,8 @@ def _joined(weights: Sequence[Tensor], by_columns: bool) -> Tensor:
 def _prune(module: fx.GraphModule) -> None:
     """Leave out what is computed for nobody: where keys stand, unless a bias asks."""
     for node in reversed(module.graph.nodes):
-        name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "_")
-        changes = name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
-        if node.op in ("call_method", "call_function") and not node.users and not changes:
+        called = node.op in ("call_method", "call_function")
+        if called and not node.users and not inductor.changes(node.target):
             module.graph.erase_node(node)
     module.recompile()
 

@@ -22,7 +22,7 @@ from streamllm.models import layers
 FEW = 16
 # A sum waits for the one before it: so many side by side, of as many outputs, hide that. int8 has the shortest
 # way from memory to the sum, and so the most to hide.
-SIDE_BY_SIDE = {1: 4, 2: 2}  # by bytes of a weight; else 1
+SIDE_BY_SIDE = {1: 2, 2: 2}  # by bytes of a weight; else 1
 OPTIONS = {
     "cpp.enable_floating_point_contract_flag": "fast",  # multiply and add in one
     "size_asserts": False,  # the recording was looked up by its sizes
@@ -47,7 +47,7 @@ def check() -> None:
 
 def compiled(module: fx.GraphModule, given: Sequence[Tensor]) -> Callable[..., Tensor]:
     """The recorded function for a CPU, compiled for tensors like those given; needs a C++ compiler."""
-    as_dots(module)
+    as_dots(module, given)
     constants = _constants_as_inputs(module)
     options = {name: value for name, value in OPTIONS.items() if name in _known_options()}
     function = torch._inductor.compile(module, [*given, *constants], options=options)
@@ -59,15 +59,49 @@ def compiled(module: fx.GraphModule, given: Sequence[Tensor]) -> Callable[..., T
     return run
 
 
-def as_dots(module: fx.GraphModule) -> None:
+def as_dots(module: fx.GraphModule, given: Sequence[Tensor]) -> None:
     """Replace the kernels of products by functions that say them as sums."""
+    _make_once(module.graph, given)
     nodes: list[Any] = list(module.graph.nodes)
     for node in nodes:
-        if node.op == "call_method" and node.target in ("matmul", "__matmul__"):
-            node.op, node.target = "call_function", torch.matmul
+        if node.op == "call_method" and node.target in _AS_FUNCTIONS:
+            node.op, node.target = "call_function", _AS_FUNCTIONS[node.target]
         if node.op == "call_function" and node.target in _AS_DOTS:
             node.target = _AS_DOTS[node.target]
     module.recompile()
+
+
+def _make_once(graph: fx.Graph, given: Sequence[Tensor]) -> None:
+    """What follows from places alone, such as a rotation, is the same in all layers: it is kept for them.
+
+    Else inductor computes it again wherever it is read: cosines for every head of every layer.
+    """
+    nodes: list[Any] = list(graph.nodes)
+    order = {node: number for number, node in enumerate(nodes)}
+    inputs = graph.find_nodes(op="placeholder")
+    of_places = {
+        node for node, tensor in zip(inputs[1:], given[1:], strict=True) if tensor.dtype == torch.int64
+    }
+    for node in nodes:
+        read = node.all_input_nodes
+        if any(of in of_places for of in read) and all(of in of_places or of.op == "get_attr" for of in read):
+            of_places.add(node)
+    for node in nodes:
+        outside = [user for user in node.users if user not in of_places]
+        if node in of_places and node.op != "placeholder" and outside:
+            first = min(outside, key=order.__getitem__)
+            if any(changes(user.target) and order[user] >= order[first] for user in node.users):
+                continue  # it is not yet what others will read
+            with graph.inserting_before(first):
+                kept = graph.call_function(_made, (node,))
+            for user in outside:
+                user.replace_input_with(node, kept)
+
+
+def changes(function: Any) -> bool:
+    """Whether a call in a recording, by name or as a function, writes to what it is given."""
+    name = function if isinstance(function, str) else getattr(function, "__name__", "_")
+    return name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
 
 
 def _known_options() -> Any:
@@ -113,7 +147,8 @@ def _int8_linear(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
 def _row_times(x: Tensor, weight: Tensor) -> Tensor:
     """One row and a weight [out, in] -> [out], in float32 or wider."""
     wide = torch.promote_types(x.dtype, torch.float32)
-    row = _made(x).view(1, -1).to(wide)
+    # int8 is so short a way that to widen the row again for each output would take as long.
+    row = (_made(x.to(wide)) if weight.dtype == torch.int8 else _made(x)).view(1, -1).to(wide)
     parts = SIDE_BY_SIDE.get(weight.itemsize, 1)
     if len(weight) % parts:  # only loops of one length run side by side
         parts = 1
@@ -186,17 +221,23 @@ class _Quantized:
         return whole.transpose(2, 3) if self._turned else whole
 
 
+def _softmax(scores: Tensor, dim: int) -> Tensor:
+    return _made(scores).softmax(dim)  # it reads them three times
+
+
 def _made(x: Tensor) -> Tensor:
     """x, computed and kept. Else inductor computes it again wherever it is read: cosines for every key."""
     x = x.contiguous()
     return x.as_strided(x.shape, x.stride())
 
 
+_AS_FUNCTIONS = {"matmul": torch.matmul, "__matmul__": torch.matmul, "softmax": torch.softmax}
 _AS_DOTS: dict[Any, Callable[..., Any]] = {
     F.linear: _linear,
     layers._pointwise: _linear,
     torch._weight_int8pack_mm: _int8_linear,
     torch.matmul: _matmul,
+    torch.softmax: _softmax,
     dequantized: _dequantized,
     operator.matmul: _matmul,
 }

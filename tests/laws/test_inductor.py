@@ -61,7 +61,7 @@ def uncompiled(monkeypatch):
     products = []
 
     def compiled(module, given):
-        inductor.as_dots(module)
+        inductor.as_dots(module, given)
 
         def run(*given):
             with Counted() as counted:
@@ -143,6 +143,44 @@ def test_the_count_notices(uncompiled, monkeypatch):
     monkeypatch.delitem(inductor._AS_DOTS, torch.matmul)
     assert law("llama") <= TOLERANCE
     assert min(uncompiled) > 0
+
+
+@pytest.mark.parametrize(("name", "least"), [("llama", 6), ("falcon rw", 1)])
+def test_what_follows_from_places_is_kept_for_all_layers(monkeypatch, name, least):
+    """Cosines and sines, three of each; or a bias: made once, however many layers and heads read them."""
+    graphs = []
+
+    def compiled(module, given):
+        inductor.as_dots(module, given)
+        graphs.append((module.graph, given))
+        return module
+
+    monkeypatch.setattr(inductor, "check", lambda: None)
+    monkeypatch.setattr(inductor, "compiled", compiled)
+    for layers_ in (1, 3):
+        model = streamllm.compile(fresh(name, layers=layers_), "inductor")
+        feed(model, SinkCache(model, S, W), text(13), [12, 1])
+    made = [
+        len([node for node in graph.nodes if node.target is inductor._made])
+        for graph, given in graphs
+        if len(given) > 1
+    ]
+    assert made[0] == made[1] >= least
+
+
+def test_what_is_still_written_to_is_not_kept():
+    graph = torch.fx.Graph()
+    tokens, places = graph.placeholder("tokens"), graph.placeholder("places")
+    once, twice = (graph.call_method("mul", (places, 2)) for _ in range(2))
+    x = graph.call_method("add", (tokens, once))
+    graph.call_method("add_", (once, places))
+    graph.call_method("add_", (twice, places))
+    x = graph.call_method("add", (graph.call_method("add", (x, once)), twice))
+    graph.output(x)
+    module, given = torch.fx.GraphModule({}, graph), [torch.tensor([1]), torch.tensor([10])]
+    inductor.as_dots(module, given)
+    assert module(*given).item() == 1 + 20 + 30 + 30
+    assert [node.args[0] for node in graph.nodes if node.target is inductor._made] == [twice]
 
 
 # Would the laws notice?
