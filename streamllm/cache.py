@@ -16,11 +16,13 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
+from streamllm.memory import give_back
 from streamllm.models.step import Band, Plan, Step, geometry_of
 
 DEFAULT_WINDOW = 1020
 # Slots: a ring that fills is met in steps of so many, because kernels are made anew for each size.
 STRIDE = 256
+MANY = 64  # tokens at once, whose forward leaves memory behind that is worth to be given back
 FURTHEST = 1 << 48  # rotary angles are exact up to twice this place
 
 
@@ -87,6 +89,7 @@ class SinkCache:
         # Tokens seen per row, and the plan that is counted there but that perhaps not every layer keeps yet.
         # One attribute, replaced as a whole by all that touches the cache: Ctrl-C falls before or after.
         self._stand: tuple[list[int], _SinkPlan | None] = ([0] * batch_size, None)
+        self._prompted = False  # whether the last plan was of many tokens
         # A layer whose own window w is shorter keeps W' = min(W, w). One plan per distinct window.
         self._windows = {own: window if own is None else min(window, own) for own in geometry.windows}
         shape = batch_size, geometry.kv_heads, geometry.head_dim
@@ -204,6 +207,9 @@ class SinkCache:
         seen = self._seen[:1] if lockstep else self._seen
         counts = [length] * len(seen) if lengths is None else list(lengths)
         alone = length == 1 and all(counts)  # one token for every row: it may take its slot at once
+        if alone and self._prompted and self.device.type == "cpu":
+            give_back()  # from here on, a stream may run for days beside what its prompt once needed
+        self._prompted = length >= MANY
         evicting = alone and lockstep and seen[0] >= self.sinks + self.window
         if evicting and counted:
             return _SinkPlan(steps={}, memories=[], advance=[1] * self.batch_size, t=seen[0], by=self)

@@ -134,7 +134,7 @@ class Device(click.ParamType):  # type: ignore[type-arg]
     "--compile",
     "backend",
     type=click.Choice(BACKENDS),
-    help="Compile the next token's work once the window is full; inductor is the fastest, and takes half a minute.",
+    help="Compile the next token's work once the window is full; inductor is the fastest: half a minute at first.",
 )
 @click.option(
     "--chunk",

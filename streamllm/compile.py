@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from streamllm import inductor
 from streamllm.cache import SinkCache
+from streamllm.memory import give_back
 from streamllm.models import layers
 from streamllm.models.step import Cache, Geometry, Plan, Planner, forward_in_chunks, geometry_of
 
@@ -39,7 +40,8 @@ def compile(model: nn.Module, backend: str | None = None) -> Compiled:
     backend: "flat" runs the kernels one by one (the default on a CPU), "cudagraphs" launches all at once (on
     CUDA), "inductor" gives the list to torch's compiler. On a CPU that makes one C++ function of it, which
     reads weights and cache at the speed of memory: it needs a C++ compiler and half a minute, the first time
-    that a window is full. On CUDA, what it makes is launched at once, too.
+    that a window is full; a later process finds what was compiled, and needs some seconds. On CUDA, what it
+    makes is launched at once, too.
 
     Hooks on the model's modules see only what takes the model's own way. A model that is moved, quantized or
     laid out anew is recorded anew. Raises TypeError for a model of somebody else's, ValueError for a backend
@@ -151,8 +153,11 @@ class Compiled(nn.Module):
             result = function()
         recorded = recorder.finish(result)
         if self._by_dots(given[0]):
-            return inductor.compiled(recorded, given)
-        return _fused(recorded) if self.backend == "inductor" else _bare(recorded)
+            made = inductor.compiled(recorded, given)
+        else:
+            made = _fused(recorded) if self.backend == "inductor" else _bare(recorded)
+        give_back()  # weights were laid anew; and a compiler has thought
+        return made
 
     def _captures(self, tokens: Tensor) -> bool:
         return self.backend == "cudagraphs" or (self.backend == "inductor" and tokens.is_cuda)

@@ -7,6 +7,7 @@ loops, without calls between, that read weights and cache as fast as memory give
 
 from __future__ import annotations
 
+import gc
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -49,14 +50,29 @@ def compiled(module: fx.GraphModule, given: Sequence[Tensor]) -> Callable[..., T
     """The recorded function for a CPU, compiled for tensors like those given; needs a C++ compiler."""
     as_dots(module, given)
     constants = _constants_as_inputs(module)
-    options = {name: value for name, value in OPTIONS.items() if name in _known_options()}
-    function = torch._inductor.compile(module, [*given, *constants], options=options)
+    wanted = {
+        **OPTIONS,
+        "cpp.threads": torch.get_num_threads(),
+    }  # what lies compiled is looked up by these, too
+    options = {name: value for name, value in wanted.items() if name in _known_options()}
+    with _remembering():
+        function = torch._inductor.compile(module, [*given, *constants], options=options)
+    gc.collect()  # its graphs hold on to one another
 
     def run(*given: Tensor) -> Tensor:
         result = function(*given, *constants)
         return result if isinstance(result, Tensor) else result[0]
 
     return run
+
+
+def _remembering() -> Any:
+    """A context in which inductor takes what an earlier process has compiled of the same, if it lies there still."""
+    from torch._guards import TracingContext, tracing
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+    return tracing(TracingContext(FakeTensorMode(shape_env=ShapeEnv())))
 
 
 def as_dots(module: fx.GraphModule, given: Sequence[Tensor]) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from streamllm.memory import give_back
 from streamllm.models import layers
 from streamllm.sampling import GenerationConfig, attach, read_generation_config
 from streamllm.tokenizer import TOKENIZER_FILES, Tokenizer, load_tokenizer_files
@@ -139,6 +140,7 @@ def _load_model(
             model = checkpoint.load(dtype, place, report=bar.update)
     if quantize:
         layers.quantize(model)
+    give_back()
     attach(model, generation_config)
     return model
 

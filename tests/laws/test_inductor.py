@@ -232,6 +232,25 @@ def test_a_stream_that_is_compiled_once(compiling):
     assert compiled.recordings == 1
 
 
+def test_what_was_compiled_is_found_again_and_for_as_many_threads_only(
+    compiling, threaded, monkeypatch, tmp_path
+):
+    from torch._dynamo.utils import counters
+
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+
+    def found():
+        compiled = streamllm.compile(fresh(layers=1), "inductor")
+        counters.clear()
+        feed(compiled, SinkCache(compiled, S, W), text(11), [10, 1])
+        return [counters["inductor"][f"fxgraph_cache_{what}"] for what in ("hit", "miss", "bypass")]
+
+    threaded(1)
+    assert [found(), found()] == [[0, 2, 0], [2, 0, 0]]
+    threaded(2)
+    assert found() == [0, 2, 0]
+
+
 def test_rows_with_gaps_between_their_tokens_and_alibi(compiling):
     model, tokens = fresh("falcon rw", layers=1), text(20, rows=3)
     compiled = streamllm.compile(model, "inductor")

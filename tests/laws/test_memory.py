@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import resource
+import subprocess
 import sys
 import weakref
 from pathlib import Path
@@ -45,6 +47,38 @@ def test_twenty_thousand_tokens_take_no_more_memory_than_two_thousand():
     assert cache.seen.item() == 20_000
     assert cache.nbytes == held == 2 * 4 * 64 * 8 * 4
     assert resident() - before <= 2 * MB
+
+
+def test_what_a_prompt_took_is_given_back_before_single_tokens(monkeypatch):
+    given = []
+    monkeypatch.setattr("streamllm.cache.give_back", lambda: given.append(cache.seen.item()))
+    model = tiny(dtype=torch.float32)
+    cache = SinkCache(model, sinks=2, window=10)
+    for length in (100, 100, 1, 1, 5, 1, 64, 1, 100):
+        model(text(length), cache)
+    assert given == [200, 200 + 1 + 1 + 5 + 1 + 64]
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="the C library cannot")
+def test_freed_memory_is_given_back():
+    """Many small pieces below one that stays: it is only given back when asked for."""
+    code = """
+import ctypes
+from tests.laws.test_memory import MB, resident
+from streamllm.memory import give_back
+malloc, free = ctypes.CDLL(None).malloc, ctypes.CDLL(None).free
+malloc.restype, free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+pieces = [malloc(50_000) for _ in range(2000)]
+for piece in pieces:
+    ctypes.memset(ctypes.c_void_p(piece), 1, 50_000)
+for piece in pieces[:-1]:
+    free(piece)
+before = resident()
+give_back()
+print((before - resident()) // MB)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(done.stdout) > 80
 
 
 class Allocated(TorchDispatchMode):
