@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from streamllm.models.step import Step
+from streamllm.models.step import Band, Step
 
 
 def attend(
@@ -46,7 +47,7 @@ def attend(
     return _fused(near, keys, values, step, scale, bias)
 
 
-TILE = 128  # queries; 64 is within 10 % of it, 32 slower
+TILE = 64  # queries; 32 to 256 are within 10 % of it, 512 is not
 
 
 def _in_tiles(
@@ -57,32 +58,27 @@ def _in_tiles(
     assert band is not None
     T, columns = near.shape[2], band.columns
     on_cpu = near.device.type == "cpu"
-    tile = TILE if on_cpu else 4 * TILE
+    tile = TILE if on_cpu else 8 * TILE
     if not step.sinks:
         far = near
     sinks = keys[:, :, :columns], values[:, :, :columns]
     joinable = on_cpu and _FLASH is not None and (bias is None or near.dtype == _wide(near.dtype))
     read: list[Tensor] = []
-    hidden, known, shut = None, None, None
+    runs: list[tuple[Tensor, Tensor]] = []  # what the last queries read of the runs alone, and their scores
+    hidden, known = None, None
     for start in range(0, T, tile):
         stop = min(start + tile, T)
+        if joinable and band.start + start >= band.sinks:  # each query sees itself in the run, and all sinks
+            runs.append(_run(near, keys, values, band, start, stop, scale, bias))
+            continue
         low, high = band.keys(start, stop)
         kind = stop - start, high - low, start - low, band.start + start < columns
         if kind != known or kind[-1]:  # else what the tile before hid is hidden here
             mask, known = band.mask(start, stop, near.device), kind
-            hidden, shut = None if mask is None else ~mask, None
+            hidden = None if mask is None else ~mask
         recent = near[:, :, start:stop]
         sunken = recent if far is near else far[:, :, start:stop]
         added = bias if bias is None else bias[:, :, start:stop]
-        if joinable and band.start + start >= band.sinks:  # each query sees itself in the run, and all sinks
-            if shut is None and hidden is not None:
-                shut = _shut(hidden[:, columns:], near.dtype)
-            read.append(
-                _joined(recent, sunken, keys[:, :, low:high], values[:, :, low:high], sinks, scale,
-                        _sum(shut, None if added is None else added[..., low:high]),
-                        None if added is None else added[..., :columns])
-            )  # fmt: skip
-            continue
         if added is not None and low > columns:
             added = torch.cat((added[..., :columns], added[..., low:high]), -1)
         elif added is not None:
@@ -93,44 +89,64 @@ def _in_tiles(
             _attended(recent, sunken, keys[:, :, run], values[:, :, run], sinks if columns else None,
                       low > columns, scale, added, hidden)
         )  # fmt: skip
-    return read[0] if len(read) == 1 else torch.cat(read, 2)
+    if runs:
+        out, score = (_joined(parts) for parts in zip(*runs, strict=True))
+        first = T - out.shape[2]
+        added = None if bias is None else bias[:, :, first:, :columns]
+        read.append(_beside_sinks(out, score, far[:, :, first:], sinks, scale, added) if columns else out)
+    return _joined(read)
 
 
-def _joined(
-    near: Tensor, far: Tensor, keys: Tensor, values: Tensor, sinks: tuple[Tensor, Tensor], scale: float,
-    added: Tensor | None, sunken: Tensor | None,
-) -> Tensor:  # fmt: skip
-    """A run of keys by the fused kernel, and the sinks: beside them, the run is like one key more.
-
-    Its score is the logarithm of what its softmax is divided by, its value what was read of it. added and
-    sunken are added to the scores of the run and of the sinks.
-    """
-    few = sinks[0].shape[2]
-    if not few:
-        grouped = near.shape[1] != keys.shape[1]
-        return F.scaled_dot_product_attention(
-            near, keys, values, attn_mask=added, scale=scale, enable_gqa=grouped
-        )
+def _run(
+    near: Tensor, keys: Tensor, values: Tensor, band: Band, start: int, stop: int, scale: float,
+    bias: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """What the queries `start` … `stop` - 1 read of their run of keys alone [B, H, n, D], and its score [B, H, n]."""
     assert _FLASH is not None
-    run, score = _FLASH(near, keys, values, attn_mask=added, scale=scale)  # [B, H, T, D], [B, H, T]
-    B, H, T, D = near.shape
-    G, wide = keys.shape[1], _wide(near.dtype)
+    low, high = band.keys(start, stop)
+    behind = band.start + start - (band.first + low - band.columns)  # the first key, behind the first query
+    mask = _shut(stop - start, high - low, behind, band.window, near.dtype, near.device)
+    if bias is not None:
+        added = bias[:, :, start:stop, low:high]
+        mask = added if mask is None else added + mask
+    return _FLASH(
+        near[:, :, start:stop], keys[:, :, low:high], values[:, :, low:high], attn_mask=mask, scale=scale
+    )
+
+
+@lru_cache(maxsize=16)  # all layers, and nearly all tiles of a long text, have the same
+def _shut(
+    queries: int, keys: int, behind: int, window: int, dtype: torch.dtype, device: torch.device
+) -> Tensor | None:
+    """What hides keys when it is added to their scores: 0 or -inf [queries, keys]; None where all are seen."""
+    if behind + queries - 1 < window and keys - 1 <= behind:
+        return None
+    with torch.inference_mode(False):  # or no gradient could pass beside it
+        distance = behind + torch.arange(queries)[:, None] - torch.arange(keys)
+        seen = (distance >= 0) & (distance < window)
+        return torch.zeros(queries, keys, dtype=dtype).masked_fill_(~seen, -torch.inf).to(device)
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(tuple(parts), 2)
+
+
+def _beside_sinks(
+    run: Tensor, score: Tensor, far: Tensor, sinks: tuple[Tensor, Tensor], scale: float, bias: Tensor | None
+) -> Tensor:
+    """What was read [B, H, T, D] of a run of keys, joined with the sinks: beside them, it is like one key more.
+
+    Its score [B, H, T] is the logarithm of what its softmax was divided by.
+    """
+    B, H, T, D = run.shape
+    G, few, wide = sinks[0].shape[1], sinks[0].shape[2], _wide(run.dtype)
     rows = far.to(wide).reshape(B, G, H // G * T, D)
     scores = (rows @ sinks[0].to(wide).transpose(2, 3)).view(B, H, T, few).mul_(scale)
-    if sunken is not None:
-        scores = scores + sunken
+    if bias is not None:
+        scores = scores + bias
     weights = torch.cat((score.to(wide)[..., None], scores), -1).softmax(-1)
     of_sinks = weights[..., 1:].reshape(B, G, H // G * T, few) @ sinks[1].to(wide)
-    return torch.addcmul(of_sinks.view(B, H, T, D), run.to(wide), weights[..., :1]).to(values.dtype)
-
-
-def _shut(hidden: Tensor, dtype: torch.dtype) -> Tensor:
-    """The hidden keys [T, K] as what is added to their scores."""
-    return torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, -torch.inf)
-
-
-def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
-    return b if a is None else a if b is None else a + b
+    return torch.addcmul(of_sinks.view(B, H, T, D), run.to(wide), weights[..., :1]).to(run.dtype)
 
 
 def _find_flash() -> Callable[..., tuple[Tensor, Tensor]] | None:

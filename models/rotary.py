@@ -201,6 +201,6 @@ def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """x [B, H, T, D]; the first `dim` of its D dimensions turn, the others pass."""
     dim = cos.shape[-1]
     if dim == x.shape[-1]:
-        return x * cos + x.roll(dim // 2, -1) * sin
+        return torch.addcmul(x * cos, x.roll(dim // 2, -1), sin)
     turning = x[..., :dim]
-    return torch.cat((turning * cos + turning.roll(dim // 2, -1) * sin, x[..., dim:]), -1)
+    return torch.cat((torch.addcmul(turning * cos, turning.roll(dim // 2, -1), sin), x[..., dim:]), -1)

@@ -43,6 +43,26 @@ def test_tiles_with_a_bias(monkeypatch, seen, tile):
         check(cache.plan(33).steps[None], bias=True)
 
 
+@pytest.mark.parametrize("kv_heads", [4, 1])
+def test_gradients_pass_through_tiles(monkeypatch, kv_heads):
+    """Also where inference has been there before, and has left its masks."""
+    tokens = text(40, rows=2)
+
+    def gradients():
+        model = tiny.__wrapped__(kv_heads=kv_heads, windows=(7, 7, 7)).requires_grad_(True)
+        model(tokens).square().mean().backward()
+        return torch.cat([weight.grad.flatten() for weight in model.parameters()])
+
+    monkeypatch.setattr(attention, "TILE", 16)
+    with torch.inference_mode():
+        attention._shut.cache_clear()
+        tiny.__wrapped__(windows=(7, 7, 7))(tokens)
+    got = gradients()
+    monkeypatch.setattr(attention, "_FLASH", None)
+    wanted = gradients()
+    assert (got - wanted).abs().max() <= TOLERANCE * wanted.abs().max()
+
+
 def check(step: Step, bias: bool) -> None:
     """attend() against the plain softmax over all keys, under the mask that the places say."""
     generator = torch.Generator().manual_seed(5)
