@@ -125,6 +125,7 @@ text_files = click.argument(
     type=click.Choice(["int8"]),
     help="Store recent keys and values in 8 bits.",
 )
+@click.option("--quantize", "weights", type=click.Choice(["int8"]), help="Round the weights to 8 bits.")
 @click.option("--tokens", type=click.IntRange(2), help="Read no more than so many tokens.  [default: all]")
 @click.option("--reset-between-texts", is_flag=True, help="Begin every text with an empty cache.")
 @click.option("--chunk", type=click.IntRange(1), default=256, show_default=True, help="Tokens read at once.")
@@ -146,8 +147,9 @@ text_files = click.argument(
 def perplexity(
     files: tuple[Path, ...], model: str | None, revision: str | None, dtype: str, device: str | None,
     threads: int | None, mode: tuple[str, ...], sinks: tuple[int, ...], window: tuple[int, ...] | None,
-    quantize: str | None, tokens: int | None, reset_between_texts: bool, chunk: int, dense_tokens: int,
-    positions: int, batch: int, seed: int, resume: Path | None, json_file: Path | None, plot: Path | None,
+    quantize: str | None, weights: str | None, tokens: int | None, reset_between_texts: bool, chunk: int,
+    dense_tokens: int, positions: int, batch: int, seed: int, resume: Path | None, json_file: Path | None,
+    plot: Path | None,
 ) -> None:  # fmt: skip
     """Score a stream: perplexity under four ways of attending to it.
 
@@ -164,10 +166,11 @@ def perplexity(
     The columns are perplexities by position: 128 stands for the predictions at 128 … 255.
     """
     plots.check_path(plot)
-    loaded, tokenizer = _load(model, revision, dtype, device, threads)
+    loaded, tokenizer = _load(model, revision, dtype, device, threads, weights)
     texts = _texts(tokenizer, files, reset_between_texts, tokens)
     settings = _settings(mode, sinks, window, quantize)
-    run = _Run(loaded, resume, _fingerprint(model, dtype, texts, chunk, dense_tokens, positions, seed))
+    precision = dtype if weights is None else f"{dtype}, {weights} weights"
+    run = _Run(loaded, resume, _fingerprint(model, precision, texts, chunk, dense_tokens, positions, seed))
     results = []
     for one in settings:
         read = _cut(texts, dense_tokens) if one.mode == "dense" else texts
@@ -175,7 +178,7 @@ def perplexity(
         results.append(run.score(one, read, chunk=chunk, positions=scored, seed=seed, batch=batch))
     run.finish()
     click.echo(table(results))
-    _write(json_file, {"results": [result.to_dict() for result in results]}, model, dtype)
+    _write(json_file, {"results": [result.to_dict() for result in results]}, model, precision)
     if plot is not None:
         trained = geometry_of(loaded).trained_length
         plots.save_figure(plots.perplexity_curves(results, trained_length=trained), plot)
@@ -472,11 +475,16 @@ class _Run:
 
 
 def _load(
-    name: str | None, revision: str | None, dtype: str, device: str | None, threads: int | None
+    name: str | None,
+    revision: str | None,
+    dtype: str,
+    device: str | None,
+    threads: int | None,
+    quantize: str | None = None,
 ) -> tuple[nn.Module, Tokenizer]:
     from streamllm import load
 
-    model, tokenizer = load(name, revision=revision, dtype=dtype, device=device)
+    model, tokenizer = load(name, revision=revision, dtype=dtype, device=device, quantize=quantize)
     if threads is None and sum(parameter.numel() for parameter in model.parameters()) < SMALL:
         threads = 1
     if threads is not None:

@@ -7,6 +7,7 @@ import re
 import pytest
 from click.testing import CliRunner
 
+from streamllm import load_model
 from streamllm.evaluate import commands, scoring
 from streamllm.evaluate.texts import as_stream, as_texts, beginning, samples
 
@@ -74,6 +75,20 @@ def test_perplexity_with_a_cache_in_int8(run, text, tmp_path, model, tokenizer):
     assert results[0]["nll"] == pytest.approx(rounded.nll, rel=1e-6)
     assert rounded.nll != exact.nll
     assert output.splitlines()[1].startswith("sinks, int8")
+
+
+def test_perplexity_with_weights_in_int8(run, text, tmp_path, checkpoint, tokenizer):
+    file, state = tmp_path / "out.json", str(tmp_path / "state")
+    arguments = [text, "--window", "30", "--dtype", "float32", "--resume", state, "--json", str(file)]
+    run(commands.perplexity, *arguments, "--quantize", "int8")
+    found = json.loads(file.read_text())
+    ids = as_stream(tokenizer, [WORDS * 30])
+    models = (load_model(checkpoint, dtype="float32", device="cpu", quantize=q) for q in (None, "int8"))
+    exact, rounded = (scoring.perplexity(model, ids, sinks=4, window=30) for model in models)
+    assert found["results"][0]["nll"] == pytest.approx(rounded.nll, rel=1e-6)
+    assert found["dtype"] == "float32, int8 weights"
+    assert rounded.nll != pytest.approx(exact.nll, rel=1e-6)
+    assert "another model, text or setting" in run(commands.perplexity, *arguments, code=2)
 
 
 def test_texts_are_one_stream_or_apart(run, text, tmp_path, tokenizer):
