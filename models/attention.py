@@ -114,7 +114,7 @@ def _run(
     )
 
 
-@lru_cache(maxsize=16)  # all layers, and nearly all tiles of a long text, have the same
+@lru_cache(maxsize=4)  # all layers, and nearly all tiles of a long text, have the same
 def _shut(
     queries: int, keys: int, behind: int, window: int, dtype: torch.dtype, device: torch.device
 ) -> Tensor | None:

@@ -89,7 +89,7 @@ class SinkCache:
         # Tokens seen per row, and the plan that is counted there but that perhaps not every layer keeps yet.
         # One attribute, replaced as a whole by all that touches the cache: Ctrl-C falls before or after.
         self._stand: tuple[list[int], _SinkPlan | None] = ([0] * batch_size, None)
-        self._prompted = False  # whether the last plan was of many tokens
+        self._prompted = False  # whether many tokens came at once, and no single one since
         # A layer whose own window w is shorter keeps W' = min(W, w). One plan per distinct window.
         self._windows = {own: window if own is None else min(window, own) for own in geometry.windows}
         shape = batch_size, geometry.kv_heads, geometry.head_dim
@@ -208,8 +208,9 @@ class SinkCache:
         counts = [length] * len(seen) if lengths is None else list(lengths)
         alone = length == 1 and all(counts)  # one token for every row: it may take its slot at once
         if alone and self._prompted and self.device.type == "cpu":
+            self._prompted = False
             give_back()  # from here on, a stream may run for days beside what its prompt once needed
-        self._prompted = length >= MANY
+        self._prompted |= length >= MANY
         evicting = alone and lockstep and seen[0] >= self.sinks + self.window
         if evicting and counted:
             return _SinkPlan(steps={}, memories=[], advance=[1] * self.batch_size, t=seen[0], by=self)

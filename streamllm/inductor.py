@@ -50,10 +50,8 @@ def compiled(module: fx.GraphModule, given: Sequence[Tensor]) -> Callable[..., T
     """The recorded function for a CPU, compiled for tensors like those given; needs a C++ compiler."""
     as_dots(module, given)
     constants = _constants_as_inputs(module)
-    wanted = {
-        **OPTIONS,
-        "cpp.threads": torch.get_num_threads(),
-    }  # what lies compiled is looked up by these, too
+    # The threads are an option, too, so that what lies compiled for another number of them is not taken.
+    wanted = {**OPTIONS, "cpp.threads": torch.get_num_threads()}
     options = {name: value for name, value in wanted.items() if name in _known_options()}
     with _remembering():
         function = torch._inductor.compile(module, [*given, *constants], options=options)
