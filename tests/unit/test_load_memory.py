@@ -51,3 +51,7 @@ def test_what_stays_mapped_shares_no_mapping_with_what_was_copied(tmp_path, monk
     stay = [[tensor.data_ptr() in held for tensor in tensors] for tensors in opened]
     assert any(all(tensors) for tensors in stay)
     assert all(all(tensors) or not any(tensors) for tensors in stay)
+    # Nor for a few bytes: the pages around them would stay.
+    mapped = {tensor.data_ptr() for tensors in opened for tensor in tensors}
+    assert model.embed.weight.data_ptr() in mapped
+    assert model.norm.weight.data_ptr() not in mapped
