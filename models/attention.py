@@ -105,7 +105,7 @@ def _run(
     assert _FLASH is not None
     low, high = band.keys(start, stop)
     behind = band.start + start - (band.first + low - band.columns)  # the first key, behind the first query
-    mask = _shut(stop - start, high - low, behind, band.window, near.dtype, near.device)
+    mask = _shut(stop - start, behind, band.window, near.dtype, near.device)
     if bias is not None:
         added = bias[:, :, start:stop, low:high]
         mask = added if mask is None else added + mask
@@ -115,16 +115,13 @@ def _run(
 
 
 @lru_cache(maxsize=4)  # all layers, and nearly all tiles of a long text, have the same
-def _shut(
-    queries: int, keys: int, behind: int, window: int, dtype: torch.dtype, device: torch.device
-) -> Tensor | None:
-    """What hides keys when it is added to their scores: 0 or -inf [queries, keys]; None where all are seen."""
-    if behind + queries - 1 < window and keys - 1 <= behind:
-        return None
+def _shut(queries: int, behind: int, window: int, dtype: torch.dtype, device: torch.device) -> Tensor | None:
+    """A run's mask as what is added to scores: 0 or -inf [queries, keys]; None where each query sees all."""
     with torch.inference_mode(False):  # or no gradient could pass beside it
-        distance = behind + torch.arange(queries)[:, None] - torch.arange(keys)
-        seen = (distance >= 0) & (distance < window)
-        return torch.zeros(queries, keys, dtype=dtype).masked_fill_(~seen, -torch.inf).to(device)
+        seen = Band(behind, 0, 0, 0, window).mask(0, queries, device)
+        if seen is None:
+            return None
+        return torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill_(~seen, -torch.inf)
 
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:

@@ -21,9 +21,9 @@ from streamllm.models import layers
 
 # Rows of queries up to which keys are read as dot products: for each row once more, from the processor's cache.
 FEW = 16
-# A sum waits for the one before it: so many side by side, of as many outputs, hide that. int8 has the shortest
-# way from memory to the sum, and so the most to hide.
-SIDE_BY_SIDE = {1: 2, 2: 2}  # by bytes of a weight; else 1
+# A sum waits for the one before it: so many side by side, of as many outputs, hide that. By bytes of a weight,
+# as measured; else 1.
+SIDE_BY_SIDE = {1: 2, 2: 2}
 OPTIONS = {
     "cpp.enable_floating_point_contract_flag": "fast",  # multiply and add in one
     "size_asserts": False,  # the recording was looked up by its sizes
@@ -161,8 +161,9 @@ def _int8_linear(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
 def _row_times(x: Tensor, weight: Tensor) -> Tensor:
     """One row and a weight [out, in] -> [out], in float32 or wider."""
     wide = torch.promote_types(x.dtype, torch.float32)
-    # int8 is so short a way that to widen the row again for each output would take as long.
-    row = (_made(x.to(wide)) if weight.dtype == torch.int8 else _made(x)).view(1, -1).to(wide)
+    if weight.dtype == torch.int8:  # widened once: for each output again, it takes as long as its weights
+        x = x.to(wide)
+    row = _made(x).view(1, -1).to(wide)
     parts = SIDE_BY_SIDE.get(weight.itemsize, 1)
     if len(weight) % parts:  # only loops of one length run side by side
         parts = 1

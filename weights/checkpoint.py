@@ -72,7 +72,7 @@ class Stored:
 
 # Bytes that may be read through one mapping before it is replaced by a new one.
 MAPPED = 64 << 20
-# Bytes up to which a tensor is copied: the page it lies on is mapped with many around it.
+# A tensor of fewer bytes is copied: the page it lies on is mapped with many around it.
 SMALL = 1 << 16
 
 
@@ -206,16 +206,15 @@ class Checkpoint:
             arranged = [linears[id(slots[name][0][0])] for name in names if id(slots[name][0][0]) in linears]
             same = FLOATS[stored.dtype] == dtype and device.type == "cpu"
             # What stays in a mapping keeps all of it in memory, beside the copies that were made from it.
-            small = stored.nbytes < SMALL
-            stays = same and split is None and not small
-            stays = stays and not any(is_copied(linear, dtype) for linear in arranged)
+            copied = split is not None or stored.nbytes < SMALL
+            stays = same and not copied and not any(is_copied(linear, dtype) for linear in arranged)
             whole = reader.read(stored, keep=stays)
             parts = (whole,) if split is None else split(whole, config)
             del whole
             for name, part in zip(names, parts, strict=True):
                 _check_shape(self.source.name, stored, name, part, slots[name][0][0])
-                # A part is copied out of its fused tensor, so that the file's pages can go.
-                part = part.to(device=device, dtype=dtype, copy=split is not None or small).contiguous()
+                # A part is copied out of its fused tensor, so that the file's pages can go; so are a few bytes.
+                part = part.to(device=device, dtype=dtype, copy=copied).contiguous()
                 if not _is_finite(part):
                     doubtful.append(stored.name)
                 if part.data_ptr() % part.element_size():
