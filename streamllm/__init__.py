@@ -6,6 +6,7 @@ for piece in stream.generate("def "):
     print(piece, end="", flush=True)
 """
 
+from streamllm.aot import CompileError
 from streamllm.cache import SinkCache
 from streamllm.compile import compile
 from streamllm.generate import generate
@@ -20,6 +21,7 @@ __version__ = "0.1.0"
 __all__ = [
     "CheckpointError",
     "CheckpointNotFound",
+    "CompileError",
     "GenerationConfig",
     "SinkCache",
     "Stream",

@@ -134,7 +134,7 @@ class Device(click.ParamType):  # type: ignore[type-arg]
     "--compile",
     "backend",
     type=click.Choice(BACKENDS),
-    help="Compile the next token's work once the window is full; inductor is the fastest: half a minute at first.",
+    help="Compile the next token's work once the window is full; inductor is the fastest: half a minute, once.",
 )
 @click.option(
     "--chunk",
@@ -212,10 +212,7 @@ def generate(
     if threads is not None:
         torch.set_num_threads(threads)
     if backend is not None:
-        try:
-            loaded = compile(loaded, backend)
-        except RuntimeError as error:  # there is no C++ compiler
-            raise click.UsageError(str(error)) from None
+        loaded = compile(loaded, backend)
     stream = Stream(loaded, tokenizer, sinks=sinks, window=window, chunk=chunk, quantize=quantize_cache)
     pieces = stream.generate(
         prompt,
@@ -243,6 +240,7 @@ def generate(
 
 def main(args: list[str] | None = None) -> None:
     """Run the command line. What a user can get wrong ends in one sentence and exit code 2."""
+    from streamllm.aot import CompileError
     from streamllm.weights.errors import CheckpointError
 
     for stream in (sys.stdout, sys.stderr):  # text of a model may hold any character, a terminal may not
@@ -256,7 +254,7 @@ def main(args: list[str] | None = None) -> None:
         code = error.exit_code
     except (click.Abort, KeyboardInterrupt):
         code = 130
-    except (CheckpointError, ValueError, OSError) as error:
+    except (CheckpointError, CompileError, ValueError, OSError) as error:
         click.echo(f"Error: {' '.join(str(error).split())}", err=True)
         code = 2
         with contextlib.suppress(OSError, ValueError):  # what a full disk did not take is not tried again

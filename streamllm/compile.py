@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
-from streamllm import inductor
+from streamllm import aot, inductor
 from streamllm.cache import SinkCache
 from streamllm.memory import give_back
 from streamllm.models import layers
@@ -40,12 +40,13 @@ def compile(model: nn.Module, backend: str | None = None) -> Compiled:
     backend: "flat" runs the kernels one by one (the default on a CPU), "cudagraphs" launches all at once (on
     CUDA), "inductor" gives the list to torch's compiler. On a CPU that makes one C++ function of it, which
     reads weights and cache at the speed of memory: it needs a C++ compiler and half a minute, the first time
-    that a window is full; a later process finds what was compiled, and needs some seconds. On CUDA, what it
-    makes is launched at once, too.
+    that a window is full. What was compiled is kept for later processes, in the folder that the variable
+    STREAMLLM_CACHE names, or ~/.cache/streamllm. On CUDA, what it makes is launched at once, too.
 
     Hooks on the model's modules see only what takes the model's own way. A model that is moved, quantized or
     laid out anew is recorded anew. Raises TypeError for a model of somebody else's, ValueError for a backend
-    that there is not, or not on the model's device, RuntimeError where "inductor" finds no C++ compiler.
+    that there is not, or not on the model's device, CompileError (a RuntimeError) where "inductor" finds no
+    C++ compiler; and the forward that would compile, where that fails.
     """
     geometry_of(model)
     device = next(model.parameters()).device.type
@@ -58,7 +59,7 @@ def compile(model: nn.Module, backend: str | None = None) -> Compiled:
             f'backend="cudagraphs" needs a model on CUDA, and this one is on {device}: take "flat" or "inductor"'
         )
     if backend == "inductor" and device == "cpu":
-        inductor.check()  # now, not when the first window is full
+        aot.check()  # now, not when the first window is full
     return Compiled(model.model if isinstance(model, Compiled) else model, backend)
 
 
@@ -72,7 +73,8 @@ class Compiled(nn.Module):
 
     def _forget(self) -> None:
         self.recordings = 0
-        self._recorded: dict[Any, Callable[..., Tensor]] = {}
+        self._recorded: dict[Any, Callable[..., tuple[Tensor, ...]]] = {}
+        self._last: tuple[Tensor, ...] = ()  # what the last recording that ran has made
         self._graphs: WeakKeyDictionary[Planner, dict[Any, _CudaGraph]] = (
             WeakKeyDictionary()  # gone with a cache
         )
@@ -80,7 +82,7 @@ class Compiled(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """For copy.deepcopy and pickle: a copy has weights of its own, of which nothing is recorded."""
-        recorded = "_recorded", "_graphs", "_weights"
+        recorded = "_recorded", "_last", "_graphs", "_weights"
         return {name: value for name, value in self.__dict__.items() if name not in recorded}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -122,17 +124,25 @@ class Compiled(nn.Module):
         kinds = tuple((own, step.sinks, step.span) for own, step in plan.steps.items())
         tokens = tokens.contiguous()  # what is compiled knows shapes, and trusts in strides
         given = [tokens, *plan.tensors]
-        return self._run(kinds, given, lambda: self.model.hidden(tokens, plan))  # type: ignore[operator]
+
+        def step() -> tuple[Tensor, ...]:
+            x = self.model.hidden(tokens, plan)  # type: ignore[operator]
+            # Compiled, the head costs less along with the rest; alone, it would have to be compiled, too.
+            return (x, self.model.project(x)) if self._by_dots(tokens) else (x,)  # type: ignore[operator]
+
+        self._last = self._run(kinds, given, step)
+        return self._last[0]
 
     def project(self, x: Tensor) -> Tensor:
         """[B, T, C] -> logits [B, T, V]."""
-        # Only a stream past eviction has recorded anything, and only there are no gradients to be lost.
-        if self._recorded and self._by_dots(x) and x.numel() == x.shape[-1] and not torch.is_grad_enabled():
-            x = x.contiguous()
-            return self._run("project", [x], lambda: self.model.project(x))  # type: ignore[operator]
+        last = self._last
+        if len(last) == 2 and x.shape == last[0].shape and x.data_ptr() == last[0].data_ptr():
+            return last[1]
         return self.model.project(x)  # type: ignore[no-any-return, operator]
 
-    def _run(self, kind: Any, given: Sequence[Tensor], function: Callable[[], Tensor]) -> Tensor:
+    def _run(
+        self, kind: Any, given: Sequence[Tensor], function: Callable[[], tuple[Tensor, ...]]
+    ) -> tuple[Tensor, ...]:
         """What `function` computes from the tensors `given`, from the recording for their sizes."""
         key = (kind, *((tensor.shape, tensor.dtype) for tensor in given), given[-1].device,
                torch.is_inference_mode_enabled(), torch.get_num_threads())  # fmt: skip
@@ -142,10 +152,12 @@ class Compiled(nn.Module):
                 self._recorded.clear()
             self._weights = _Weights(self.model)  # where this recording has put them
             self._recorded[key] = recorded
-            self.recordings += kind != "project"
+            self.recordings += 1
         return self._recorded[key](*given)
 
-    def _record(self, given: Sequence[Tensor], function: Callable[[], Tensor]) -> Callable[..., Tensor]:
+    def _record(
+        self, given: Sequence[Tensor], function: Callable[[], tuple[Tensor, ...]]
+    ) -> Callable[..., tuple[Tensor, ...]]:
         if self._by_dots(given[0]):
             layers.arrange_by_rows(self.model)
         function()  # whoever remembers constants does so now
@@ -156,7 +168,7 @@ class Compiled(nn.Module):
             made = inductor.compiled(recorded, given)
         else:
             made = _fused(recorded) if self.backend == "inductor" else _bare(recorded)
-        give_back()  # weights were laid anew; and a compiler has thought
+        give_back()  # weights were laid anew, and perhaps a compiler has thought
         return made
 
     def _captures(self, tokens: Tensor) -> bool:
@@ -276,7 +288,7 @@ class Recorder(TorchFunctionMode):
                     self._name(output, self.graph.call_function(operator.getitem, (node, index)))
         return result
 
-    def finish(self, result: Tensor) -> fx.GraphModule:
+    def finish(self, result: Tensor | tuple[Tensor, ...]) -> fx.GraphModule:
         """The function from the inputs to `result`."""
         self.graph.output(self._mapped(result))
         root = nn.Module()
@@ -304,11 +316,11 @@ class Recorder(TorchFunctionMode):
         return value
 
 
-def _fused(module: fx.GraphModule) -> Callable[..., Tensor]:
+def _fused(module: fx.GraphModule) -> Callable[..., Any]:
     return torch.compile(module, fullgraph=True, dynamic=False)
 
 
-def _bare(module: fx.GraphModule) -> Callable[..., Tensor]:
+def _bare(module: fx.GraphModule) -> Callable[..., Any]:
     """A GraphModule's function without the module, whose every look-up of a weight takes 0.3 us."""
     _fuse(module)
     _share(module.graph)

@@ -7,7 +7,6 @@ loops, without calls between, that read weights and cache as fast as memory give
 
 from __future__ import annotations
 
-import gc
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
+from streamllm import aot
 from streamllm.cache import dequantized
 from streamllm.models import layers
 
@@ -32,45 +32,17 @@ OPTIONS = {
 }
 
 
-def check() -> None:
-    """Raises RuntimeError where inductor finds no C++ compiler."""
-    from torch._inductor.cpp_builder import get_cpp_compiler
-    from torch._inductor.exc import InvalidCxxCompiler
-
-    try:
-        get_cpp_compiler()
-    except InvalidCxxCompiler as error:
-        raise RuntimeError(
-            'backend="inductor" needs a C++ compiler, and none was found: install g++ or clang, '
-            'or name one in the variable CXX, or use backend="flat"'
-        ) from error
-
-
-def compiled(module: fx.GraphModule, given: Sequence[Tensor]) -> Callable[..., Tensor]:
+def compiled(module: fx.GraphModule, given: Sequence[Tensor]) -> Callable[..., tuple[Tensor, ...]]:
     """The recorded function for a CPU, compiled for tensors like those given; needs a C++ compiler."""
     as_dots(module, given)
     constants = _constants_as_inputs(module)
-    # The threads are an option, too, so that what lies compiled for another number of them is not taken.
-    wanted = {**OPTIONS, "cpp.threads": torch.get_num_threads()}
-    options = {name: value for name, value in wanted.items() if name in _known_options()}
-    with _remembering():
-        function = torch._inductor.compile(module, [*given, *constants], options=options)
-    gc.collect()  # its graphs hold on to one another
+    options = {**OPTIONS, "cpp.threads": torch.get_num_threads()}
+    library = aot.library(module, [*given, *constants], options)
 
-    def run(*given: Tensor) -> Tensor:
-        result = function(*given, *constants)
-        return result if isinstance(result, Tensor) else result[0]
+    def run(*given: Tensor) -> tuple[Tensor, ...]:
+        return library([*given, *constants])
 
     return run
-
-
-def _remembering() -> Any:
-    """A context in which inductor takes what an earlier process has compiled of the same, if it lies there still."""
-    from torch._guards import TracingContext, tracing
-    from torch._subclasses.fake_tensor import FakeTensorMode
-    from torch.fx.experimental.symbolic_shapes import ShapeEnv
-
-    return tracing(TracingContext(FakeTensorMode(shape_env=ShapeEnv())))
 
 
 def as_dots(module: fx.GraphModule, given: Sequence[Tensor]) -> None:
@@ -116,12 +88,6 @@ def changes(function: Any) -> bool:
     """Whether a call in a recording, by name or as a function, writes to what it is given."""
     name = function if isinstance(function, str) else getattr(function, "__name__", "_")
     return name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
-
-
-def _known_options() -> Any:
-    from torch._inductor import config
-
-    return config.get_config_copy()  # type: ignore[no-untyped-call, unused-ignore]
 
 
 def _constants_as_inputs(module: fx.GraphModule) -> list[Tensor]:

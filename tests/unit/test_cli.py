@@ -113,16 +113,15 @@ def test_weights_in_int8_and_a_compiled_step(run, checkpoint) -> None:
     assert "'llvm' is not one of" in wrong.err
 
 
-def test_what_cannot_be_compiled_here_is_one_sentence(run, checkpoint) -> None:
+def test_what_cannot_be_compiled_here_is_one_sentence(run, checkpoint, monkeypatch) -> None:
     options = ("generate", "one", "-m", checkpoint, "-n", 1, "--device", "cpu", "--compile")
     wrong = run(*options, "cudagraphs")
     assert wrong.code == 2
     assert 'needs a model on CUDA, and this one is on cpu: take "flat"' in wrong.err
-    config = pytest.importorskip("torch._inductor.config")
-    with config.patch({"cpp.cxx": (None, "/nonexistent")}):
-        wrong = run(*options, "inductor")
+    monkeypatch.setenv("CXX", "/nonexistent")
+    wrong = run(*options, "inductor")
     assert wrong.code == 2
-    assert "needs a C++ compiler, and none was found: install" in wrong.err
+    assert "needs a C++ compiler, and /nonexistent was not found: install" in wrong.err
     assert "Traceback" not in wrong.err
 
 

@@ -1,0 +1,235 @@
+"""Compiled elsewhere: kept, found again by who asks for the same, made anew where it is broken."""
+
+from __future__ import annotations
+
+import operator
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import fx
+
+import streamllm
+from streamllm import aot, inductor
+
+
+def graph(factor=2.0, function=operator.mul) -> fx.GraphModule:
+    """given, weight -> (given + weight) times a factor; given counts on."""
+    made = fx.Graph()
+    given, weight = made.placeholder("given"), made.placeholder("weight")
+    total = made.call_method("add", (given,), {"other": weight})
+    made.call_method("__setitem__", (given, (slice(None, 1), Ellipsis), -1.0))
+    made.output((made.call_function(function, (total, factor)), total))
+    return fx.GraphModule({}, made)
+
+
+def inputs() -> list[torch.Tensor]:
+    return [torch.arange(6.0).view(2, 3), torch.full((3, 2), 10.0).t()]
+
+
+@pytest.fixture
+def compiled(compiling, monkeypatch, tmp_path) -> list[aot._Request]:
+    """What had to be compiled, in an empty folder of one's own."""
+    requests, compile_elsewhere = [], aot._compile_elsewhere
+
+    def counted(request, folder):
+        requests.append(request)
+        compile_elsewhere(request, folder)
+
+    monkeypatch.setattr(aot, "_compile_elsewhere", counted)
+    monkeypatch.setenv("STREAMLLM_CACHE", str(tmp_path / "kept"))
+    return requests
+
+
+@pytest.fixture
+def quick(monkeypatch, tmp_path) -> list[aot._Request]:
+    """As `compiled`, without a compiler: a library is a text."""
+    requests = []
+
+    def written(request, folder):
+        requests.append(request)
+        folder.mkdir()
+        (folder / aot.NAME).write_text("compiled")
+
+    monkeypatch.setattr(aot, "_compile_elsewhere", written)
+    monkeypatch.setattr(aot, "Library", lambda path: path.read_text())
+    monkeypatch.setenv("STREAMLLM_CACHE", str(tmp_path / "kept"))
+    return requests
+
+
+def test_a_graph_that_is_compiled_is_the_graph_and_is_kept(compiled):
+    """And a process that finds it needs no compiler, nor anything of inductor."""
+    for _ in range(2):
+        given, weight = inputs()
+        wanted = graph()(*(tensor.clone() for tensor in (given, weight)))
+        got = aot.library(graph(), inputs(), inductor.OPTIONS)([given, weight])
+        assert [tensor.tolist() for tensor in got] == [tensor.tolist() for tensor in wanted]
+        assert given.tolist() == [[-1.0] * 3, [3.0, 4.0, 5.0]]
+    assert len(compiled) == 1
+    script = (
+        "import sys; from streamllm import aot, inductor; from tests.unit.test_aot import graph, inputs\n"
+        "before = set(sys.modules)\n"
+        "print(aot.library(graph(), inputs(), inductor.OPTIONS)(inputs())[0].tolist())\n"
+        "print([name for name in sys.modules if name not in before and name.startswith('torch')])\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "CXX": "/bin/false"},
+    )
+    assert done.stdout.splitlines() == [str(wanted[0].tolist()), "[]"], done.stderr
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_step_is_found_again_and_for_as_many_threads_only(quick, threaded, rows):
+    from tests.laws.scenarios import text, tiny
+
+    def ask() -> int:
+        model = streamllm.compile(tiny.__wrapped__(layers=1), "inductor")
+        cache = streamllm.SinkCache(model, 2, 3, rows)
+        model(text(5, rows), cache)
+        with pytest.raises(TypeError, match="not callable"), torch.inference_mode():
+            model(text(1, rows), cache)
+        return len(quick)
+
+    threaded(1)
+    assert [ask(), ask()] == [1, 1]
+    threaded(2)
+    assert ask() == 2
+
+
+def test_what_differs_is_compiled_by_itself(quick, monkeypatch):
+    def ask(*args, options=inductor.OPTIONS, like=inputs) -> int:
+        aot.library(graph(*args), like(), options)
+        return len(quick)
+
+    assert [ask(), ask()] == [1, 1]
+    assert ask(3.0) == 2
+    assert ask(2.0, operator.truediv) == 3
+    assert ask(options={**inductor.OPTIONS, "size_asserts": True}) == 4
+    assert ask(like=lambda: [tensor.double() for tensor in inputs()]) == 5
+    assert ask(like=lambda: [tensor.contiguous() for tensor in inputs()]) == 6
+    assert ask() == 6
+    for name, other in (("_processor", lambda: "another one"), ("_source", lambda name: b"rewritten")):
+        with monkeypatch.context() as patch:
+            patch.setattr(aot, name, other)
+            assert ask() == len(quick)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "__version__", "9.9")
+        ask()
+    assert len(quick) == 9
+    assert ask() == 9
+
+
+def test_the_text_that_counts_is_that_of_the_functions():
+    request = aot._Request.of(graph(2.0, inductor._matmul), inputs(), {})
+    names, source = [], aot._source
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(aot, "_source", lambda name: names.append(name) or source(name))
+        request.key()
+    assert names == ["streamllm.aot", "streamllm.inductor"]
+    assert b"def _matmul" in source("streamllm.inductor")
+    assert source("streamllm.nowhere") is None
+
+
+@pytest.mark.parametrize("name", [aot.NAME, aot.SEAL])
+@pytest.mark.parametrize("spoilt", [lambda path: path.unlink(), lambda path: path.write_bytes(b"\xff\0")])
+def test_what_is_not_whole_is_made_anew(quick, tmp_path, name, spoilt):
+    for wanted in (1, 2, 2):
+        aot.library(graph(), inputs(), {})
+        assert len(quick) == wanted
+        if wanted == 1:
+            (kept,) = (tmp_path / "kept").iterdir()
+            spoilt(kept / name)
+
+
+def test_where_nothing_can_be_kept_it_is_compiled_each_time(quick, monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("STREAMLLM_CACHE", str(tmp_path / "file"))
+    for _ in range(2):
+        aot.library(graph(), inputs(), {})
+    assert len(quick) == 2
+
+
+def test_whoever_comes_second_takes_what_lies_there(quick, monkeypatch):
+    compile_elsewhere = aot._compile_elsewhere
+
+    def overtaken(request, folder):
+        with monkeypatch.context() as patch:
+            patch.setattr(aot, "_compile_elsewhere", compile_elsewhere)
+            aot.library(graph(), inputs(), {})
+        compile_elsewhere(request, folder)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(aot, "_compile_elsewhere", overtaken)
+        assert aot.library(graph(), inputs(), {}) == "compiled"
+    assert len(quick) == 2
+    assert aot.library(graph(), inputs(), {}) == "compiled"
+    assert len(quick) == 2
+
+
+@pytest.mark.parametrize(
+    ("variables", "wanted"),
+    [
+        ({"STREAMLLM_CACHE": "/mine", "XDG_CACHE_HOME": "/other"}, "/mine"),
+        ({"XDG_CACHE_HOME": "/other"}, "/other/streamllm"),
+        ({"HOME": "/home/me"}, "/home/me/.cache/streamllm"),
+    ],
+)
+def test_where_libraries_are_kept(monkeypatch, variables, wanted):
+    for name in ("STREAMLLM_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert aot._folder().as_posix() == wanted
+
+
+def test_what_a_compiler_says_is_said(compiled, monkeypatch, tmp_path):
+    monkeypatch.setenv("CXX", "/bin/false")
+    aot.check()  # it is there
+    with pytest.raises(streamllm.CompileError) as raised:
+        aot.library(graph(), inputs(), {})
+    said = str(raised.value)
+    assert said.startswith("the step could not be compiled (")
+    assert "/bin/false" in said
+    assert said.endswith('); backend="flat" needs no compiler')
+    assert "Traceback" not in said
+    assert "\n" not in said
+    assert not list((tmp_path / "kept").iterdir())
+
+
+def test_a_compiler_that_is_killed(monkeypatch, tmp_path):
+    monkeypatch.setenv("STREAMLLM_CACHE", str(tmp_path))
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    with pytest.raises(streamllm.CompileError, match=r"could not be compiled \(exit code 1\)"):
+        aot.library(graph(), inputs(), {})
+
+
+def test_an_interruption_leaves_nothing_behind(compiling, monkeypatch, tmp_path):
+    monkeypatch.setenv("STREAMLLM_CACHE", str(tmp_path))
+    communicate = subprocess.Popen.communicate
+
+    def interrupted(process, *args, **kwargs):
+        processes.append(process)
+        raise KeyboardInterrupt
+
+    processes = []
+    monkeypatch.setattr(subprocess.Popen, "communicate", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        aot.library(graph(), inputs(), {})
+    monkeypatch.setattr(subprocess.Popen, "communicate", communicate)
+    assert processes[0].poll() is not None
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_a_compiler_it_is_said_at_once(monkeypatch):
+    from tests.laws.scenarios import tiny
+
+    monkeypatch.setenv("CXX", "/nonexistent")
+    with pytest.raises(
+        RuntimeError, match=r"needs a C\+\+ compiler, and /nonexistent was not found: install"
+    ):
+        streamllm.compile(tiny(layers=1), "inductor")
