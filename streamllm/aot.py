@@ -140,7 +140,13 @@ class _Request:
         """A name for all that the library depends on."""
         functions = {target.__module__ for op, target, *_ in self.nodes if op == "call_function"}
         own = sorted(name for name in functions if name and name.startswith("streamllm."))
-        parts: list[Any] = [self.code, self.inputs, sorted(self.options.items()), torch.__version__, _processor()]
+        parts: list[Any] = [
+            self.code,
+            self.inputs,
+            sorted(self.options.items()),
+            torch.__version__,
+            _processor(),
+        ]
         parts += [_source(name) for name in (__name__, *own)]
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
 
