@@ -138,7 +138,9 @@ class Plan:
 class Planner(Protocol):
     """Who plans one token per row from its number, int64 [1], on the device and without a look at it."""
 
-    def planned(self, t: Tensor) -> Plan: ...
+    @property
+    def origin(self) -> int: ...
+    def planned(self, t: Tensor, origin: Tensor | None = None) -> Plan: ...
 
 
 class Cache(Protocol):
@@ -260,7 +262,8 @@ def _checked(
             f"not {tokens.dtype} of shape {list(tokens.shape)}"
         )
     if tokens.device.type == "cpu":  # elsewhere the look would stall the device
-        lowest, highest = (int(value) for value in torch.aminmax(tokens))
+        ends = (tokens, tokens) if tokens.numel() == 1 else torch.aminmax(tokens)
+        lowest, highest = map(int, ends)
         if lowest < 0 or highest >= vocab_size:
             wrong = lowest if lowest < 0 else highest
             raise ValueError(f"token id {wrong} is outside the model's vocabulary of 0 … {vocab_size - 1}")

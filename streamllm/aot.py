@@ -50,7 +50,8 @@ class Library:
         self._runner = torch._C._aoti.AOTIModelContainerRunnerCpu(str(path), 1)
 
     def __call__(self, inputs: list[Tensor]) -> tuple[Tensor, ...]:
-        return tuple(self._runner.run(inputs))
+        # What is small is made on the stack, and handed over where the next call's result will stand.
+        return tuple(result.clone() for result in self._runner.run(inputs))
 
 
 def library(module: fx.GraphModule, inputs: Sequence[Tensor], options: Mapping[str, Any]) -> Library:

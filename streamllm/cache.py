@@ -111,7 +111,7 @@ class SinkCache:
     @property
     def nbytes(self) -> int:
         """Bytes of keys and values held, from the first token to the last."""
-        return sum(tensor.nbytes for _, ring in self._rings for tensor in ring.tensors.values())
+        return sum(tensor.nbytes for tensor in self._stored())
 
     def reset(self, rows: Sequence[int] | Tensor | None = None) -> None:
         """Forget the streams in `rows` (None: all), which start again from nothing.
@@ -223,17 +223,23 @@ class SinkCache:
         if evicting:
             # From now on, the plan of one token is that of the last one with other numbers.
             tensors = [tensor for step, moves in planned.values() for tensor in _varying(step, moves)]
-            tensors += [tensor for _, ring in self._rings for tensor in ring.tensors.values()]
+            tensors += self._stored()
         return self._plan(planned, tensors, [length] * self.batch_size if lengths is None else counts)
 
-    def planned(self, t: Tensor) -> Plan:
+    def planned(self, t: Tensor, origin: Tensor | None = None) -> Plan:
         """The plan of one token per row past eviction, from its number: int64 [1], on the cache's device.
 
-        What `plan` gives, but computed there: the host neither knows t nor waits for anything.
+        What `plan` gives, but computed there: the host neither knows t nor waits for anything. With the cache's
+        origin as a tensor, int64 [1], too, nothing but `tensors` differs from one cache of these sizes to another.
         """
         windows = self._windows.items()
-        planned = {own: _plan_number(self.sinks, window, self.origin, t) for own, window in windows}
-        return self._plan(planned, None, [1] * self.batch_size)
+        start = self.origin if origin is None else origin
+        planned = {own: _plan_number(self.sinks, window, start, t) for own, window in windows}
+        tensors = None if origin is None else [t, origin, *self._stored()]
+        return self._plan(planned, tensors, [1] * self.batch_size)
+
+    def _stored(self) -> list[Tensor]:
+        return [tensor for _, ring in self._rings for tensor in ring.tensors.values()]
 
     def _plan(
         self,
@@ -494,7 +500,7 @@ def _plan_next(sinks: int, window: int, origin: int, seen: int, device: torch.de
     return step, _Moves(((0, held),), sunk, early, None)
 
 
-def _plan_number(sinks: int, window: int, origin: int, t: Tensor) -> tuple[Step, _Moves]:
+def _plan_number(sinks: int, window: int, origin: int | Tensor, t: Tensor) -> tuple[Step, _Moves]:
     """`_plan_next` past eviction, from t as a tensor, int64 [1], of which nobody here knows the value."""
     total = sinks + window
     slots = (t - sinks) % window + sinks

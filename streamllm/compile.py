@@ -27,6 +27,7 @@ from streamllm.models.step import Cache, Geometry, Plan, Planner, forward_in_chu
 BACKENDS = ("flat", "inductor", "cudagraphs")
 CAPTURING = ("cuda",)  # devices that launch at once what was captured
 _POINTWISE = layers._pointwise
+_Numbered = Callable[[Tensor, int], tuple[Tensor, ...]]  # what computes a cache's next token from its number
 
 
 def compile(model: nn.Module, backend: str | None = None) -> Compiled:
@@ -69,20 +70,21 @@ class Compiled(nn.Module):
     def __init__(self, model: nn.Module, backend: str) -> None:
         super().__init__()
         self.model, self.backend = model, backend
+        self.geometry: Geometry = geometry_of(model)  # asked for with each token
         self._forget()
 
     def _forget(self) -> None:
         self.recordings = 0
         self._recorded: dict[Any, Callable[..., tuple[Tensor, ...]]] = {}
-        self._last: tuple[Tensor, ...] = ()  # what the last recording that ran has made
-        self._graphs: WeakKeyDictionary[Planner, dict[Any, _CudaGraph]] = (
+        self._numbered: WeakKeyDictionary[Planner, dict[Any, _Numbered]] = (
             WeakKeyDictionary()  # gone with a cache
         )
         self._weights = _Weights()
+        self._last: list[tuple[Tensor, ...]] = [()]  # what was made last; nn.Module is slow to set attributes
 
     def __getstate__(self) -> dict[str, Any]:
         """For copy.deepcopy and pickle: a copy has weights of its own, of which nothing is recorded."""
-        recorded = "_recorded", "_last", "_graphs", "_weights"
+        recorded = "_recorded", "_numbered", "_weights", "_last"
         return {name: value for name, value in self.__dict__.items() if name not in recorded}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -95,10 +97,6 @@ class Compiled(nn.Module):
         except AttributeError:
             return getattr(super().__getattr__("model"), name)
 
-    @property
-    def geometry(self) -> Geometry:
-        return geometry_of(self.model)
-
     def forward(
         self,
         tokens: Tensor,
@@ -108,7 +106,7 @@ class Compiled(nn.Module):
         logits_to_keep: int | None = None,
     ) -> Tensor:
         """As the model's own forward."""
-        if self._captures(tokens) and isinstance(cache, SinkCache):
+        if isinstance(cache, SinkCache) and (self._by_dots(tokens) or self._captures(tokens)):
             cache = _Counted(cache)
         return forward_in_chunks(self, tokens, cache, lengths, logits_to_keep)
 
@@ -116,44 +114,45 @@ class Compiled(nn.Module):
         """One chunk: int64 [B, T] -> [B, T, C], before the head."""
         if not self._weights.lie_still():
             self._recorded.clear()
-            self._graphs.clear()
-        if plan.t is not None:
-            return self._graph(tokens, plan.t, plan.by)(tokens, plan.t)
-        if plan.tensors is None:
+            self._numbered.clear()
+        if plan.t is None and plan.tensors is None:
             return self.model.hidden(tokens, plan)  # type: ignore[no-any-return, operator]
-        kinds = tuple((own, step.sinks, step.span) for own, step in plan.steps.items())
         tokens = tokens.contiguous()  # what is compiled knows shapes, and trusts in strides
-        given = [tokens, *plan.tensors]
-
-        def step() -> tuple[Tensor, ...]:
-            x = self.model.hidden(tokens, plan)  # type: ignore[operator]
-            # Compiled, the head costs less along with the rest; alone, it would have to be compiled, too.
-            return (x, self.model.project(x)) if self._by_dots(tokens) else (x,)  # type: ignore[operator]
-
-        self._last = self._run(kinds, given, step)
-        return self._last[0]
+        if plan.t is None:
+            function, given = self._recording(tokens, plan, lambda: plan)
+            made = function(tokens, *given)
+        else:
+            made = self._of_number(tokens, plan)(tokens, plan.t)
+        self._last[0] = made
+        return made[0]
 
     def project(self, x: Tensor) -> Tensor:
         """[B, T, C] -> logits [B, T, V]."""
-        last = self._last
+        last = self._last[0]
         if len(last) == 2 and x.shape == last[0].shape and x.data_ptr() == last[0].data_ptr():
             return last[1]
         return self.model.project(x)  # type: ignore[no-any-return, operator]
 
-    def _run(
-        self, kind: Any, given: Sequence[Tensor], function: Callable[[], tuple[Tensor, ...]]
-    ) -> tuple[Tensor, ...]:
-        """What `function` computes from the tensors `given`, from the recording for their sizes."""
-        key = (kind, *((tensor.shape, tensor.dtype) for tensor in given), given[-1].device,
+    def _recording(
+        self, tokens: Tensor, plan: Plan, planned: Callable[[], Plan]
+    ) -> tuple[Callable[..., tuple[Tensor, ...]], Sequence[Tensor]]:
+        """What computes the next token, for any plan of this kind; and the tensors of this one to be given."""
+        assert plan.tensors is not None
+        kinds = tuple((own, step.sinks, step.span) for own, step in plan.steps.items())
+        given = [tokens, *plan.tensors]
+        key = (kinds, *((tensor.shape, tensor.dtype) for tensor in given), tokens.device,
                torch.is_inference_mode_enabled(), torch.get_num_threads())  # fmt: skip
         if key not in self._recorded:
-            recorded = self._record(given, function)
-            if not self._weights.lie_still():
-                self._recorded.clear()
-            self._weights = _Weights(self.model)  # where this recording has put them
+
+            def step() -> tuple[Tensor, ...]:
+                x = self.model.hidden(tokens, planned())  # type: ignore[operator]
+                # Compiled, the head costs less along with the rest; alone, it would have to be compiled, too.
+                return (x, self.model.project(x)) if self._by_dots(tokens) else (x,)  # type: ignore[operator]
+
+            recorded = self._record(given, step)
+            self._keep_watch()
             self._recorded[key] = recorded
-            self.recordings += 1
-        return self._recorded[key](*given)
+        return self._recorded[key], plan.tensors
 
     def _record(
         self, given: Sequence[Tensor], function: Callable[[], tuple[Tensor, ...]]
@@ -167,37 +166,48 @@ class Compiled(nn.Module):
         if self._by_dots(given[0]):
             made = inductor.compiled(recorded, given)
         else:
+            _prune(recorded)
             made = _fused(recorded) if self.backend == "inductor" else _bare(recorded)
+        self.recordings += 1
         give_back()  # weights were laid anew, and perhaps a compiler has thought
         return made
 
-    def _captures(self, tokens: Tensor) -> bool:
-        return self.backend == "cudagraphs" or (self.backend == "inductor" and tokens.is_cuda)
+    def _keep_watch(self) -> None:
+        """After a recording, which may have laid weights anew: over where they are now."""
+        if not self._weights.lie_still():
+            self._recorded.clear()  # others read them where they were
+            self._numbered.clear()
+        self._weights = _Weights(self.model)
+
+    def _captures(self, x: Tensor) -> bool:
+        return self.backend == "cudagraphs" or (self.backend == "inductor" and x.is_cuda)
 
     def _by_dots(self, x: Tensor) -> bool:
         """Inductor's own loops, where a token's products are sums over rows: on the CPU."""
-        return self.backend == "inductor" and x.device.type == "cpu"
+        return self.backend == "inductor" and x.device.type == "cpu" and not self._captures(x)
 
-    def _graph(self, tokens: Tensor, t: int, planner: Planner | None) -> _CudaGraph:
-        """The graph for one token per row of the planner's cache: it writes to memories that stay the same."""
+    def _of_number(self, tokens: Tensor, plan: Plan) -> _Numbered:
+        """What computes the next token of the plan's cache from its number."""
+        planner, t = plan.by, plan.t
         assert planner is not None
-        graphs = self._graphs.setdefault(planner, {})
-        key = tokens.shape, tokens.dtype, torch.is_inference_mode_enabled()
-        if key not in graphs:
-            place = torch.full((1,), t, device=tokens.device)
-            self.model.hidden(tokens, planner.planned(place))  # type: ignore[operator]
-            with Recorder([tokens, place]) as recorder:
-                result = self.model.hidden(tokens, planner.planned(place))  # type: ignore[operator]
-            function = recorder.finish(result)
-            _prune(function)
-            kernels = _fused(function) if self.backend == "inductor" else _bare(function)
-            graphs[key] = _CudaGraph(kernels, tokens, place)
-            if not self._weights.lie_still():  # others read the weights where they were
-                self._graphs.clear()
-                self._graphs[planner] = {key: graphs[key]}
-            self._weights = _Weights(self.model)
-            self.recordings += 1
-        return graphs[key]
+        assert t is not None
+        key = tokens.shape, tokens.dtype, torch.is_inference_mode_enabled(), torch.get_num_threads()
+        numbered = self._numbered.get(planner, {}).get(key)
+        if numbered is None:
+            if self._captures(tokens):
+                place = torch.full((1,), t, device=tokens.device)
+                step = self._record(
+                    [tokens, place],
+                    lambda: (self.model.hidden(tokens, planner.planned(place)),),  # type: ignore[operator]
+                )
+                numbered = _CudaGraph(step, tokens, place)
+                self._keep_watch()
+            else:
+                numbers = torch.tensor([t]), torch.tensor([planner.origin])
+                plan = planner.planned(*numbers)
+                numbered = _Stepped(*self._recording(tokens, plan, lambda: planner.planned(*numbers)))
+            self._numbered.setdefault(planner, {})[key] = numbered
+        return numbered
 
 
 class _Weights:
@@ -412,6 +422,17 @@ def _prune(module: fx.GraphModule) -> None:
     module.recompile()
 
 
+class _Stepped:
+    """A recording for one cache, whose tensors it is given each time along with the token and its number."""
+
+    def __init__(self, function: Callable[..., tuple[Tensor, ...]], given: Sequence[Tensor]) -> None:
+        self._function, self._given = function, given
+
+    def __call__(self, tokens: Tensor, t: int) -> tuple[Tensor, ...]:
+        self._given[0].fill_(t)
+        return self._function(tokens, *self._given)
+
+
 class _CudaGraph:
     """The kernels of one token's forward, captured once and launched together.
 
@@ -419,15 +440,15 @@ class _CudaGraph:
     device. The number goes there as a kernel's argument: no copy from the host, none to wait for.
     """
 
-    def __init__(self, function: Callable[[Tensor, Tensor], Tensor], tokens: Tensor, place: Tensor) -> None:
+    def __init__(self, function: Callable[..., tuple[Tensor, ...]], tokens: Tensor, place: Tensor) -> None:
         self._tokens, self._place = tokens.clone(), place
-        self._replay = _captured(lambda: function(self._tokens, self._place), tokens.device)
+        self._replay = _captured(lambda: function(self._tokens, self._place)[0], tokens.device)
 
-    def __call__(self, tokens: Tensor, t: int) -> Tensor:
+    def __call__(self, tokens: Tensor, t: int) -> tuple[Tensor, ...]:
         """The result stands where the next call's will."""
         self._tokens.copy_(tokens)
         self._place.fill_(t)
-        return self._replay()
+        return (self._replay(),)
 
 
 def _captured(function: Callable[[], Tensor], device: torch.device) -> Callable[[], Tensor]:

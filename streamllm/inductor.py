@@ -28,6 +28,7 @@ OPTIONS = {
     "cpp.enable_floating_point_contract_flag": "fast",  # multiply and add in one
     "size_asserts": False,  # the recording was looked up by its sizes
     "alignment_asserts": False,
+    "aot_inductor.allow_stack_allocation": True,  # what is made on the way is small, and of fixed size
     "compile_threads": 1,  # it is one function; and what is cut off in a pool of processes fails ever after
 }
 
@@ -70,7 +71,9 @@ def _make_once(graph: fx.Graph, given: Sequence[Tensor]) -> None:
     }
     for node in nodes:
         read = node.all_input_nodes
-        if any(of in of_places for of in read) and all(of in of_places or of.op == "get_attr" for of in read):
+        made = node.op == "call_function" and not read  # from nothing: 0, 1, 2 …
+        of_them = any(of in of_places for of in read)
+        if made or (of_them and all(of in of_places or of.op == "get_attr" for of in read)):
             of_places.add(node)
     for node in nodes:
         outside = [user for user in node.users if user not in of_places]

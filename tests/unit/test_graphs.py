@@ -112,10 +112,10 @@ def test_a_graph_is_of_one_cache_and_goes_with_it() -> None:
     for cache, logits in zip(caches, got, strict=True):
         wanted = defined(tiny(), tokens[:1], cache.sinks, cache.window)
         assert error(torch.cat(logits, 1), wanted) <= TOLERANCE
-    assert model.recordings == len(model._graphs) == 3
+    assert model.recordings == len(model._numbered) == 3
     del cache, caches[1:]
     gc.collect()
-    assert len(model._graphs) == 1
+    assert len(model._numbered) == 1
 
 
 def test_an_interrupted_replay_leaves_the_stream_where_it_stood(monkeypatch) -> None:
