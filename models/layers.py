@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from streamllm.models.cpu import INTEL
+
 HALF = (torch.float16, torch.bfloat16)
 
 
@@ -140,7 +142,8 @@ def _eight_bits(scale: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -
     return F.linear(x, weight.to(x.dtype) * scale.to(x.dtype)[:, None], bias)
 
 
-# The kernels of a CPU, per number of rows, measured on a Zen 4 with AVX-512.
+# The kernels of a CPU, per number of rows, measured on a Zen 4 with AVX-512; where another one matters, on a
+# Xeon with AMX, too.
 
 
 def _rows_or_columns(linear: Linear) -> None:
@@ -177,7 +180,9 @@ def _float32(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, weight, bias)
     rows = x.numel() // x.shape[-1]
     by_columns = weight.stride(1) != 1
-    if by_columns and rows == 1:
+    if rows == 1 and (by_columns or INTEL):
+        return F.linear(x, weight, bias)
+    if INTEL and not (2 < rows < 128 and weight.numel() > 1 << 20):  # where MKL is 1 to 2 times as fast
         return F.linear(x, weight, bias)
     if by_columns and weight.stride(1) != weight.shape[0]:  # a view of fused weights: oneDNN takes ages
         if rows < 16:

@@ -13,6 +13,11 @@ HEADS = [(4, 4), (4, 2), (4, 1)]
 B, D, S = 2, 16, 3
 
 
+@pytest.fixture(autouse=True, params=[False, True], ids=["others", "intel"])
+def of_each_maker(request, monkeypatch):
+    monkeypatch.setattr(attention, "INTEL", request.param)
+
+
 def case(H, G, T, K, dtype=torch.float64, rows=1, holes=True, far=False, seed=0):
     """Queries, keys and values, and a step in which each query sees itself and a random half of the keys."""
     torch.manual_seed(seed)

@@ -1,0 +1,35 @@
+"""Who made the processor."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from streamllm.models import cpu
+
+INTEL, AMD = (
+    "processor : 0\nvendor_id : GenuineIntel\n\nprocessor : 1",
+    "processor : 0\nvendor_id : AuthenticAMD",
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "mkl", "wanted"), [(INTEL, True, True), (INTEL, False, False), (AMD, True, False)]
+)
+def test_it_is_read_from_the_system(monkeypatch, text, mkl, wanted):
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: mkl)
+    monkeypatch.setattr(Path, "read_text", lambda path: text)
+    assert cpu._by_intel() is wanted
+
+
+@pytest.mark.parametrize("name", ["Intel64 Family 6 Model 143 Stepping 8, GenuineIntel", "arm", ""])
+def test_or_from_python_where_there_is_no_such_file(monkeypatch, name):
+    def missing(path):
+        raise FileNotFoundError(path)
+
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
+    monkeypatch.setattr(Path, "read_text", missing)
+    monkeypatch.setattr(cpu.platform, "processor", lambda: name)
+    assert cpu._by_intel() is name.endswith("GenuineIntel")
