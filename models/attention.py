@@ -60,6 +60,8 @@ def _in_tiles(
     T, columns = near.shape[2], band.columns
     on_cpu = near.device.type == "cpu"
     tile = TILE if on_cpu else 8 * TILE
+    if INTEL and on_cpu and near.dtype != _wide(near.dtype):
+        tile = 2 * TILE  # AMX multiplies half types: 1.03 to 1.2 times as fast
     if not step.sinks:
         far = near
     sinks = keys[:, :, :columns], values[:, :, :columns]
