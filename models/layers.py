@@ -150,7 +150,7 @@ def _rows_or_columns(linear: Linear) -> None:
     """float32, for oneDNN: [out, in], as on disk, with one to 512 rows the fastest or next to it.
 
     But on one thread, a row of more outputs than inputs is read 1.1 to 1.3 times as fast by MKL, from weights
-    stored [in, out]. More threads do not help MKL there.
+    stored [in, out]. More threads do not help MKL there; but on Intel's processors: see `_float32`.
     """
     weight = linear.weight
     if not _lies_by_columns(weight.shape):

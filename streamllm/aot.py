@@ -2,18 +2,19 @@
 
 A compiler leaves tens of megabytes behind that Python cannot return, and a stream may run for days. So the graph
 is written down and handed to a process of its own, which compiles it with torch's AOTInductor and ends. What it
-made is found again by whoever asks for the same, and is loaded without a compiler: it needs none of torch's
-Python but what is there anyway.
+made is found again by whoever asks for the same, and is loaded at once: that takes nothing of torch's compiler.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import pickle
 import pkgutil
 import platform
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -26,7 +27,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-NAME, SEAL = "step.so", "sha256"
+NAME, SEAL = "step.pyd" if sys.platform == "win32" else "step.so", "sha256"
+STEERS = ("CXX", "ATEN_CPU_CAPABILITY", "TORCHINDUCTOR_", "AOT_INDUCTOR_")  # variables that a compiler obeys
 
 
 class CompileError(RuntimeError):
@@ -57,51 +59,62 @@ class Library:
 def library(module: fx.GraphModule, inputs: Sequence[Tensor], options: Mapping[str, Any]) -> Library:
     """The graph, compiled for inputs of these sizes, strides and types on a CPU: as it lies kept, or new.
 
-    The graph gives a tuple, has neither constants nor modules, and each function in it can be imported. `options` are
-    inductor's; those that this version of torch does not have are left out. Raises CompileError with the
+    The graph gives a tuple, has neither constants nor modules, and each function in it can be imported. `options`
+    are inductor's; those that this version of torch does not have are left out. Raises CompileError with the
     compiler's own words where it fails.
     """
     request = _Request.of(module, inputs, options)
-    try:
-        folder = _folder()
-        folder.mkdir(parents=True, exist_ok=True)
-        kept = folder / request.key()
-        if kept.exists():
-            if _whole(kept):
-                return Library(kept / NAME)
-            shutil.rmtree(kept)
-        making = tempfile.TemporaryDirectory(dir=folder, prefix=".", ignore_cleanup_errors=True)
-    except OSError:  # nothing can be kept there
-        making = tempfile.TemporaryDirectory(prefix="streamllm-", ignore_cleanup_errors=True)
-        kept = Path(making.name) / "kept"
-    with making:
-        made = Path(making.name) / "made"
-        _compile_elsewhere(request, made)
+    kept = _folder() / request.key()
+    found = _loaded(kept)
+    if found is not None:
+        return found
+    with tempfile.TemporaryDirectory(prefix="streamllm-", ignore_cleanup_errors=True) as making:
+        made = Path(making)
+        _compile_elsewhere(request, made / NAME)
         (made / SEAL).write_text(_digest(made))
-        try:
-            made.rename(kept)  # whole, or not at all
-        except OSError:  # another process was faster
-            kept = made
-        return Library(kept / NAME)
+        _keep(made, kept)
+        found = _loaded(kept) or _loaded(made)
+    if found is None:
+        raise CompileError(f"{NAME} was compiled, but cannot be loaded: neither from {kept} nor from {made}")
+    return found
+
+
+def _loaded(folder: Path) -> Library | None:
+    """The library in a folder, if it is there, as it was made, and for this machine."""
+    try:
+        # To load half of one ends the process.
+        return Library(folder / NAME) if (folder / SEAL).read_text() == _digest(folder) else None
+    except (OSError, UnicodeDecodeError, RuntimeError):
+        return None
+
+
+def _keep(made: Path, kept: Path) -> None:
+    """Put a library where others will find it: whole, or not at all."""
+    try:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=kept.parent, prefix=".", ignore_cleanup_errors=True) as copy:
+            for name in (NAME, SEAL):
+                shutil.copy(made / name, copy)
+            shutil.rmtree(kept, ignore_errors=True)  # what was there could not be loaded
+            Path(copy).rename(kept)
+    except (
+        OSError
+    ):  # no room, no permission, or another process was faster: then it is not kept, or there already
+        return
 
 
 def _digest(folder: Path) -> str:
     return hashlib.sha256((folder / NAME).read_bytes()).hexdigest()
 
 
-def _whole(folder: Path) -> bool:
-    """Whether a library is as it was made: to load half of one ends the process."""
-    try:
-        return (folder / SEAL).read_text() == _digest(folder)
-    except (OSError, UnicodeDecodeError):
-        return False
-
-
 def _folder() -> Path:
     """Where libraries are kept."""
     if os.environ.get("STREAMLLM_CACHE"):
         return Path(os.environ["STREAMLLM_CACHE"])
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "streamllm"
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "streamllm"
+    except RuntimeError:  # nobody's home: nothing is kept
+        return Path(os.devnull)
 
 
 @dataclass(frozen=True)
@@ -133,7 +146,7 @@ class _Request:
                 (node.op, node.target, *fx.node.map_aggregate((node.args, node.kwargs), sent))
                 for node in numbers
             ],
-            [(tuple(tensor.shape), tensor.stride(), tensor.dtype) for tensor in inputs],
+            [(tuple(tensor.shape), _strides(tensor), tensor.dtype) for tensor in inputs],
             dict(options),
         )
 
@@ -149,6 +162,11 @@ class _Request:
             _processor(),
         ]
         parts += [_source(name) for name in (__name__, *own)]
+        parts += [
+            (name, value)
+            for name, value in sorted(os.environ.items())
+            if name.startswith(STEERS) and name != "TORCHINDUCTOR_CACHE_DIR"  # which torch sets for itself
+        ]
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
 
     def graph(self) -> tuple[fx.GraphModule, tuple[Tensor, ...]]:
@@ -165,6 +183,13 @@ class _Request:
         with torch._subclasses.FakeTensorMode():
             inputs = [torch.empty_strided(size, stride, dtype=dtype) for size, stride, dtype in self.inputs]
         return fx.GraphModule(nn.Module(), graph), tuple(inputs)
+
+
+def _strides(tensor: Tensor) -> tuple[int, ...]:
+    """Where there is but one of a kind, nobody strides: any number stands there."""
+    return tuple(
+        stride if size > 1 else 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
+    )
 
 
 def _source(module: str) -> bytes | None:
@@ -186,18 +211,43 @@ def _processor() -> str:
     return f"{platform.system()} {platform.machine()} {features}"
 
 
-def _compile_elsewhere(request: _Request, folder: Path) -> None:
-    command = [sys.executable, "-c", "from streamllm.aot import main; main()", str(folder)]
-    paths = os.pathsep.join(path for path in sys.path if path)
-    done = subprocess.run(
-        command, input=pickle.dumps(request), capture_output=True, env={**os.environ, "PYTHONPATH": paths}
-    )
-    if done.returncode:
-        said = done.stderr.decode(errors="replace").strip()
-        _, ours, words = said.rpartition("\ntorch._inductor.exc.")  # behind the traceback
-        reason = words if ours else said.rpartition("\n")[2] or f"exit code {done.returncode}"
+_CHILD = (  # which imports what its parent does, and nothing from where it is run
+    "import sys; sys.path[:] = [path for path in sys.path if path]; from streamllm.aot import main; main()"
+)
+
+
+def _compile_elsewhere(request: _Request, library: Path) -> None:
+    paths = os.pathsep.join(path or os.getcwd() for path in sys.path)
+    try:
+        process = subprocess.Popen(
+            [sys.executable, "-c", _CHILD, str(library)],
+            stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+            env={**os.environ, "PYTHONPATH": paths}, start_new_session=True,
+        )  # fmt: skip
+    except OSError as error:
+        raise CompileError(f"no process could be started to compile the step: {error}") from None
+    with process:
+        try:
+            said = process.communicate(pickle.dumps(request))[1].decode(errors="replace").strip()
+        except BaseException:  # Ctrl-C
+            _kill(process)
+            raise
+    if process.returncode:
+        _, found, reason = said.rpartition("\ntorch._inductor.exc.")  # behind the traceback
+        if process.returncode < 0:
+            reason = f"killed by signal {-process.returncode}"
+        elif not found:
+            reason = said.rpartition("\n")[2] or f"exit code {process.returncode}"
         reason = " ".join(reason.split())[:2000]
         raise CompileError(f'the step could not be compiled ({reason}); backend="flat" needs no compiler')
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    """The process, and the compilers that it has started."""
+    if hasattr(os, "killpg"):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    process.kill()
 
 
 def main() -> None:
@@ -208,5 +258,4 @@ def main() -> None:
     module, inputs = request.graph()
     known = config.get_config_copy()
     options = {name: value for name, value in request.options.items() if name in known}
-    path = str(Path(sys.argv[1]) / NAME)
-    aot_compile(module, inputs, options={**options, "aot_inductor.output_path": path})
+    aot_compile(module, inputs, options={**options, "aot_inductor.output_path": sys.argv[1]})

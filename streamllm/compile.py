@@ -42,7 +42,8 @@ def compile(model: nn.Module, backend: str | None = None) -> Compiled:
     CUDA), "inductor" gives the list to torch's compiler. On a CPU that makes one C++ function of it, which
     reads weights and cache at the speed of memory: it needs a C++ compiler and half a minute, the first time
     that a window is full. What was compiled is kept for later processes, in the folder that the variable
-    STREAMLLM_CACHE names, or ~/.cache/streamllm. On CUDA, what it makes is launched at once, too.
+    STREAMLLM_CACHE names, or in streamllm under XDG_CACHE_HOME or ~/.cache; all of it may be deleted. On CUDA,
+    what it makes is launched at once, too.
 
     Hooks on the model's modules see only what takes the model's own way. A model that is moved, quantized or
     laid out anew is recorded anew. Raises TypeError for a model of somebody else's, ValueError for a backend
@@ -123,13 +124,13 @@ class Compiled(nn.Module):
             made = function(tokens, *given)
         else:
             made = self._of_number(tokens, plan)(tokens, plan.t)
-        self._last[0] = made
+        self._last[0] = made if len(made) == 2 else ()
         return made[0]
 
     def project(self, x: Tensor) -> Tensor:
         """[B, T, C] -> logits [B, T, V]."""
         last = self._last[0]
-        if len(last) == 2 and x.shape == last[0].shape and x.data_ptr() == last[0].data_ptr():
+        if last and x.shape == last[0].shape and x.data_ptr() == last[0].data_ptr():
             return last[1]
         return self.model.project(x)  # type: ignore[no-any-return, operator]
 
@@ -164,7 +165,11 @@ class Compiled(nn.Module):
             result = function()
         recorded = recorder.finish(result)
         if self._by_dots(given[0]):
-            made = inductor.compiled(recorded, given)
+            try:
+                made = inductor.compiled(recorded, given)
+            except aot.CompileError:
+                layers.arrange(self.model)  # for whoever goes on without
+                raise
         else:
             _prune(recorded)
             made = _fused(recorded) if self.backend == "inductor" else _bare(recorded)
@@ -191,7 +196,8 @@ class Compiled(nn.Module):
         planner, t = plan.by, plan.t
         assert planner is not None
         assert t is not None
-        key = tokens.shape, tokens.dtype, torch.is_inference_mode_enabled(), torch.get_num_threads()
+        key = (tokens.shape, tokens.dtype, torch.is_inference_mode_enabled(),
+               tokens.device.type == "cpu" and torch.get_num_threads())  # fmt: skip
         numbered = self._numbered.get(planner, {}).get(key)
         if numbered is None:
             if self._captures(tokens):

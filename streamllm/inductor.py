@@ -29,7 +29,7 @@ OPTIONS = {
     "size_asserts": False,  # the recording was looked up by its sizes
     "alignment_asserts": False,
     "aot_inductor.allow_stack_allocation": True,  # what is made on the way is small, and of fixed size
-    "compile_threads": 1,  # it is one function; and what is cut off in a pool of processes fails ever after
+    "compile_threads": 1,  # it is one function: no pool of processes
 }
 
 

@@ -328,3 +328,19 @@ def test_an_interruption_while_it_compiles_leaves_the_stream(uncompiled, monkeyp
     monkeypatch.setattr(inductor, "compiled", whole)
     got = torch.cat((got, feed(compiled, held, tokens[:, 20:])), 1)
     assert error(got, defined(tiny(), tokens, S, W)) <= TOLERANCE
+
+
+def test_whoever_goes_on_without_has_weights_as_before(uncompiled, monkeypatch):
+    def failing(*_):
+        raise streamllm.CompileError("no compiler")
+
+    model, tokens = fresh(dtype=torch.bfloat16), text(S + W + 5)
+    layers.arrange(model)
+    before = [weight.is_mkldnn for weight in model.parameters()]
+    wanted = feed(model, SinkCache(model, S, W), tokens)
+    monkeypatch.setattr(inductor, "compiled", failing)
+    compiled = streamllm.compile(model, "inductor")
+    with pytest.raises(streamllm.CompileError):
+        feed(compiled, SinkCache(compiled, S, W), tokens)
+    assert [weight.is_mkldnn for weight in model.parameters()] == before
+    assert torch.equal(feed(model, SinkCache(model, S, W), tokens), wanted)

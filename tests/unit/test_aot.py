@@ -6,6 +6,8 @@ import operator
 import os
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -34,9 +36,9 @@ def compiled(compiling, monkeypatch, tmp_path) -> list[aot._Request]:
     """What had to be compiled, in an empty folder of one's own."""
     requests, compile_elsewhere = [], aot._compile_elsewhere
 
-    def counted(request, folder):
+    def counted(request, library):
         requests.append(request)
-        compile_elsewhere(request, folder)
+        compile_elsewhere(request, library)
 
     monkeypatch.setattr(aot, "_compile_elsewhere", counted)
     monkeypatch.setenv("STREAMLLM_CACHE", str(tmp_path / "kept"))
@@ -48,13 +50,13 @@ def quick(monkeypatch, tmp_path) -> list[aot._Request]:
     """As `compiled`, without a compiler: a library is a text."""
     requests = []
 
-    def written(request, folder):
+    def written(request, library):
         requests.append(request)
-        folder.mkdir()
-        (folder / aot.NAME).write_text("compiled")
+        library.write_text("compiled")
 
     monkeypatch.setattr(aot, "_compile_elsewhere", written)
     monkeypatch.setattr(aot, "Library", lambda path: path.read_text())
+    monkeypatch.setattr(aot, "check", lambda: None)
     monkeypatch.setenv("STREAMLLM_CACHE", str(tmp_path / "kept"))
     return requests
 
@@ -116,16 +118,26 @@ def test_what_differs_is_compiled_by_itself(quick, monkeypatch):
     assert ask(options={**inductor.OPTIONS, "size_asserts": True}) == 4
     assert ask(like=lambda: [tensor.double() for tensor in inputs()]) == 5
     assert ask(like=lambda: [tensor.contiguous() for tensor in inputs()]) == 6
-    assert ask() == 6
-    for name, other in (("_processor", lambda: "another one"), ("_source", lambda name: b"rewritten")):
+    changes = [
+        lambda patch: patch.setattr(aot, "_processor", lambda: "another one"),
+        lambda patch: patch.setattr(aot, "_source", lambda name: b"rewritten"),
+        lambda patch: patch.setattr(torch, "__version__", "9.9"),
+        lambda patch: patch.setenv("ATEN_CPU_CAPABILITY", "default"),
+        lambda patch: patch.setenv("TORCHINDUCTOR_CPP_MARCH", "native"),
+    ]
+    for number, change in enumerate(changes, 7):
         with monkeypatch.context() as patch:
-            patch.setattr(aot, name, other)
-            assert ask() == len(quick)
-    with monkeypatch.context() as patch:
-        patch.setattr(torch, "__version__", "9.9")
-        ask()
-    assert len(quick) == 9
-    assert ask() == 9
+            change(patch)
+            assert [ask(), ask()] == [number] * 2
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "elsewhere")
+    assert ask() == 11
+
+
+def test_strides_of_a_single_one_do_not_differ(quick):
+    """A token cut from a text is as good as one that was made alone."""
+    for token in (torch.zeros(1, 7)[:, 2:3], torch.zeros(1, 1), torch.zeros(5, 1)[:1]):
+        aot.library(graph(), [token, token], {})
+    assert len(quick) == 1
 
 
 def test_the_text_that_counts_is_that_of_the_functions():
@@ -158,14 +170,14 @@ def test_where_nothing_can_be_kept_it_is_compiled_each_time(quick, monkeypatch, 
     assert len(quick) == 2
 
 
-def test_whoever_comes_second_takes_what_lies_there(quick, monkeypatch):
+def test_whoever_comes_second_is_as_good(quick, monkeypatch, tmp_path):
     compile_elsewhere = aot._compile_elsewhere
 
-    def overtaken(request, folder):
+    def overtaken(request, library):
         with monkeypatch.context() as patch:
             patch.setattr(aot, "_compile_elsewhere", compile_elsewhere)
             aot.library(graph(), inputs(), {})
-        compile_elsewhere(request, folder)
+        compile_elsewhere(request, library)
 
     with monkeypatch.context() as patch:
         patch.setattr(aot, "_compile_elsewhere", overtaken)
@@ -173,6 +185,30 @@ def test_whoever_comes_second_takes_what_lies_there(quick, monkeypatch):
     assert len(quick) == 2
     assert aot.library(graph(), inputs(), {}) == "compiled"
     assert len(quick) == 2
+    assert len(list((tmp_path / "kept").iterdir())) == 1
+
+
+def test_what_cannot_be_loaded_where_it_is_kept_is_made_anew(quick, monkeypatch, tmp_path):
+    """A folder that a system with other libraries shares, or from which nothing may be run."""
+
+    def picky(path):
+        if path.is_relative_to(tmp_path):
+            raise RuntimeError("Error in dlopen")
+        return path.read_text()
+
+    aot.library(graph(), inputs(), {})
+    monkeypatch.setattr(aot, "Library", picky)
+    assert aot.library(graph(), inputs(), {}) == "compiled"
+    assert len(quick) == 2
+
+    def broken(path):
+        raise RuntimeError("Error in dlopen")
+
+    monkeypatch.setattr(aot, "Library", broken)
+    with pytest.raises(
+        streamllm.CompileError, match=r"was compiled, but cannot be loaded: neither from .*kept"
+    ):
+        aot.library(graph(), inputs(), {})
 
 
 @pytest.mark.parametrize(
@@ -191,6 +227,18 @@ def test_where_libraries_are_kept(monkeypatch, variables, wanted):
     assert aot._folder().as_posix() == wanted
 
 
+def test_without_a_home_nothing_is_kept(quick, monkeypatch):
+    def homeless():
+        raise RuntimeError("Could not determine home directory.")
+
+    for name in ("STREAMLLM_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(aot.Path, "home", homeless)
+    for count in (1, 2):
+        assert aot.library(graph(), inputs(), {}) == "compiled"
+        assert len(quick) == count
+
+
 def test_what_a_compiler_says_is_said(compiled, monkeypatch, tmp_path):
     monkeypatch.setenv("CXX", "/bin/false")
     aot.check()  # it is there
@@ -202,31 +250,68 @@ def test_what_a_compiler_says_is_said(compiled, monkeypatch, tmp_path):
     assert said.endswith('); backend="flat" needs no compiler')
     assert "Traceback" not in said
     assert "\n" not in said
-    assert not list((tmp_path / "kept").iterdir())
+    assert not (tmp_path / "kept").exists()
 
 
-def test_a_compiler_that_is_killed(monkeypatch, tmp_path):
+@pytest.mark.parametrize(
+    ("does", "said"),
+    [
+        ("echo a warning >&2; kill -9 $$", "killed by signal 9"),
+        ("exit 3", "exit code 3"),
+        ("echo Traceback >&2; echo ImportError: no torch >&2; exit 1", "ImportError: no torch"),
+    ],
+)
+def test_a_process_that_fails(monkeypatch, tmp_path, does, said):
+    program = tmp_path / "python"
+    program.write_text(f"#!/bin/sh\n{does}\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(program))
+    monkeypatch.setenv("STREAMLLM_CACHE", str(tmp_path / "kept"))
+    with pytest.raises(streamllm.CompileError) as raised:
+        aot.library(graph(), inputs(), {})
+    assert f"could not be compiled ({said})" in str(raised.value)
+
+
+def test_no_process_at_all(monkeypatch, tmp_path):
     monkeypatch.setenv("STREAMLLM_CACHE", str(tmp_path))
-    monkeypatch.setattr(sys, "executable", "/bin/false")
-    with pytest.raises(streamllm.CompileError, match=r"could not be compiled \(exit code 1\)"):
+    monkeypatch.setattr(sys, "executable", "/nonexistent")
+    with pytest.raises(streamllm.CompileError, match="no process could be started to compile the step"):
         aot.library(graph(), inputs(), {})
 
 
-def test_an_interruption_leaves_nothing_behind(compiling, monkeypatch, tmp_path):
-    monkeypatch.setenv("STREAMLLM_CACHE", str(tmp_path))
-    communicate = subprocess.Popen.communicate
+def test_an_interruption_ends_the_process_and_those_that_it_has_started(monkeypatch, tmp_path):
+    program = tmp_path / "python"
+    program.write_text(f"#!/bin/sh\nsleep 60 &\necho $! > {tmp_path}/started\nwait\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(program))
+    monkeypatch.setenv("STREAMLLM_CACHE", str(tmp_path / "kept"))
+    started = tmp_path / "started"
 
-    def interrupted(process, *args, **kwargs):
-        processes.append(process)
+    def interrupted(process, *args):
+        while not (started.exists() and started.read_text()):
+            time.sleep(0.01)
         raise KeyboardInterrupt
 
-    processes = []
     monkeypatch.setattr(subprocess.Popen, "communicate", interrupted)
     with pytest.raises(KeyboardInterrupt):
         aot.library(graph(), inputs(), {})
-    monkeypatch.setattr(subprocess.Popen, "communicate", communicate)
-    assert processes[0].poll() is not None
-    assert not list(tmp_path.iterdir())
+    child = int(started.read_text())
+    for _ in range(500):  # until the system has taken notice
+        if not Path(f"/proc/{child}").exists() or "Z" in Path(f"/proc/{child}/stat").read_text().split()[2]:
+            break
+        time.sleep(0.01)
+    else:
+        pytest.fail("a compiler is still running")
+    assert not (tmp_path / "kept").exists()
+
+
+def test_it_imports_what_its_parent_does_and_nothing_from_where_it_is_run(compiling, monkeypatch, tmp_path):
+    (tmp_path / "types.py").write_text("raise ImportError('from here')")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path])
+    monkeypatch.setattr(aot, "_CHILD", aot._CHILD.replace("main()", "sys.exit(0)"))
+    with pytest.raises(FileNotFoundError):  # it had nothing to do
+        aot.library(graph(), inputs(), {})
 
 
 def test_without_a_compiler_it_is_said_at_once(monkeypatch):
