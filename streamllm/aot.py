@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, fx, nn
 
 NAME, SEAL = "step.pyd" if sys.platform == "win32" else "step.so", "sha256"
-STEERS = ("CXX", "ATEN_CPU_CAPABILITY", "TORCHINDUCTOR_", "AOT_INDUCTOR_")  # variables that a compiler obeys
+STEERS = ("ATEN_CPU_CAPABILITY", "TORCHINDUCTOR_", "AOT_INDUCTOR_")  # variables that a compiler obeys
 
 
 class CompileError(RuntimeError):

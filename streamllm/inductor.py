@@ -29,6 +29,7 @@ OPTIONS = {
     "size_asserts": False,  # the recording was looked up by its sizes
     "alignment_asserts": False,
     "aot_inductor.allow_stack_allocation": True,  # what is made on the way is small, and of fixed size
+    "aot_inductor.precompile_headers": False,  # hundreds of megabytes, for one or two compilations
     "compile_threads": 1,  # it is one function: no pool of processes
 }
 
