@@ -89,7 +89,7 @@ def _loaded(folder: Path) -> Library | None:
 
 
 def _keep(made: Path, kept: Path) -> None:
-    """Put a library where others will find it: whole, or not at all."""
+    """Put a library where others will find it: whole, or not at all. No room and no permission cost nothing more."""
     try:
         kept.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=kept.parent, prefix=".", ignore_cleanup_errors=True) as copy:
@@ -97,9 +97,7 @@ def _keep(made: Path, kept: Path) -> None:
                 shutil.copy(made / name, copy)
             shutil.rmtree(kept, ignore_errors=True)  # what was there could not be loaded
             Path(copy).rename(kept)
-    except (
-        OSError
-    ):  # no room, no permission, or another process was faster: then it is not kept, or there already
+    except OSError:  # or another process was faster
         return
 
 
@@ -159,7 +157,7 @@ class _Request:
             self.inputs,
             sorted(self.options.items()),
             torch.__version__,
-            _processor(),
+            _machine(),
         ]
         parts += [_source(name) for name in (__name__, *own)]
         parts += [
@@ -201,14 +199,14 @@ def _source(module: str) -> bytes | None:
 
 
 @cache
-def _processor() -> str:
-    """What is compiled for this processor may not run on another one."""
+def _machine() -> str:
+    """What is compiled for this processor, and with these system libraries, may not run with others."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         features = next((line for line in lines if line.startswith(("flags", "Features"))), "")
     except OSError:
         features = platform.processor()
-    return f"{platform.system()} {platform.machine()} {features}"
+    return f"{platform.system()} {platform.machine()} {platform.libc_ver()} {features}"
 
 
 _CHILD = (  # which imports what its parent does, and nothing from where it is run

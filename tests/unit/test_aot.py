@@ -119,7 +119,7 @@ def test_what_differs_is_compiled_by_itself(quick, monkeypatch):
     assert ask(like=lambda: [tensor.double() for tensor in inputs()]) == 5
     assert ask(like=lambda: [tensor.contiguous() for tensor in inputs()]) == 6
     changes = [
-        lambda patch: patch.setattr(aot, "_processor", lambda: "another one"),
+        lambda patch: patch.setattr(aot, "_machine", lambda: "another one"),
         lambda patch: patch.setattr(aot, "_source", lambda name: b"rewritten"),
         lambda patch: patch.setattr(torch, "__version__", "9.9"),
         lambda patch: patch.setenv("ATEN_CPU_CAPABILITY", "default"),
