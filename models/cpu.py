@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import platform
-from pathlib import Path
+from functools import cache
+from itertools import takewhile
 
 import torch
 
 
+@cache
+def described() -> str:
+    """What the system says of the first processor: on Linux, lines of names and values; else a name, or nothing."""
+    try:
+        with open("/proc/cpuinfo") as lines:
+            return "".join(
+                takewhile(str.strip, lines)
+            )  # then come the others, of which there may be hundreds
+    except OSError:
+        return platform.processor()
+
+
 def _by_intel() -> bool:
     """Whether torch has Intel's kernels for matrices (MKL), and the processor is one of Intel's."""
-    if not torch.backends.mkl.is_available():  # type: ignore[no-untyped-call]
-        return False
-    try:
-        who = Path("/proc/cpuinfo").read_text().partition("\n\n")[0]
-    except OSError:
-        who = platform.processor()
-    return "GenuineIntel" in who
+    return torch.backends.mkl.is_available() and "GenuineIntel" in described()  # type: ignore[no-untyped-call]
 
 
 INTEL = _by_intel()

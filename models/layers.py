@@ -180,7 +180,7 @@ def _float32(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, weight, bias)
     rows = x.numel() // x.shape[-1]
     by_columns = weight.stride(1) != 1
-    if rows == 1 and (by_columns or INTEL):
+    if by_columns and rows == 1:
         return F.linear(x, weight, bias)
     if INTEL and not (2 < rows < 128 and weight.numel() > 1 << 20):  # where MKL is 1 to 2 times as fast
         return F.linear(x, weight, bias)

@@ -262,8 +262,8 @@ def _checked(
             f"not {tokens.dtype} of shape {list(tokens.shape)}"
         )
     if tokens.device.type == "cpu":  # elsewhere the look would stall the device
-        ends = (tokens, tokens) if tokens.numel() == 1 else torch.aminmax(tokens)
-        lowest, highest = map(int, ends)
+        ends = [int(end) for end in ([tokens] if tokens.numel() == 1 else torch.aminmax(tokens))]
+        lowest, highest = ends[0], ends[-1]
         if lowest < 0 or highest >= vocab_size:
             wrong = lowest if lowest < 0 else highest
             raise ValueError(f"token id {wrong} is outside the model's vocabulary of 0 … {vocab_size - 1}")

@@ -27,6 +27,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from streamllm.models.cpu import described
+
 NAME, SEAL = "step.pyd" if sys.platform == "win32" else "step.so", "sha256"
 STEERS = ("ATEN_CPU_CAPABILITY", "TORCHINDUCTOR_", "AOT_INDUCTOR_")  # variables that a compiler obeys
 
@@ -201,11 +203,9 @@ def _source(module: str) -> bytes | None:
 @cache
 def _machine() -> str:
     """What is compiled for this processor, and with these system libraries, may not run with others."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        features = next((line for line in lines if line.startswith(("flags", "Features"))), "")
-    except OSError:
-        features = platform.processor()
+    lines = described().splitlines()
+    # Of many lines, those that stay as they are: others say how fast it runs just now.
+    features = [line for line in lines if len(lines) == 1 or line.startswith(("flags", "Features"))]
     return f"{platform.system()} {platform.machine()} {platform.libc_ver()} {features}"
 
 

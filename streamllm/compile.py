@@ -113,17 +113,14 @@ class Compiled(nn.Module):
 
     def hidden(self, tokens: Tensor, plan: Plan) -> Tensor:
         """One chunk: int64 [B, T] -> [B, T, C], before the head."""
-        if not self._weights.lie_still():
-            self._recorded.clear()
-            self._numbered.clear()
-        if plan.t is None and plan.tensors is None:
-            return self.model.hidden(tokens, plan)  # type: ignore[no-any-return, operator]
+        self._drop_what_moved()
         tokens = tokens.contiguous()  # what is compiled knows shapes, and trusts in strides
-        if plan.t is None:
-            function, given = self._recording(tokens, plan, lambda: plan)
-            made = function(tokens, *given)
+        if plan.t is not None and plan.by is not None:
+            made = self._of_number(tokens, plan.t, plan.by)(tokens, plan.t)
+        elif plan.tensors is not None:
+            made = self._recording(tokens, plan, lambda: plan)(tokens, *plan.tensors)
         else:
-            made = self._of_number(tokens, plan)(tokens, plan.t)
+            return self.model.hidden(tokens, plan)  # type: ignore[no-any-return, operator]
         self._last[0] = made if len(made) == 2 else ()
         return made[0]
 
@@ -136,8 +133,8 @@ class Compiled(nn.Module):
 
     def _recording(
         self, tokens: Tensor, plan: Plan, planned: Callable[[], Plan]
-    ) -> tuple[Callable[..., tuple[Tensor, ...]], Sequence[Tensor]]:
-        """What computes the next token, for any plan of this kind; and the tensors of this one to be given."""
+    ) -> Callable[..., tuple[Tensor, ...]]:
+        """What computes the next token from the tensors of a plan, for any plan of this kind."""
         assert plan.tensors is not None
         kinds = tuple((own, step.sinks, step.span) for own, step in plan.steps.items())
         given = [tokens, *plan.tensors]
@@ -150,10 +147,8 @@ class Compiled(nn.Module):
                 # Compiled, the head costs less along with the rest; alone, it would have to be compiled, too.
                 return (x, self.model.project(x)) if self._by_dots(tokens) else (x,)  # type: ignore[operator]
 
-            recorded = self._record(given, step)
-            self._keep_watch()
-            self._recorded[key] = recorded
-        return self._recorded[key], plan.tensors
+            self._recorded[key] = self._record(given, step)
+        return self._recorded[key]
 
     def _record(
         self, given: Sequence[Tensor], function: Callable[[], tuple[Tensor, ...]]
@@ -173,29 +168,27 @@ class Compiled(nn.Module):
         else:
             _prune(recorded)
             made = _fused(recorded) if self.backend == "inductor" else _bare(recorded)
+        self._drop_what_moved()
+        self._weights = _Weights(self.model)  # where this recording has put them
         self.recordings += 1
         give_back()  # weights were laid anew, and perhaps a compiler has thought
         return made
 
-    def _keep_watch(self) -> None:
-        """After a recording, which may have laid weights anew: over where they are now."""
+    def _drop_what_moved(self) -> None:
+        """Recordings read weights where they were: once these lie elsewhere, nothing is recorded."""
         if not self._weights.lie_still():
-            self._recorded.clear()  # others read them where they were
+            self._recorded.clear()
             self._numbered.clear()
-        self._weights = _Weights(self.model)
 
     def _captures(self, x: Tensor) -> bool:
         return self.backend == "cudagraphs" or (self.backend == "inductor" and x.is_cuda)
 
     def _by_dots(self, x: Tensor) -> bool:
         """Inductor's own loops, where a token's products are sums over rows: on the CPU."""
-        return self.backend == "inductor" and x.device.type == "cpu" and not self._captures(x)
+        return self.backend == "inductor" and x.device.type == "cpu"
 
-    def _of_number(self, tokens: Tensor, plan: Plan) -> _Numbered:
-        """What computes the next token of the plan's cache from its number."""
-        planner, t = plan.by, plan.t
-        assert planner is not None
-        assert t is not None
+    def _of_number(self, tokens: Tensor, t: int, planner: Planner) -> _Numbered:
+        """What computes the next token of the planner's cache from its number."""
         key = (tokens.shape, tokens.dtype, torch.is_inference_mode_enabled(),
                tokens.device.type == "cpu" and torch.get_num_threads())  # fmt: skip
         numbered = self._numbered.get(planner, {}).get(key)
@@ -207,11 +200,11 @@ class Compiled(nn.Module):
                     lambda: (self.model.hidden(tokens, planner.planned(place)),),  # type: ignore[operator]
                 )
                 numbered = _CudaGraph(step, tokens, place)
-                self._keep_watch()
             else:
-                numbers = torch.tensor([t]), torch.tensor([planner.origin])
-                plan = planner.planned(*numbers)
-                numbered = _Stepped(*self._recording(tokens, plan, lambda: planner.planned(*numbers)))
+                planned = partial(planner.planned, torch.tensor([t]), torch.tensor([planner.origin]))
+                plan = planned()
+                assert plan.tensors is not None
+                numbered = _Stepped(self._recording(tokens, plan, planned), plan.tensors)
             self._numbered.setdefault(planner, {})[key] = numbered
         return numbered
 

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import builtins
+import io
 
 import pytest
 import torch
 
 from streamllm.models import cpu
+
+
+@pytest.fixture(autouse=True)
+def as_it_was():
+    yield
+    cpu.described.cache_clear()
+
 
 INTEL, AMD = (
     "processor : 0\nvendor_id : GenuineIntel\n\nprocessor : 1",
@@ -20,7 +28,8 @@ INTEL, AMD = (
 )
 def test_it_is_read_from_the_system(monkeypatch, text, mkl, wanted):
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: mkl)
-    monkeypatch.setattr(Path, "read_text", lambda path: text)
+    monkeypatch.setattr(builtins, "open", lambda path: io.StringIO(text))
+    cpu.described.cache_clear()
     assert cpu._by_intel() is wanted
 
 
@@ -30,6 +39,7 @@ def test_or_from_python_where_there_is_no_such_file(monkeypatch, name):
         raise FileNotFoundError(path)
 
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
-    monkeypatch.setattr(Path, "read_text", missing)
+    monkeypatch.setattr(builtins, "open", missing)
+    cpu.described.cache_clear()
     monkeypatch.setattr(cpu.platform, "processor", lambda: name)
     assert cpu._by_intel() is name.endswith("GenuineIntel")
