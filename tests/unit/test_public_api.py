@@ -1,0 +1,69 @@
+"""The public names, their signatures and the options of the command line, against the list in public_api.txt.
+
+A change of the list is a change of what users call: it belongs into CHANGES. `python -m tests.unit.test_public_api`
+writes the list again.
+"""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+
+import click
+
+import streamllm
+from streamllm.cli import cli
+
+LIST = Path(__file__).with_name("public_api.txt")
+
+
+def public_api() -> list[str]:
+    """One line for each public name: its signature; for each command: its options with types and defaults."""
+    lines = []
+    for name in sorted(streamllm.__all__):
+        value = getattr(streamllm, name)
+        if inspect.isclass(value) and issubclass(value, Exception):
+            lines.append(f"streamllm.{name}: {', '.join(base.__name__ for base in value.__mro__[1:-1])}")
+            continue
+        lines.append(f"streamllm.{name}{_signature(value)}")
+        if inspect.isclass(value):
+            lines += [f"streamllm.{name}.{member}" for member in _members(value)]
+    context = click.Context(cli)
+    for name in cli.list_commands(context):
+        command = cli.get_command(context, name)
+        assert command is not None
+        lines.append(f"$ streamllm {name}")
+        lines += [f"$ streamllm {name} {_option(parameter)}" for parameter in command.params]
+    return lines
+
+
+def _members(owner: type) -> list[str]:
+    found = []
+    for name, value in sorted(vars(owner).items()):
+        if name.startswith("_"):
+            continue
+        if isinstance(value, property):
+            found.append(f"{name} (property)")
+        else:
+            value = inspect.unwrap(getattr(owner, name))
+            found.append(f"{name}{_signature(value)}" if callable(value) else name)
+    return found
+
+
+def _signature(value: object) -> str:
+    return str(inspect.signature(value)) if callable(value) else ""
+
+
+def _option(parameter: click.Parameter) -> str:
+    names = " ".join([*parameter.opts, *parameter.secondary_opts])
+    default = parameter.default if isinstance(parameter.default, (str, int, float, bool)) else None
+    multiple = " (several times)" if getattr(parameter, "multiple", False) or parameter.nargs == -1 else ""
+    return f"{names}: {parameter.type.to_info_dict()['param_type']}{multiple} = {default}"
+
+
+def test_the_public_names_signatures_and_options_are_those_of_the_list() -> None:
+    assert public_api() == LIST.read_text(encoding="utf-8").splitlines()
+
+
+if __name__ == "__main__":
+    LIST.write_text("\n".join(public_api()) + "\n", encoding="utf-8")
