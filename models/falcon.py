@@ -23,7 +23,7 @@ from streamllm.models.alibi import Alibi, position_bias
 from streamllm.models.attention import attend
 from streamllm.models.layers import ACTIVATIONS, Embedding, Linear
 from streamllm.models.rotary import Rope, Rotation, rotation
-from streamllm.models.step import Cache, Geometry, Memory, Plan, Step, forward_in_chunks
+from streamllm.models.step import Cache, Geometry, KVStore, Plan, Step, forward_in_chunks
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Attention(nn.Module):
         self.v = RoundedLinear(C, G * D, bias=bias)
         self.o = RoundedLinear(H * D, C, bias=bias)
 
-    def forward(self, x: Tensor, step: Step, position: Rotation | Tensor, memory: Memory) -> Tensor:
+    def forward(self, x: Tensor, step: Step, position: Rotation | Tensor, store: KVStore) -> Tensor:
         q, k, v = (
             project(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [B, H or G, T, D]
             for project in (self.q, self.k, self.v)
@@ -73,10 +73,10 @@ class Attention(nn.Module):
         scale = self.head_dim**-0.5
         if isinstance(position, Rotation):
             near, far = position.queries(q)
-            keys, values = memory.extend(position.keys(k), v)  # [B, G, K, D]
+            keys, values = store.append(position.keys(k), v)  # [B, G, K, D]
             read = attend(near, far, keys, values, step, scale)
         else:
-            keys, values = memory.extend(k, v)
+            keys, values = store.append(k, v)
             read = attend(q, q, keys, values, step, scale, bias=position)
         return self.o(read.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
 
@@ -102,9 +102,9 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.parallel, self.shared_norm = config.parallel, config.shared_norm
 
-    def forward(self, x: Tensor, step: Step, position: Rotation | Tensor, memory: Memory) -> Tensor:
+    def forward(self, x: Tensor, step: Step, position: Rotation | Tensor, store: KVStore) -> Tensor:
         normed = self.attention_norm(x)
-        read = self.attention(normed, step, position, memory)
+        read = self.attention(normed, step, position, store)
         if self.parallel:
             return x + (self.mlp(normed if self.shared_norm else self.mlp_norm(x)) + read)  # type: ignore[no-any-return]
         x = x + read
@@ -150,8 +150,8 @@ class Model(nn.Module):
             position: Rotation | Tensor = rotation(encoding, step, x.dtype)
         else:  # added to the scores before they are scaled, so scaled with them
             position = position_bias(encoding, step, x.dtype, scale=self.config.head_dim**-0.5)
-        for layer, memory in zip(self.layers, plan.memories, strict=True):
-            x = layer(x, step, position, memory)
+        for layer, store in zip(self.layers, plan.stores, strict=True):
+            x = layer(x, step, position, store)
         return self.norm(x)  # type: ignore[no-any-return]
 
     def project(self, x: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from streamllm.models.attention import attend
 from streamllm.models.layers import ACTIVATIONS, Embedding, Linear
 from streamllm.models.rotary import Rope, Rotation, rotation
-from streamllm.models.step import Cache, Geometry, Memory, Plan, Step, forward_in_chunks
+from streamllm.models.step import Cache, Geometry, KVStore, Plan, Step, forward_in_chunks
 
 
 @dataclass(frozen=True)
@@ -50,13 +50,13 @@ class Attention(nn.Module):
         self.v = Linear(C, H * D, bias=bias)
         self.o = Linear(H * D, C, bias=bias)
 
-    def forward(self, x: Tensor, step: Step, rotation: Rotation, memory: Memory) -> Tensor:
+    def forward(self, x: Tensor, step: Step, rotation: Rotation, store: KVStore) -> Tensor:
         q, k, v = (
             project(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [B, H, T, D]
             for project in (self.q, self.k, self.v)
         )
         near, far = rotation.queries(q)
-        keys, values = memory.extend(rotation.keys(k), v)  # [B, H, K, D]
+        keys, values = store.append(rotation.keys(k), v)  # [B, H, K, D]
         read = attend(near, far, keys, values, step, scale=self.head_dim**-0.5)
         return self.o(read.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
 
@@ -81,8 +81,8 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.parallel = config.parallel
 
-    def forward(self, x: Tensor, step: Step, rotation: Rotation, memory: Memory) -> Tensor:
-        read = self.attention(self.attention_norm(x), step, rotation, memory)
+    def forward(self, x: Tensor, step: Step, rotation: Rotation, store: KVStore) -> Tensor:
+        read = self.attention(self.attention_norm(x), step, rotation, store)
         if self.parallel:
             return self.mlp(self.mlp_norm(x)) + read + x  # type: ignore[no-any-return]
         x = x + read
@@ -124,8 +124,8 @@ class Model(nn.Module):
         x = self.embed(tokens)
         step = plan.steps[None]
         turned = rotation(self.config.rope, step, x.dtype)
-        for layer, memory in zip(self.layers, plan.memories, strict=True):
-            x = layer(x, step, turned, memory)
+        for layer, store in zip(self.layers, plan.stores, strict=True):
+            x = layer(x, step, turned, store)
         return self.norm(x)  # type: ignore[no-any-return]
 
     def project(self, x: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from streamllm.models.attention import attend
 from streamllm.models.layers import ACTIVATIONS, Embedding, Linear, RMSNorm
 from streamllm.models.rotary import Rope, Rotation, rotation
-from streamllm.models.step import Cache, Geometry, Memory, Plan, Step, forward_in_chunks
+from streamllm.models.step import Cache, Geometry, KVStore, Plan, Step, forward_in_chunks
 
 
 @dataclass(frozen=True)
@@ -56,13 +56,13 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(D, config.norm_eps) if config.head_norms else nn.Identity()
         self.k_norm = RMSNorm(D, config.norm_eps) if config.head_norms else nn.Identity()
 
-    def forward(self, x: Tensor, step: Step, rotation: Rotation, memory: Memory) -> Tensor:
+    def forward(self, x: Tensor, step: Step, rotation: Rotation, store: KVStore) -> Tensor:
         q, k, v = (
             project(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [B, H or G, T, D]
             for project in (self.q, self.k, self.v)
         )
         near, far = rotation.queries(self.q_norm(q))
-        keys, values = memory.extend(rotation.keys(self.k_norm(k)), v)  # [B, G, K, D]
+        keys, values = store.append(rotation.keys(self.k_norm(k)), v)  # [B, G, K, D]
         read = attend(near, far, keys, values, step, scale=self.head_dim**-0.5)
         return self.o(read.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
 
@@ -87,8 +87,8 @@ class Block(nn.Module):
         self.mlp_norm = RMSNorm(config.width, config.norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, step: Step, rotation: Rotation, memory: Memory) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), step, rotation, memory)
+    def forward(self, x: Tensor, step: Step, rotation: Rotation, store: KVStore) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), step, rotation, store)
         return x + self.mlp(self.mlp_norm(x))  # type: ignore[no-any-return]
 
 
@@ -127,9 +127,9 @@ class Model(nn.Module):
         """One chunk: int64 [B, T] -> [B, T, C], before the head."""
         x = self.embed(tokens)
         turned = {window: rotation(self.config.rope, step, x.dtype) for window, step in plan.steps.items()}
-        of_each_layer = zip(self.layers, self.geometry.windows, plan.memories, strict=True)
-        for layer, window, memory in of_each_layer:
-            x = layer(x, plan.steps[window], turned[window], memory)
+        of_each_layer = zip(self.layers, self.geometry.windows, plan.stores, strict=True)
+        for layer, window, store in of_each_layer:
+            x = layer(x, plan.steps[window], turned[window], store)
         return self.norm(x)  # type: ignore[no-any-return]
 
     def project(self, x: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from streamllm.models.alibi import Alibi, position_bias
 from streamllm.models.attention import attend
 from streamllm.models.layers import ACTIVATIONS, Embedding, Linear
-from streamllm.models.step import Cache, Geometry, Memory, Plan, Step, forward_in_chunks
+from streamllm.models.step import Cache, Geometry, KVStore, Plan, Step, forward_in_chunks
 
 
 @dataclass(frozen=True)
@@ -46,14 +46,14 @@ class Attention(nn.Module):
         self.v = Linear(C, H * D, bias=False)
         self.o = Linear(H * D, C, bias=False)
 
-    def forward(self, x: Tensor, step: Step, bias: Tensor, memory: Memory) -> Tensor:
+    def forward(self, x: Tensor, step: Step, bias: Tensor, store: KVStore) -> Tensor:
         q, k, v = (project(x) for project in (self.q, self.k, self.v))
         if self.clip is not None:
             q, k, v = (part.clamp(-self.clip, self.clip) for part in (q, k, v))
         q, k, v = (
             part.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for part in (q, k, v)
         )  # [B, H, T, D]
-        keys, values = memory.extend(k, v)  # [B, H, K, D]
+        keys, values = store.append(k, v)  # [B, H, K, D]
         read = attend(q, q, keys, values, step, self.scale, bias)
         return self.o(read.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
 
@@ -77,8 +77,8 @@ class Block(nn.Module):
         self.mlp_norm = nn.LayerNorm(config.width, config.norm_eps, bias=False)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, step: Step, bias: Tensor, memory: Memory) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), step, bias, memory)
+    def forward(self, x: Tensor, step: Step, bias: Tensor, store: KVStore) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), step, bias, store)
         return x + self.mlp(self.mlp_norm(x))  # type: ignore[no-any-return]
 
 
@@ -117,8 +117,8 @@ class Model(nn.Module):
         x = self.embed(tokens)
         step = plan.steps[None]
         bias = position_bias(self.config.alibi, step, x.dtype)
-        for layer, memory in zip(self.layers, plan.memories, strict=True):
-            x = layer(x, step, bias, memory)
+        for layer, store in zip(self.layers, plan.stores, strict=True):
+            x = layer(x, step, bias, store)
         return self.norm(x)  # type: ignore[no-any-return]
 
     def project(self, x: Tensor) -> Tensor:

@@ -107,27 +107,27 @@ class Step:
         )
 
 
-class Memory(Protocol):
+class KVStore(Protocol):
     """What one layer keeps between forwards."""
 
-    def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """New keys and values [B, G, T, D] in; all that the T queries may meet [B, G, K, D] out."""
         ...
 
 
-class Forgetful:
-    """The memory of a forward without a cache: the queries meet the text that came with them."""
+class NoCache:
+    """The store of a forward without a cache: the queries see the keys that came with them."""
 
-    def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         return k, v
 
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """One forward: a Step for each distinct window among the layers, and each layer's memory."""
+    """One forward: a Step for each distinct window among the layers, and each layer's KVStore."""
 
     steps: Mapping[int | None, Step]  # by the model's own window of a layer; None: it has none
-    memories: Sequence[Memory]  # one per layer
+    stores: Sequence[KVStore]  # one per layer
     tensors: Sequence[Tensor] | None = (
         None  # all that differ from this plan to the next, if nothing else does
     )
@@ -208,7 +208,7 @@ def forward_in_chunks(
         length = tokens.shape[1]
         windows = model.geometry.windows
         steps = {window: Step.dense(length, window, tokens.device) for window in set(windows)}
-        x = model.hidden(tokens, Plan(steps, [Forgetful()] * len(windows)))
+        x = model.hidden(tokens, Plan(steps, [NoCache()] * len(windows)))
         return model.project(x if logits_to_keep is None else x[:, -logits_to_keep:])
     return _in_chunks(model, tokens, cache, counts, logits_to_keep)
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
-from streamllm.memory import give_back
+from streamllm.malloc import trim_heap
 from streamllm.models.step import Band, Plan, Step, geometry_of
 
 DEFAULT_WINDOW = 1020
@@ -209,11 +209,11 @@ class SinkCache:
         alone = length == 1 and all(counts)  # one token for every row: it may take its slot at once
         if alone and self._prompted and self.device.type == "cpu":
             self._prompted = False
-            give_back()  # from here on, a stream may run for days beside what its prompt once needed
+            trim_heap()  # from here on, a stream may run for days beside what its prompt once needed
         self._prompted |= length >= MANY
         evicting = alone and lockstep and seen[0] >= self.sinks + self.window
         if evicting and counted:
-            return _SinkPlan(steps={}, memories=[], advance=[1] * self.batch_size, t=seen[0], by=self)
+            return _SinkPlan(steps={}, stores=[], advance=[1] * self.batch_size, t=seen[0], by=self)
         maker = _plan_one if alone else _plan_chunk
         planned = {
             own: maker(self.sinks, window, self.origin, seen, counts, length, self.device)
@@ -247,12 +247,12 @@ class SinkCache:
         tensors: Sequence[Tensor] | None,
         advance: Sequence[int],
     ) -> _SinkPlan:
-        memories = [_Memory(ring, planned[own][1]) for own, ring in self._rings]
+        stores = [_Memory(ring, planned[own][1]) for own, ring in self._rings]
         steps = {own: step for own, (step, _) in planned.items()}
         if len(self._windows) > 1 or self.window not in self._windows.values():
             # Frequencies that depend on a length depend on the cache's, also where a layer's window is shorter.
             steps = {own: replace(step, span=self.sinks + self.window) for own, step in steps.items()}
-        return _SinkPlan(steps=steps, memories=memories, tensors=tensors, advance=advance)
+        return _SinkPlan(steps=steps, stores=stores, tensors=tensors, advance=advance)
 
     def commit(self, plan: Plan) -> None:
         """Keep what the forward computed, and move on.
@@ -267,8 +267,8 @@ class SinkCache:
     def _finish(self) -> None:
         seen, unfinished = self._stand
         if unfinished is not None:
-            for memory in unfinished.memories:
-                memory.keep()
+            for store in unfinished.stores:
+                store.keep()
         self._stand = seen, None  # also where nothing was left: whoever plans or looks has touched the cache
 
 
@@ -428,7 +428,7 @@ class _Memory:
         self._ring, self._moves = ring, moves
         self._chunk: tuple[Tensor, Tensor] | None = None  # the chunk's own, until it is committed
 
-    def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         ring, moves = self._ring, self._moves
         if k.dtype != ring.dtype or v.dtype != ring.dtype:
             raise ValueError(
@@ -451,7 +451,7 @@ class _Memory:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class _SinkPlan(Plan):
-    memories: Sequence[_Memory]
+    stores: Sequence[_Memory]
     advance: Sequence[int]  # how many tokens each row takes in
 
 

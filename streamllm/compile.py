@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from streamllm import aot, inductor
 from streamllm.cache import SinkCache
-from streamllm.memory import give_back
+from streamllm.malloc import trim_heap
 from streamllm.models import layers
 from streamllm.models.step import Cache, Geometry, Plan, Planner, forward_in_chunks, geometry_of
 
@@ -171,7 +171,7 @@ class Compiled(nn.Module):
         self._drop_what_moved()
         self._weights = _Weights(self.model)  # where this recording has put them
         self.recordings += 1
-        give_back()  # weights were laid anew, and perhaps a compiler has thought
+        trim_heap()  # weights were laid anew, and perhaps a compiler has thought
         return made
 
     def _drop_what_moved(self) -> None:

@@ -21,8 +21,8 @@ import torch
 from streamllm.load import PROGRESS_FROM, open_source
 from streamllm.tokenizer import TOKENIZER_FILES
 from streamllm.weights.checkpoint import DTYPES, FLOATS, INDEX, SINGLE, Checkpoint, Job, Reader, Stored
+from streamllm.weights.config_reader import read_json
 from streamllm.weights.family import Family
-from streamllm.weights.keys import read_json
 
 # What is copied as it is, where it is there.
 COPIED = (

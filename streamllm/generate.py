@@ -91,7 +91,7 @@ def settings(
             f"pass a generation_config of your own to generate without"
         )
     ends = None if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
-    return config.but(eos=ends, **given)
+    return config.override(eos=ends, **given)
 
 
 class Loop:

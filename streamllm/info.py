@@ -17,7 +17,7 @@ from streamllm.models.step import Geometry
 from streamllm.tokenizer import TOKENIZER_FILES
 from streamllm.weights import FAMILIES
 from streamllm.weights.checkpoint import DTYPES, INDEX, PICKLE, PICKLE_INDEX, SINGLE, Checkpoint
-from streamllm.weights.keys import read_json
+from streamllm.weights.config_reader import read_json
 
 # model_type -> what is there of it, and names on the hub. A family that is missing here works all the same.
 KNOWN: dict[str, list[tuple[str, tuple[str, ...]]]] = {

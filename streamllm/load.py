@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from streamllm.memory import give_back
+from streamllm.malloc import trim_heap
 from streamllm.models import layers
 from streamllm.sampling import GenerationConfig, attach, read_generation_config
 from streamllm.tokenizer import TOKENIZER_FILES, Tokenizer, load_tokenizer_files
 from streamllm.weights.checkpoint import Checkpoint
 from streamllm.weights.checkpoint import Source as Source
+from streamllm.weights.config_reader import read_json
 from streamllm.weights.errors import CheckpointNotFound
-from streamllm.weights.keys import read_json
 from streamllm.weights.resolve import resolve
 
 PROGRESS_FROM = 1 << 30  # bytes of weights from which a progress bar is worth its line
@@ -140,7 +140,7 @@ def _load_model(
             model = checkpoint.load(dtype, place, report=bar.update)
     if quantize:
         layers.quantize(model)
-    give_back()
+    trim_heap()
     attach(model, generation_config)
     return model
 

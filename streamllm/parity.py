@@ -643,11 +643,11 @@ def plainly(model: nn.Module, ids: Tensor, sinks: int, window: int) -> Tensor:
     geometry: Any = model.geometry
     rope = _rope(model.config)
     kept = {own: sinks + (window if own is None else min(window, own)) for own in set(geometry.windows)}
-    memories = [Plain(rope, sinks, kept[own]) for own in geometry.windows]
+    stores = [Plain(rope, sinks, kept[own]) for own in geometry.windows]
     logits = []
     for t in range(ids.shape[1]):
         steps = {own: _alone(min(t + 1, total), total, ids.device) for own, total in kept.items()}
-        logits.append(model.project(model.hidden(ids[:, t : t + 1], Plan(steps, memories))))  # type: ignore[operator]
+        logits.append(model.project(model.hidden(ids[:, t : t + 1], Plan(steps, stores))))  # type: ignore[operator]
     return torch.cat(logits, 1)
 
 
@@ -667,7 +667,7 @@ class Plain:
         self.keys: list[Tensor] = []  # [B, G, 1, D] each
         self.values: list[Tensor] = []
 
-    def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         for held, new in ((self.keys, k), (self.values, v)):
             held.append(new)
             if len(held) > self.total:

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from streamllm.weights.config_reader import ConfigReader
 from streamllm.weights.errors import UnsupportedConfig
-from streamllm.weights.keys import Keys
 
 # Keys of generation_config.json that would change what is said, with the values that do nothing.
 WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {
@@ -73,7 +73,7 @@ class GenerationConfig:
             if not fits:
                 raise ValueError(f"{name} must be {allowed}, not {getattr(self, name)}")
 
-    def but(self, **given: Any) -> GenerationConfig:
+    def override(self, **given: Any) -> GenerationConfig:
         """This, with those of the given values that are not None.
 
         A temperature, top_k, top_p or min_p that is given where nothing was sampled switches sampling on.
@@ -95,7 +95,7 @@ def read_generation_config(
     What cannot be done here is not an error yet: the model may be used otherwise. `generate` refuses it.
     Raises UnsupportedConfig for a value of the wrong type.
     """
-    keys = Keys(values, where)
+    keys = ConfigReader(values, where)
     sampled = keys.flag("do_sample", False)
     eos = keys.get("eos_token_id")
     eos = [] if eos is None else eos if isinstance(eos, list) else [eos]

@@ -15,7 +15,7 @@ all are set up first, then measured in turn, round after round, so that a busy n
 (on a CPU: on an accelerator, which has no neighbours and no room, one comes after the other).
 What is printed is the median of the rounds, with the lowest and the highest, and the ratio to the limit.
 
-Memory is what a process holds that has loaded a checkpoint and decodes, beside what it must hold: the
+KVStore is what a process holds that has loaded a checkpoint and decodes, beside what it must hold: the
 runtime, measured in the same process when a tiny model has been through all of it, the weights and the cache.
 
 Weights are random: nothing here depends on their values. Streams stand past eviction when the clock starts.

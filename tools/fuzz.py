@@ -39,8 +39,8 @@ from tqdm import tqdm
 import streamllm
 from streamllm.chat import ChatTemplateError, render
 from streamllm.weights import FAMILIES
+from streamllm.weights.config_reader import ConfigReader
 from streamllm.weights.family import NOT_NEEDED, Fused
-from streamllm.weights.keys import Keys
 
 SECONDS = 10  # of work for one case
 MEGABYTES = 64  # for one case, beyond 12 times its files
@@ -122,7 +122,7 @@ MESSAGES = [
 def base_tensors(config: dict[str, Any]) -> dict[str, torch.Tensor]:
     """Random tensors on disk for a config, from the family's own table of names."""
     family = FAMILIES[config["model_type"]]
-    ours = family.read(Keys(config), False)
+    ours = family.read(ConfigReader(config), False)
     with torch.device("meta"):
         shapes = {name: tuple(p.shape) for name, p in family.model(ours).named_parameters()}
     found: dict[str, torch.Tensor] = {}

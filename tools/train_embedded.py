@@ -28,9 +28,9 @@ from streamllm.evaluate.corpus import held_out_texts, training_texts
 from streamllm.evaluate.texts import as_stream
 from streamllm.models.llama import Block, Model
 from streamllm.models.rotary import rotation
-from streamllm.models.step import Forgetful, Plan, Step
+from streamllm.models.step import NoCache, Plan, Step
 from streamllm.weights import llama
-from streamllm.weights.keys import Keys
+from streamllm.weights.config_reader import ConfigReader
 
 BOS, EOS = 0, 1
 
@@ -150,7 +150,7 @@ class Forward:
     def __init__(self, model: Model, length: int, share: float) -> None:
         self.model, self.share = model, share
         # Made once: every training window stands at the places 0 … length - 1.
-        self.plan = Plan({None: Step.dense(length)}, [Forgetful()] * len(model.layers))
+        self.plan = Plan({None: Step.dense(length)}, [NoCache()] * len(model.layers))
         self.rotation = rotation(model.config.rope, self.plan.steps[None], torch.float32)
         self.queries: list[Tensor] = []
         self.keys: list[Tensor] = []
@@ -441,7 +441,7 @@ def make(out: Path, tokens: int, minutes: float | None, seed: int, compiled: boo
     tokenizer = train_tokenizer(texts, recipe.vocabulary)
     corpus = encode(tokenizer, texts)
     generator = torch.Generator().manual_seed(seed)
-    model = Model(llama.read_config(Keys(recipe.config()), match_transformers=False))
+    model = Model(llama.read_config(ConfigReader(recipe.config()), match_transformers=False))
     initialise(model, generator)
     parameters = sum(weight.numel() for weight in model.parameters())
     click.echo(f"{len(texts)} texts, {len(corpus):,} tokens; {parameters:,} parameters", err=True)

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from streamllm.models.layers import is_copied, to_arrange
 from streamllm.weights import FAMILIES, pickled
+from streamllm.weights.config_reader import ConfigReader, read_json
 from streamllm.weights.errors import CheckpointError, CheckpointNotFound, UnsupportedConfig
 from streamllm.weights.family import NOT_NEEDED, Family, Fused
-from streamllm.weights.keys import Keys, read_json
 
 LARGEST_HEADER = (
     25_000_000  # bytes of a safetensors file's header, as on the hub; in memory it is ten times that
@@ -130,7 +130,7 @@ class Checkpoint:
     def __init__(self, source: Source, match_transformers: bool = False, allow_pickle: bool = False) -> None:
         self.source = source
         self._allow_pickle = allow_pickle
-        self.keys = Keys(read_json(_config_file(source)), f"config.json of {source.name}")
+        self.keys = ConfigReader(read_json(_config_file(source)), f"config.json of {source.name}")
         self.family, self.config = read_config(self.keys, match_transformers)
 
     @cached_property
@@ -292,18 +292,18 @@ class Checkpoint:
 Job = tuple[Stored, tuple[str, ...], Callable[[Tensor, Any], tuple[Tensor, ...]] | None]
 
 
-def read_config(keys: Keys, match_transformers: bool = False) -> tuple[Family, Any]:
+def read_config(config: ConfigReader, match_transformers: bool = False) -> tuple[Family, Any]:
     """config.json -> its family and the model's Config. Raises UnsupportedConfig, naming what it found."""
-    model_type = keys.get("model_type")
+    model_type = config.get("model_type")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
-        raise keys.wrong("model_type", model_type, ", ".join(sorted(FAMILIES)))
-    if keys.get("quantization_config") is not None:
+        raise config.wrong("model_type", model_type, ", ".join(sorted(FAMILIES)))
+    if config.get("quantization_config") is not None:
         raise UnsupportedConfig(
-            f"{keys.where}: quantization_config is set, and quantised checkpoints are not supported; "
+            f"{config.where}: quantization_config is set, and quantised checkpoints are not supported; "
             f"take the original one"
         )
     family = FAMILIES[model_type]
-    return family, family.read(keys, match_transformers)
+    return family, family.read(config, match_transformers)
 
 
 def list_tensors(path: Path) -> list[Stored]:

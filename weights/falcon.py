@@ -14,62 +14,62 @@ from streamllm.models.alibi import Alibi
 from streamllm.models.falcon import Config, Model
 from streamllm.models.layers import ACTIVATIONS
 from streamllm.models.rotary import Rope
+from streamllm.weights.config_reader import ConfigReader
 from streamllm.weights.family import NOT_NEEDED, Family, fused_qkv, with_bias
-from streamllm.weights.keys import Keys
 from streamllm.weights.rope import read_rope
 
 
-def read_config(keys: Keys, match_transformers: bool) -> Config:
+def read_config(config: ConfigReader, match_transformers: bool) -> Config:
     """The numbers that act, with transformers' defaults for keys that are absent."""
-    width = keys.size("n_embed", keys.size("hidden_size", 4544))
-    heads = keys.size("num_attention_heads", keys.size("n_head", 71))
+    width = config.size("n_embed", config.size("hidden_size", 4544))
+    heads = config.size("num_attention_heads", config.size("n_head", 71))
     if width % heads:
-        raise keys.wrong("num_attention_heads", heads, f"a divisor of hidden_size, {width}")
+        raise config.wrong("num_attention_heads", heads, f"a divisor of hidden_size, {width}")
     head_dim = width // heads
 
     # 40B and its successors share keys among groups of heads; old files say so by having n_head_kv at all.
-    grouped = keys.flag("new_decoder_architecture", keys.get("n_head_kv") is not None)
-    kv_heads = keys.size("num_kv_heads", keys.size("n_head_kv", heads))
-    parallel = keys.flag("parallel_attn", True)
-    norms = keys.size("num_ln_in_parallel_attn", 2 if grouped else 1)
+    grouped = config.flag("new_decoder_architecture", config.get("n_head_kv") is not None)
+    kv_heads = config.size("num_kv_heads", config.size("n_head_kv", heads))
+    parallel = config.flag("parallel_attn", True)
+    norms = config.size("num_ln_in_parallel_attn", 2 if grouped else 1)
     if grouped:
         if heads % kv_heads:
-            raise keys.wrong("num_kv_heads", kv_heads, f"a divisor of num_attention_heads, {heads}")
+            raise config.wrong("num_kv_heads", kv_heads, f"a divisor of num_attention_heads, {heads}")
         if not parallel:
-            raise keys.wrong("parallel_attn", parallel, "true with new_decoder_architecture")
+            raise config.wrong("parallel_attn", parallel, "true with new_decoder_architecture")
         if norms > 2:
-            raise keys.wrong("num_ln_in_parallel_attn", norms, "1 or 2")
+            raise config.wrong("num_ln_in_parallel_attn", norms, "1 or 2")
     else:  # whatever num_kv_heads says: files that were saved again say num_attention_heads
-        kv_heads = 1 if keys.flag("multi_query", True) else heads
+        kv_heads = 1 if config.flag("multi_query", True) else heads
         if parallel and norms == 2:
-            raise keys.wrong("num_ln_in_parallel_attn", norms, "1 without new_decoder_architecture")
+            raise config.wrong("num_ln_in_parallel_attn", norms, "1 without new_decoder_architecture")
 
-    positions = keys.size("max_position_embeddings", 2048)
-    if keys.flag("alibi", False):
+    positions = config.size("max_position_embeddings", 2048)
+    if config.flag("alibi", False):
         position: Rope | Alibi = Alibi(heads, bfloat16_ranks=match_transformers)
         trained_length = None
     else:
         if head_dim % 2:
-            raise keys.wrong("num_attention_heads", heads, "what makes heads of even width, for rotation")
-        theta = keys.number("rope_theta", 10000.0)
-        position = read_rope(keys, head_dim, theta, positions, match_transformers)
+            raise config.wrong("num_attention_heads", heads, "what makes heads of even width, for rotation")
+        theta = config.number("rope_theta", 10000.0)
+        position = read_rope(config, head_dim, theta, positions, match_transformers)
         trained_length = position.trained_length(positions)
     return Config(
-        vocab_size=keys.size("vocab_size", 65024),
+        vocab_size=config.size("vocab_size", 65024),
         width=width,
-        mlp_width=keys.size("ffn_hidden_size", 4 * width),
-        layers=keys.depth("num_hidden_layers", keys.depth("n_layer", 32)),
+        mlp_width=config.size("ffn_hidden_size", 4 * width),
+        layers=config.depth("num_hidden_layers", config.depth("n_layer", 32)),
         heads=heads,
         kv_heads=kv_heads,
         head_dim=head_dim,
         position=position,
         trained_length=trained_length,
-        norm_eps=keys.number("layer_norm_epsilon", 1e-5, 0.0),
-        activation=keys.choice("activation", "gelu", ACTIVATIONS),
-        bias=keys.flag("bias", False),
+        norm_eps=config.number("layer_norm_epsilon", 1e-5, 0.0),
+        activation=config.choice("activation", "gelu", ACTIVATIONS),
+        bias=config.flag("bias", False),
         parallel=parallel,
         shared_norm=parallel and norms == 1,
-        tied=keys.flag("tie_word_embeddings", True),
+        tied=config.flag("tie_word_embeddings", True),
     )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from streamllm.weights.keys import Keys
+from streamllm.weights.config_reader import ConfigReader
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Family:
     `prefix` in front of its names.
     """
 
-    read: Callable[[Keys, bool], Any]  # (keys, match_transformers) -> the model's Config
+    read: Callable[[ConfigReader, bool], Any]  # (config, match_transformers) -> the model's Config
     model: Callable[[Any], nn.Module]
     tensors: Mapping[str, Target]
     prefix: str

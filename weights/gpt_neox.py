@@ -9,43 +9,45 @@ from torch import Tensor
 
 from streamllm.models.gpt_neox import Config, Model
 from streamllm.models.layers import ACTIVATIONS
+from streamllm.weights.config_reader import ConfigReader
 from streamllm.weights.family import NOT_NEEDED, Family, fused_qkv, with_bias
-from streamllm.weights.keys import Keys
 from streamllm.weights.rope import read_rope
 
 
-def read_config(keys: Keys, match_transformers: bool) -> Config:
+def read_config(config: ConfigReader, match_transformers: bool) -> Config:
     """The numbers that act, with transformers' defaults for keys that are absent.
 
     The family has names of its own for what others call rope_theta and partial_rotary_factor, which are not
     read at the top level, only inside of rope_parameters or rope_scaling.
     """
-    width = keys.size("hidden_size", 6144)
-    heads = keys.size("num_attention_heads", 64)
+    width = config.size("hidden_size", 6144)
+    heads = config.size("num_attention_heads", 64)
     if width % heads:
-        raise keys.wrong("num_attention_heads", heads, f"a divisor of hidden_size, {width}")
+        raise config.wrong("num_attention_heads", heads, f"a divisor of hidden_size, {width}")
     head_dim = width // heads
-    scaling = keys.inner("rope_scaling") or keys.inner("rope_parameters") or Keys({})
-    part = scaling.number("partial_rotary_factor", keys.number("rotary_pct", 0.25))
+    scaling = config.inner("rope_scaling") or config.inner("rope_parameters") or ConfigReader({})
+    part = scaling.number("partial_rotary_factor", config.number("rotary_pct", 0.25))
     dim = int(head_dim * part)
     if not 1 <= dim <= head_dim // 2 * 2:  # an odd dim turns one more
-        raise keys.wrong("rotary_pct", part, f"what makes 1 to {head_dim // 2 * 2} of {head_dim} dimensions")
-    positions = keys.size("max_position_embeddings", 2048)
-    rope = read_rope(keys, dim, keys.number("rotary_emb_base", 10000.0), positions, match_transformers)
+        raise config.wrong(
+            "rotary_pct", part, f"what makes 1 to {head_dim // 2 * 2} of {head_dim} dimensions"
+        )
+    positions = config.size("max_position_embeddings", 2048)
+    rope = read_rope(config, dim, config.number("rotary_emb_base", 10000.0), positions, match_transformers)
     return Config(
-        vocab_size=keys.size("vocab_size", 50432),
+        vocab_size=config.size("vocab_size", 50432),
         width=width,
-        mlp_width=keys.size("intermediate_size", 24576),
-        layers=keys.depth("num_hidden_layers", 44),
+        mlp_width=config.size("intermediate_size", 24576),
+        layers=config.depth("num_hidden_layers", 44),
         heads=heads,
         head_dim=head_dim,
         rope=rope,
         trained_length=rope.trained_length(positions),
-        norm_eps=keys.number("layer_norm_eps", 1e-5, 0.0),
-        activation=keys.choice("hidden_act", "gelu", ACTIVATIONS),
-        attention_bias=keys.flag("attention_bias", True),
-        parallel=keys.flag("use_parallel_residual", True),
-        tied=keys.flag("tie_word_embeddings", False),
+        norm_eps=config.number("layer_norm_eps", 1e-5, 0.0),
+        activation=config.choice("hidden_act", "gelu", ACTIVATIONS),
+        attention_bias=config.flag("attention_bias", True),
+        parallel=config.flag("use_parallel_residual", True),
+        tied=config.flag("tie_word_embeddings", False),
     )
 
 

@@ -4,31 +4,31 @@ from __future__ import annotations
 
 from streamllm.models.layers import ACTIVATIONS
 from streamllm.models.llama import Config, Model
+from streamllm.weights.config_reader import ConfigReader
 from streamllm.weights.family import NOT_NEEDED, Family, with_bias
-from streamllm.weights.keys import Keys
 from streamllm.weights.rope import read_rope
 
 
-def read_config(keys: Keys, match_transformers: bool) -> Config:
+def read_config(config: ConfigReader, match_transformers: bool) -> Config:
     """The numbers that act, with transformers' defaults for keys that are absent."""
-    width, heads = keys.size("hidden_size", 4096), keys.size("num_attention_heads", 32)
+    width, heads = config.size("hidden_size", 4096), config.size("num_attention_heads", 32)
     if width % heads:
-        raise keys.wrong("num_attention_heads", heads, f"a divisor of hidden_size, {width}")
+        raise config.wrong("num_attention_heads", heads, f"a divisor of hidden_size, {width}")
     return read_kin(
-        keys,
+        config,
         match_transformers,
         vocab_size=32000,
         mlp_width=11008,
         kv_heads=heads,
         head_dim=width // heads,
         positions=2048,
-        attention_bias=keys.flag("attention_bias", False),
-        mlp_bias=keys.flag("mlp_bias", False),
+        attention_bias=config.flag("attention_bias", False),
+        mlp_bias=config.flag("mlp_bias", False),
     )
 
 
 def read_kin(
-    keys: Keys,
+    config: ConfigReader,
     match_transformers: bool,
     *,
     vocab_size: int,
@@ -47,31 +47,31 @@ def read_kin(
     vocab_size to positions are what an absent key stands for (head_dim None: hidden_size / heads), the others
     what the model has. num_key_value_heads: null is not absent, but as many as there are heads.
     """
-    width = keys.size("hidden_size", 4096)
-    heads = keys.size("num_attention_heads", 32)
-    kv_heads = keys.size("num_key_value_heads", heads if keys.has("num_key_value_heads") else kv_heads)
+    width = config.size("hidden_size", 4096)
+    heads = config.size("num_attention_heads", 32)
+    kv_heads = config.size("num_key_value_heads", heads if config.has("num_key_value_heads") else kv_heads)
     if heads % kv_heads:
-        raise keys.wrong("num_key_value_heads", kv_heads, f"a divisor of num_attention_heads, {heads}")
-    head_dim = keys.size("head_dim", head_dim or width // heads, 2)
+        raise config.wrong("num_key_value_heads", kv_heads, f"a divisor of num_attention_heads, {heads}")
+    head_dim = config.size("head_dim", head_dim or width // heads, 2)
     if head_dim % 2:
-        raise keys.wrong("head_dim", head_dim, "an even number: rotary dimensions turn in pairs")
-    positions = keys.size("max_position_embeddings", positions)
-    rope = read_rope(keys, head_dim, keys.number("rope_theta", 10000.0), positions, match_transformers)
+        raise config.wrong("head_dim", head_dim, "an even number: rotary dimensions turn in pairs")
+    positions = config.size("max_position_embeddings", positions)
+    rope = read_rope(config, head_dim, config.number("rope_theta", 10000.0), positions, match_transformers)
     return Config(
-        vocab_size=keys.size("vocab_size", vocab_size),
+        vocab_size=config.size("vocab_size", vocab_size),
         width=width,
-        mlp_width=keys.size("intermediate_size", mlp_width),
-        layers=keys.depth("num_hidden_layers", 32),
+        mlp_width=config.size("intermediate_size", mlp_width),
+        layers=config.depth("num_hidden_layers", 32),
         heads=heads,
         kv_heads=kv_heads,
         head_dim=head_dim,
         rope=rope,
         trained_length=rope.trained_length(positions),
-        norm_eps=keys.number("rms_norm_eps", 1e-6, 0.0),
-        activation=keys.choice("hidden_act", "silu", ACTIVATIONS),
+        norm_eps=config.number("rms_norm_eps", 1e-6, 0.0),
+        activation=config.choice("hidden_act", "silu", ACTIVATIONS),
         attention_bias=attention_bias,
         mlp_bias=mlp_bias,
-        tied=keys.flag("tie_word_embeddings", False),
+        tied=config.flag("tie_word_embeddings", False),
         output_bias=output_bias,
         head_norms=head_norms,
         windows=windows,

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from streamllm.models.llama import Config, Model
+from streamllm.weights.config_reader import ConfigReader
 from streamllm.weights.family import Family
-from streamllm.weights.keys import Keys
 from streamllm.weights.llama import TENSORS, read_kin
 
 
-def read_config(keys: Keys, match_transformers: bool) -> Config:
+def read_config(config: ConfigReader, match_transformers: bool) -> Config:
     """The numbers that act, with transformers' defaults for keys that are absent."""
     window = None  # what null says; an absent key says 4096
-    if not keys.has("sliding_window") or keys.get("sliding_window") is not None:
-        window = keys.size("sliding_window", 4096)
+    if not config.has("sliding_window") or config.get("sliding_window") is not None:
+        window = config.size("sliding_window", 4096)
     return read_kin(
-        keys,
+        config,
         match_transformers,
         vocab_size=32000,
         mlp_width=14336,
@@ -22,7 +22,7 @@ def read_config(keys: Keys, match_transformers: bool) -> Config:
         head_dim=None,
         positions=131072,
         attention_bias=False,
-        windows=(window,) * keys.depth("num_hidden_layers", 32),
+        windows=(window,) * config.depth("num_hidden_layers", 32),
     )
 
 

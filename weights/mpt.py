@@ -8,40 +8,40 @@ from torch import Tensor
 
 from streamllm.models.alibi import Alibi
 from streamllm.models.mpt import Config, Model
+from streamllm.weights.config_reader import ConfigReader
 from streamllm.weights.family import Family, Fused, Target
-from streamllm.weights.keys import Keys
 
 
-def read_config(keys: Keys, match_transformers: bool) -> Config:
+def read_config(config: ConfigReader, match_transformers: bool) -> Config:
     """The numbers that act. What transformers ignores is honoured or refused, unless it is to be matched.
 
     Absent keys have transformers' defaults. MosaicML's own code would read an absent `alibi` or `no_bias` as
     false; such checkpoints hold position embeddings and biases, which are refused by name.
     """
-    attention = keys.inner("attn_config") or Keys({}, f"attn_config in {keys.where}")
+    attention = config.inner("attn_config") or ConfigReader({}, f"attn_config in {config.where}")
     bias_max = 8.0
     if not match_transformers:
-        _refuse(keys, OURS)
+        _refuse(config, OURS)
         _refuse(attention, OURS_OF_ATTENTION)
         bias_max = attention.number("alibi_bias_max", 8.0, 0.0)
-    width = keys.size("d_model", 2048)
-    heads = keys.size("n_heads", 16)
+    width = config.size("d_model", 2048)
+    heads = config.size("n_heads", 16)
     if width % heads:
-        raise keys.wrong("n_heads", heads, f"a divisor of d_model, {width}")
+        raise config.wrong("n_heads", heads, f"a divisor of d_model, {width}")
     return Config(
-        vocab_size=keys.size("vocab_size", 50368),
+        vocab_size=config.size("vocab_size", 50368),
         width=width,
         mlp_width=4 * width,
-        layers=keys.depth("n_layers", 24),
+        layers=config.depth("n_layers", 24),
         heads=heads,
         head_dim=width // heads,
         alibi=Alibi(heads, bias_max),
-        trained_length=keys.size("max_seq_len", 2048),
-        norm_eps=keys.number("layer_norm_epsilon", 1e-5, 0.0),
+        trained_length=config.size("max_seq_len", 2048),
+        norm_eps=config.number("layer_norm_epsilon", 1e-5, 0.0),
         activation="gelu",
         clip_qkv=attention.number("clip_qkv", 0.0, 0.0) or None,
         softmax_scale=attention.number("softmax_scale", (width // heads) ** -0.5),
-        tied=keys.flag("tie_word_embeddings", True),
+        tied=config.flag("tie_word_embeddings", True),
     )
 
 
@@ -64,11 +64,11 @@ OURS_OF_ATTENTION: dict[str, tuple[Any, ...]] = {
 }
 
 
-def _refuse(keys: Keys, ours: dict[str, tuple[Any, ...]]) -> None:
+def _refuse(config: ConfigReader, ours: dict[str, tuple[Any, ...]]) -> None:
     for name, values in ours.items():
-        value = keys.get(name)
+        value = config.get(name)
         if value is not None and value not in values:
-            raise keys.wrong(name, value, " or ".join("nothing" if v is None else str(v) for v in values))
+            raise config.wrong(name, value, " or ".join("nothing" if v is None else str(v) for v in values))
 
 
 def split_blocks(fused: Tensor, config: Config) -> tuple[Tensor, ...]:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from streamllm.models.llama import Config, Model
+from streamllm.weights.config_reader import ConfigReader
 from streamllm.weights.family import Family
-from streamllm.weights.keys import Keys
 from streamllm.weights.llama import TENSORS, read_kin
 
 
-def read_qwen2(keys: Keys, match_transformers: bool) -> Config:
+def read_qwen2(config: ConfigReader, match_transformers: bool) -> Config:
     """The numbers that act, with transformers' defaults for keys that are absent."""
     return read_kin(
-        keys,
+        config,
         match_transformers,
         vocab_size=151936,
         mlp_width=22016,
@@ -20,42 +20,42 @@ def read_qwen2(keys: Keys, match_transformers: bool) -> Config:
         positions=32768,
         attention_bias=True,
         output_bias=False,
-        windows=_windows(keys),
+        windows=_windows(config),
     )
 
 
-def read_qwen3(keys: Keys, match_transformers: bool) -> Config:
+def read_qwen3(config: ConfigReader, match_transformers: bool) -> Config:
     """The numbers that act, with transformers' defaults for keys that are absent."""
     return read_kin(
-        keys,
+        config,
         match_transformers,
         vocab_size=151936,
         mlp_width=22016,
         kv_heads=32,
         head_dim=128,
         positions=32768,
-        attention_bias=keys.flag("attention_bias", False),
+        attention_bias=config.flag("attention_bias", False),
         head_norms=True,
-        windows=_windows(keys),
+        windows=_windows(config),
     )
 
 
-def _windows(keys: Keys) -> tuple[int | None, ...]:
+def _windows(config: ConfigReader) -> tuple[int | None, ...]:
     """Each layer's sliding window. Most files name one without using it; if used, upper layers have it."""
-    layers = keys.depth("num_hidden_layers", 32)
+    layers = config.depth("num_hidden_layers", 32)
     window = None
-    if keys.flag("use_sliding_window", False) and (
-        not keys.has("sliding_window") or keys.get("sliding_window") is not None
+    if config.flag("use_sliding_window", False) and (
+        not config.has("sliding_window") or config.get("sliding_window") is not None
     ):
-        window = keys.size("sliding_window", 4096)
-    types = keys.get("layer_types")
+        window = config.size("sliding_window", 4096)
+    types = config.get("layer_types")
     if types is None:
-        full = keys.size("max_window_layers", 28, 0)
+        full = config.size("max_window_layers", 28, 0)
         return tuple(window if layer >= full else None for layer in range(layers))
     if not isinstance(types, list) or len(types) != layers or not set(types) <= {FULL, SLIDING}:
-        raise keys.wrong("layer_types", types, f"{FULL} and {SLIDING}, one for each of {layers} layers")
+        raise config.wrong("layer_types", types, f"{FULL} and {SLIDING}, one for each of {layers} layers")
     if SLIDING in types and window is None:
-        raise keys.wrong("layer_types", SLIDING, f"{FULL} without use_sliding_window and sliding_window")
+        raise config.wrong("layer_types", SLIDING, f"{FULL} without use_sliding_window and sliding_window")
     return tuple(window if kind == SLIDING else None for kind in types)
 
 

@@ -6,20 +6,22 @@ import math
 import sys
 
 from streamllm.models import rotary
-from streamllm.weights.keys import Keys
+from streamllm.weights.config_reader import ConfigReader
 
 TYPES = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
 
 
-def read_rope(keys: Keys, dim: int, theta: float, positions: int, match_transformers: bool) -> rotary.Rope:
+def read_rope(
+    config: ConfigReader, dim: int, theta: float, positions: int, match_transformers: bool
+) -> rotary.Rope:
     """The rotary frequencies that a config asks for.
 
     `dim` of a head's dimensions turn, `theta` is what the config says outside of the scaling, `positions`
     its max_position_embeddings. A non-empty rope_scaling replaces rope_parameters, rope_type beats type,
     and what stands inside beats what stands outside, but for original_max_position_embeddings.
     """
-    replaced = keys.inner("rope_parameters")
-    scaling = keys.inner("rope_scaling") or replaced or Keys({}, "rope_scaling")
+    replaced = config.inner("rope_parameters")
+    scaling = config.inner("rope_scaling") or replaced or ConfigReader({}, "rope_scaling")
     kind = scaling.choice("rope_type", scaling.choice("type", "default", TYPES), TYPES)
     theta = scaling.number("rope_theta", theta)
     if theta <= 0:
@@ -32,7 +34,7 @@ def read_rope(keys: Keys, dim: int, theta: float, positions: int, match_transfor
         return rotary.LinearRope(theta, dim, float32_angles=angles, factor=_factor(scaling))
     if kind == "dynamic":
         if dim <= 2:
-            raise keys.wrong("head dimension", dim, "more than 2 rotary dimensions with dynamic scaling")
+            raise config.wrong("head dimension", dim, "more than 2 rotary dimensions with dynamic scaling")
         return rotary.DynamicRope(
             theta, dim, float32_angles=angles, factor=_factor(scaling), positions=positions
         )
@@ -40,7 +42,7 @@ def read_rope(keys: Keys, dim: int, theta: float, positions: int, match_transfor
     if kind in ("yarn", "longrope") and dim % 2:
         raise scaling.wrong("rope_type", kind, f"another type where an odd number of dimensions turns, {dim}")
     original = scaling.size("original_max_position_embeddings", positions)
-    original = keys.size("original_max_position_embeddings", original)
+    original = config.size("original_max_position_embeddings", original)
     if kind == "llama3":
         low, high = scaling.number("low_freq_factor", 1.0), scaling.number("high_freq_factor", 4.0)
         if not 0 < low < high:
@@ -93,7 +95,7 @@ def read_rope(keys: Keys, dim: int, theta: float, positions: int, match_transfor
     )
 
 
-def _factor(scaling: Keys, default: float | None = None) -> float:
+def _factor(scaling: ConfigReader, default: float | None = None) -> float:
     value = scaling.number("factor", 0.0 if default is None else default)
     if value <= 0:
         raise scaling.wrong("factor", scaling.get("factor"), "a number above 0")
@@ -104,7 +106,7 @@ def _yarn_mscale(factor: float, mscale: float) -> float:
     return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
 
 
-def _divisors(scaling: Keys, name: str, dim: int) -> tuple[float, ...]:
+def _divisors(scaling: ConfigReader, name: str, dim: int) -> tuple[float, ...]:
     values = scaling.get(name)
     if (
         not isinstance(values, list)

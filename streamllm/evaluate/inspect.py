@@ -116,7 +116,7 @@ class _Indicators:
     def __init__(self, watch: _Watch, layer: int) -> None:
         self.watch, self.layer = watch, layer
 
-    def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         copies, length, head_dim = v.shape[0] - 1, v.shape[2], v.shape[3]
         units = torch.eye(copies * head_dim, dtype=v.dtype, device=v.device)[:length]  # [T, copies · D]
         values = v.clone()

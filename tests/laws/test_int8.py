@@ -106,15 +106,15 @@ def sinks_are_rounded_too(patch):
 
 
 def a_chunk_sees_itself_exactly(patch):
-    extend = cache_module._Memory.extend
+    append = cache_module._Memory.append
 
     def exact(self, k, v):
-        keys, values = extend(self, k, v)
+        keys, values = append(self, k, v)
         if self._moves.late is not None:
             keys[:, :, -k.shape[2] :], values[:, :, -k.shape[2] :] = k, v
         return keys, values
 
-    patch.setattr(cache_module._Memory, "extend", exact)
+    patch.setattr(cache_module._Memory, "append", exact)
 
 
 def a_chunk_is_rounded_again_when_it_is_stored(patch):

@@ -51,7 +51,7 @@ def test_twenty_thousand_tokens_take_no_more_memory_than_two_thousand():
 
 def test_what_a_prompt_took_is_given_back_before_single_tokens(monkeypatch):
     given = []
-    monkeypatch.setattr("streamllm.cache.give_back", lambda: given.append(cache.seen.item()))
+    monkeypatch.setattr("streamllm.cache.trim_heap", lambda: given.append(cache.seen.item()))
     model = tiny(dtype=torch.float32)
     cache = SinkCache(model, sinks=2, window=10)
     for length in (100, 104, 4, 1, 1, 5, 1, 64, 1, 100):
@@ -65,7 +65,7 @@ def test_freed_memory_is_given_back():
     code = """
 import ctypes
 from tests.laws.test_memory import MB, resident
-from streamllm.memory import give_back
+from streamllm.malloc import trim_heap
 malloc, free = ctypes.CDLL(None).malloc, ctypes.CDLL(None).free
 malloc.restype, free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
 pieces = [malloc(50_000) for _ in range(2000)]
@@ -74,7 +74,7 @@ for piece in pieces:
 for piece in pieces[:-1]:
     free(piece)
 before = resident()
-give_back()
+trim_heap()
 print((before - resident()) // MB)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -210,14 +210,14 @@ def visible_by_slot_instead_of_place(patch):
 
 
 def a_chunk_takes_its_slots_before_it_is_read(patch):
-    extend = cache_module._Memory.extend
+    append = cache_module._Memory.append
 
     def rash(self, k, v):
         if self._moves.late is not None:
             self._ring.write(self._moves.late, k, v)
-        return extend(self, k, v)
+        return append(self, k, v)
 
-    patch.setattr(cache_module._Memory, "extend", rash)
+    patch.setattr(cache_module._Memory, "append", rash)
 
 
 def padding_is_stored(patch):

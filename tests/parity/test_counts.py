@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from streamllm.weights.checkpoint import read_config
-from streamllm.weights.keys import Keys
+from streamllm.weights.config_reader import ConfigReader
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ def test_parameters_are_counted_as_transformers_counts_them(published: Published
     from transformers import AutoConfig, AutoModelForCausalLM
 
     with torch.device("meta"):
-        family, config = read_config(Keys(published.config))
+        family, config = read_config(ConfigReader(published.config))
         ours = family.model(config)
         theirs = AutoModelForCausalLM.from_config(AutoConfig.for_model(**published.config))
     assert count(ours) == count(theirs) == published.parameters

@@ -18,8 +18,8 @@ from streamllm.models import alibi, attention, falcon, gpt_neox, layers, llama, 
 from streamllm.models.alibi import Alibi
 from streamllm.weights import FAMILIES, CheckpointError, checkpoint
 from streamllm.weights.checkpoint import Checkpoint
+from streamllm.weights.config_reader import ConfigReader
 from streamllm.weights.family import Fused
-from streamllm.weights.keys import Keys
 from tests.parity.cases import TOLERANCE, Case
 
 # Times the tolerance. Observed: 14 to 65 for one gelu instead of another, 300 for bfloat16 ALiBi within 64
@@ -54,9 +54,9 @@ def config(**changes: Any) -> Mutation:
 def keys(**changes: Any) -> Mutation:
     """config.json with other keys, ABSENT among the values."""
 
-    def changed(given: Keys) -> Keys:
+    def changed(given: ConfigReader) -> ConfigReader:
         values = {**given._values, **changes}
-        return Keys({name: value for name, value in values.items() if value is not ABSENT})
+        return ConfigReader({name: value for name, value in values.items() if value is not ABSENT})
 
     return lambda patch: families(
         patch, lambda family: replace(family, read=lambda given, match: family.read(changed(given), match))
@@ -238,22 +238,22 @@ def another_file(name: str) -> Mutation:
 def mlp_reads(wrong: Callable[[Any, Tensor, Tensor], Tensor]) -> Mutation:
     """The parallel block of GPT-NeoX, where the MLP reads something else."""
 
-    def forward(self: Any, x: Tensor, step: Any, rotation: Any, memory: Any) -> Tensor:
+    def forward(self: Any, x: Tensor, step: Any, rotation: Any, store: Any) -> Tensor:
         normed = self.attention_norm(x)
-        read = self.attention(normed, step, rotation, memory)
+        read = self.attention(normed, step, rotation, store)
         return self.mlp(wrong(self, x, normed)) + read + x
 
     return lambda patch: patch.setattr(gpt_neox.Block, "forward", forward)
 
 
 def heads_normed_after_rotation(patch: Patch) -> None:
-    def forward(self: Any, x: Tensor, step: Any, rotation: Any, memory: Any) -> Tensor:
+    def forward(self: Any, x: Tensor, step: Any, rotation: Any, store: Any) -> Tensor:
         q, k, v = (
             project(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for project in (self.q, self.k, self.v)
         )
         near, far = rotation.queries(q)
-        keys, values = memory.extend(self.k_norm(rotation.keys(k)), v)
+        keys, values = store.append(self.k_norm(rotation.keys(k)), v)
         read = attention.attend(
             self.q_norm(near), self.q_norm(far), keys, values, step, scale=self.head_dim**-0.5
         )
@@ -498,13 +498,13 @@ WRONG = [
 ]  # fmt: skip
 
 
-def rotated_and_biased(self: Any, x: Tensor, step: Any, position: Tensor, memory: Any) -> Tensor:
+def rotated_and_biased(self: Any, x: Tensor, step: Any, position: Tensor, store: Any) -> Tensor:
     turning = rotary.rotation(rotary.Rope(10000.0, self.head_dim), step, x.dtype)
     q, k, v = (
         project(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for project in (self.q, self.k, self.v)
     )
     near, far = turning.queries(q)
-    keys, values = memory.extend(turning.keys(k), v)
+    keys, values = store.append(turning.keys(k), v)
     read = attention.attend(near, far, keys, values, step, self.head_dim**-0.5, bias=position)
     return self.o(read.transpose(1, 2).flatten(2))
 

@@ -86,7 +86,7 @@ def test_an_eos_token_ends_both(config) -> None:
     whole = both(pair(), config, 25, 1, PROMPT)
     for end in whole[::5]:
         loops = pair()
-        said = both(loops, config.but(eos=(end,)), 25, 1, PROMPT)
+        said = both(loops, config.override(eos=(end,)), 25, 1, PROMPT)
         assert said == whole[: whole.index(end) + 1]
         assert both(loops, config, 4, 1)
 

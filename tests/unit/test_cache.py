@@ -278,7 +278,7 @@ class Layered(llama.Model):
 
     def hidden(self, tokens, plan):
         x = self.embed(tokens)
-        for layer, memory, window in zip(self.layers, plan.memories, self.windows, strict=True):
+        for layer, memory, window in zip(self.layers, plan.stores, self.windows, strict=True):
             step = plan.steps[window]
             x = layer(x, step, llama.rotation(self.config.rope, step, x.dtype), memory)
         return self.norm(x)

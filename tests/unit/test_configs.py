@@ -9,11 +9,11 @@ import pytest
 from streamllm.models.alibi import Alibi
 from streamllm.weights import FAMILIES, UnsupportedConfig
 from streamllm.weights.checkpoint import read_config
-from streamllm.weights.keys import Keys
+from streamllm.weights.config_reader import ConfigReader
 
 
 def read(model_type: str, match_transformers: bool = False, **keys: Any) -> Any:
-    return read_config(Keys({"model_type": model_type, **keys}), match_transformers)[1]
+    return read_config(ConfigReader({"model_type": model_type, **keys}), match_transformers)[1]
 
 
 THEIRS = {  # what transformers calls our numbers

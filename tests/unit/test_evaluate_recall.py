@@ -35,7 +35,7 @@ class Copier(nn.Module):
     def hidden(self, tokens, plan):
         step = plan.steps[None]
         ids = tokens[:, None, :, None].to(self.weight.dtype)
-        keys, _ = plan.memories[0].extend(ids, ids)
+        keys, _ = plan.stores[0].append(ids, ids)
         keys, places, mask = keys[0, 0, :, 0].long().tolist(), step.keys[0].tolist(), step.mask()
         said = torch.zeros(1, tokens.shape[1], 258)
         for t in range(tokens.shape[1]):

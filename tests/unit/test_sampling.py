@@ -199,11 +199,11 @@ def test_what_a_checkpoint_asks_for() -> None:
 
 def test_what_is_given_comes_before_what_the_checkpoint_says() -> None:
     config = GenerationConfig(temperature=0.6, top_k=50, eos=(5,))
-    assert config.but(temperature=None, top_k=None) == config
-    assert config.but(temperature=0.0).temperature == 0
-    assert config.but(top_k=3) == GenerationConfig(temperature=0.6, top_k=3, eos=(5,))
-    assert GenerationConfig().but(top_p=0.9) == GenerationConfig(temperature=1.0, top_p=0.9)
-    assert GenerationConfig().but(top_p=0.9, temperature=0.0).temperature == 0
+    assert config.override(temperature=None, top_k=None) == config
+    assert config.override(temperature=0.0).temperature == 0
+    assert config.override(top_k=3) == GenerationConfig(temperature=0.6, top_k=3, eos=(5,))
+    assert GenerationConfig().override(top_p=0.9) == GenerationConfig(temperature=1.0, top_p=0.9)
+    assert GenerationConfig().override(top_p=0.9, temperature=0.0).temperature == 0
 
 
 def test_what_cannot_be_done_is_kept_by_name_and_harmless_values_are_not() -> None:

@@ -1,4 +1,4 @@
-"""Keys: config.json read key by key, each value checked at the door, each key remembered as read."""
+"""ConfigReader: config.json read key by key, each value checked at the door, each key remembered as read."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-class Keys:
+class ConfigReader:
     """A mapping from config.json that knows where it came from and which of its keys were asked for.
 
     Every getter takes the value that an absent key stands for. `null` counts as absent, but for `has` and
@@ -105,14 +105,14 @@ class Keys:
             raise self.wrong(name, value, f"one of {', '.join(allowed)}")
         return str(value)
 
-    def inner(self, name: str) -> Keys | None:
+    def inner(self, name: str) -> ConfigReader | None:
         """The object under a key; None where it is absent or empty."""
         value = self.get(name)
         if not value:
             return None
         if not isinstance(value, Mapping):
             raise self.wrong(name, value, "an object")
-        return Keys(value, f"{name} in {self.where}")
+        return ConfigReader(value, f"{name} in {self.where}")
 
     def wrong(self, name: str, value: object, allowed: str) -> UnsupportedConfig:
         """The error for a value that is not among what is allowed."""

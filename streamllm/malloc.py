@@ -1,11 +1,11 @@
-"""give_back(): memory that was freed goes back to the system."""
+"""trim_heap(): memory that was freed goes back to the system."""
 
 from __future__ import annotations
 
 import ctypes
 
 
-def give_back() -> None:
+def trim_heap() -> None:
     """Return what was freed to the system, after what took much memory for once: loading, compiling.
 
     glibc keeps it where something is still in use above it. Other C libraries have no such call.
