@@ -6,9 +6,8 @@ for piece in stream.generate("def "):
     print(piece, end="", flush=True)
 """
 
-from streamllm.aot import CompileError
 from streamllm.cache import SinkCache
-from streamllm.compile import compile
+from streamllm.compiled import CompileError, compile
 from streamllm.generate import generate
 from streamllm.load import load, load_model, load_tokenizer
 from streamllm.sampling import GenerationConfig

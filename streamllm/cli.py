@@ -11,7 +11,7 @@ from typing import IO, Any
 
 import click
 
-from streamllm.compile import BACKENDS
+from streamllm.compiled import BACKENDS
 
 # name -> (module, attribute, what `streamllm --help` says); imported when called, so that help comes at once
 COMMANDS = {
@@ -240,7 +240,7 @@ def generate(
 
 def main(args: list[str] | None = None) -> None:
     """Run the command line. What a user can get wrong ends in one sentence and exit code 2."""
-    from streamllm.aot import CompileError
+    from streamllm.compiled import CompileError
     from streamllm.weights.errors import CheckpointError
 
     for stream in (sys.stdout, sys.stderr):  # text of a model may hold any character, a terminal may not

@@ -656,7 +656,16 @@ def _alone(keys: int, span: int, device: torch.device) -> Step:
     places = torch.arange(keys, device=device)[None]
     here, nowhere = places[:, -1:], torch.zeros_like(places[:, -1:])
     # One sink, seen from where the rest is seen from: only then does a Step turn keys and queries apart.
-    return Step(slots=here, near=here, far=here, own=nowhere, keys=places, visible=None, sinks=1, span=span)
+    return Step(
+        slots=here,
+        query_place=here,
+        sink_query_place=here,
+        new_key_place=nowhere,
+        key_place=places,
+        visible=None,
+        sinks=1,
+        rope_length=span,
+    )
 
 
 class Plain:

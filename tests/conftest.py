@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from streamllm import aot
+from streamllm.compiled import library
 
 torch.set_num_threads(1)
 
@@ -28,7 +28,7 @@ def _libraries(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def compiling(monkeypatch: pytest.MonkeyPatch, _libraries: Path) -> None:
     """For a test that compiles C++: what is compiled is kept for as long as the tests run."""
     try:
-        aot.check()
+        library.check()
     except RuntimeError:
         pytest.skip("no C++ compiler was found")
     monkeypatch.setenv("STREAMLLM_CACHE", str(_libraries))

@@ -14,7 +14,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from streamllm.models.layers import is_copied, to_arrange
+from streamllm.models.cpu_layouts import is_copied
+from streamllm.models.layers import linears_to_arrange
 from streamllm.weights import FAMILIES, pickled
 from streamllm.weights.config_reader import ConfigReader, read_json
 from streamllm.weights.errors import CheckpointError, CheckpointNotFound, UnsupportedConfig
@@ -201,13 +202,13 @@ class Checkpoint:
         slots = _slots(model)
         doubtful: list[str] = []
         reader = Reader()
-        linears = {id(linear.weight): linear for linear in to_arrange(model, dtype, device)}
+        linears = {id(linear.weight): linear for linear in linears_to_arrange(model, dtype, device)}
         for stored, names, split in jobs:
             arranged = [linears[id(slots[name][0][0])] for name in names if id(slots[name][0][0]) in linears]
             same = FLOATS[stored.dtype] == dtype and device.type == "cpu"
             # What stays in a mapping keeps all of it in memory, beside the copies that were made from it.
             copied = split is not None or stored.nbytes < SMALL
-            stays = same and not copied and not any(is_copied(linear, dtype) for linear in arranged)
+            stays = same and not copied and not any(is_copied(linear.weight, dtype) for linear in arranged)
             whole = reader.read(stored, keep=stays)
             parts = (whole,) if split is None else split(whole, config)
             del whole

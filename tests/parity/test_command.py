@@ -244,7 +244,10 @@ def test_streaming_whose_sinks_stay_behind_is_found(made, monkeypatch) -> None:
 
     def left_behind(*args: object) -> Plan:
         plan = honest(*args)
-        return replace(plan, steps={own: replace(step, far=step.near) for own, step in plan.steps.items()})
+        return replace(
+            plan,
+            steps={own: replace(step, sink_query_place=step.query_place) for own, step in plan.steps.items()},
+        )
 
     monkeypatch.setattr(streamllm.SinkCache, "plan", left_behind)
     for name in ("llama-gqa", "falcon-7b", "mpt-7b"):

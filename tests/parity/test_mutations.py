@@ -145,7 +145,7 @@ def rows_interleaved(fused: Tensor, config: Any) -> tuple[Tensor, ...]:
 
 
 def turned(turn: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Mutation:
-    return lambda patch: patch.setattr(rotary, "_turn", turn)
+    return lambda patch: patch.setattr(rotary, "_rotate", lambda x, table: turn(x, *table))
 
 
 def last_dimensions(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -158,7 +158,11 @@ def neighbours(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return TURN(pairs, cos, sin).unflatten(-1, (2, half)).transpose(-1, -2).flatten(-2)
 
 
-TURN = rotary._turn
+ROTATE = rotary._rotate
+
+
+def TURN(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    return ROTATE(x, (cos, sin))
 
 
 def frequencies(wrong: Callable[[rotary.Rope, int], Tensor]) -> Mutation:
@@ -171,11 +175,13 @@ def frequencies(wrong: Callable[[rotary.Rope, int], Tensor]) -> Mutation:
 def dealt_out(module: Any) -> Mutation:
     """Query head j reads key head j % G instead of j // (H / G)."""
 
-    def wrong(near: Tensor, far: Tensor, keys: Tensor, values: Tensor, *rest: Any, **named: Any) -> Tensor:
-        H, G = near.shape[1], keys.shape[1]
+    def wrong(
+        query: Tensor, sink_query: Tensor | None, keys: Tensor, values: Tensor, *rest: Any, **named: Any
+    ) -> Tensor:
+        H, G = query.shape[1], keys.shape[1]
         order = torch.arange(H).view(H // G, G).t().flatten()
         back = order.argsort()
-        return attention.attend(near[:, order], far[:, order], keys, values, *rest, **named)[:, back]
+        return attention.attend(query[:, order], None, keys, values, *rest, **named)[:, back]
 
     return lambda patch: patch.setattr(module, "attend", wrong)
 
@@ -252,11 +258,9 @@ def heads_normed_after_rotation(patch: Patch) -> None:
             project(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for project in (self.q, self.k, self.v)
         )
-        near, far = rotation.queries(q)
+        query, _ = rotation.queries(q)
         keys, values = store.append(self.k_norm(rotation.keys(k)), v)
-        read = attention.attend(
-            self.q_norm(near), self.q_norm(far), keys, values, step, scale=self.head_dim**-0.5
-        )
+        read = attention.attend(self.q_norm(query), None, keys, values, step, scale=self.head_dim**-0.5)
         return self.o(read.transpose(1, 2).flatten(2))
 
     patch.setattr(llama.Attention, "forward", forward)
@@ -265,8 +269,8 @@ def heads_normed_after_rotation(patch: Patch) -> None:
 def scale_of_width_by_heads(patch: Patch) -> None:
     """1/sqrt(C / H) where the heads have a width of their own."""
 
-    def wrong(near: Tensor, *rest: Any, scale: float) -> Tensor:
-        return attention.attend(near, *rest, scale=(64 / near.shape[1]) ** -0.5)
+    def wrong(query: Tensor, *rest: Any, scale: float) -> Tensor:
+        return attention.attend(query, *rest, scale=(64 / query.shape[1]) ** -0.5)
 
     patch.setattr(llama, "attend", wrong)
 
@@ -503,9 +507,9 @@ def rotated_and_biased(self: Any, x: Tensor, step: Any, position: Tensor, store:
     q, k, v = (
         project(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for project in (self.q, self.k, self.v)
     )
-    near, far = turning.queries(q)
+    query, _ = turning.queries(q)
     keys, values = store.append(turning.keys(k), v)
-    read = attention.attend(near, far, keys, values, step, self.head_dim**-0.5, bias=position)
+    read = attention.attend(query, None, keys, values, step, self.head_dim**-0.5, bias=position)
     return self.o(read.transpose(1, 2).flatten(2))
 
 

@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from streamllm.evaluate import WORDINGS, passkey, passkey_script, stream_eval, stream_eval_script
-from streamllm.models.step import Geometry, forward_in_chunks
+from streamllm.models.causal_lm import CausalLM
+from streamllm.models.step import Geometry
 from streamllm.tokenizer import load_tokenizer_files
 from tests import tiny
 
@@ -17,7 +18,7 @@ def tokenizer(tmp_path_factory):
     return load_tokenizer_files(tiny.write(tmp_path_factory.mktemp("bytes"), tiny.tokenizer()))
 
 
-class Copier(nn.Module):
+class Copier(CausalLM):
     """Says what followed the longest repetition of the latest tokens, among the tokens that it may see.
 
     Its keys are the tokens themselves, so it remembers through the cache, and nothing else.
@@ -26,22 +27,19 @@ class Copier(nn.Module):
     geometry = Geometry(1, 1, 258, (None,), None)
 
     def __init__(self):
-        super().__init__()
+        nn.Module.__init__(self)
         self.weight = nn.Parameter(torch.zeros(1))
-
-    def forward(self, tokens, cache=None):
-        return forward_in_chunks(self, tokens, cache, None, None)
 
     def hidden(self, tokens, plan):
         step = plan.steps[None]
         ids = tokens[:, None, :, None].to(self.weight.dtype)
         keys, _ = plan.stores[0].append(ids, ids)
-        keys, places, mask = keys[0, 0, :, 0].long().tolist(), step.keys[0].tolist(), step.mask()
+        keys, places, mask = keys[0, 0, :, 0].long().tolist(), step.key_place[0].tolist(), step.mask()
         said = torch.zeros(1, tokens.shape[1], 258)
         for t in range(tokens.shape[1]):
             visible = range(len(keys)) if mask is None else mask[0, t].nonzero()[:, 0].tolist()
             held = {places[j]: keys[j] for j in visible}
-            now, best, choice = int(step.near[0, t]), 0, 0
+            now, best, choice = int(step.query_place[0, t]), 0, 0
             for place in held:
                 length = 0
                 while held.get(place - length, -1) == held.get(now - length, -2) and place < now:
