@@ -30,8 +30,8 @@ def convert(
     """
     from streamllm.convert import convert as convert_checkpoint
 
-    made = convert_checkpoint(
+    folder = convert_checkpoint(
         name, out, revision=revision, max_shard_size=max_shard_size, dtype=dtype, allow_pickle=allow_pickle
     )
-    for path in sorted(made.iterdir()):
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         click.echo(f"{path.stat().st_size:>15,}  {path}")
