@@ -1,4 +1,4 @@
-"""Shared by all tests: one thread, because tiny models on shared machines run faster so."""
+"""Shared by all tests. One thread, because tiny models on a shared machine run faster with one."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,7 +13,7 @@ torch.set_num_threads(1)
 
 @pytest.fixture
 def threaded() -> Iterator[Callable[[int], None]]:
-    """Sets how many threads torch has, for one test: layouts depend on it."""
+    """Sets the number of torch's threads for one test, because weight layouts depend on it."""
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
@@ -26,7 +26,7 @@ def _libraries(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def compiling(monkeypatch: pytest.MonkeyPatch, _libraries: Path) -> None:
-    """For a test that compiles C++: what is compiled is kept for as long as the tests run."""
+    """For tests that compile C++. Compiled libraries are kept until the end of the test session."""
     try:
         library.check()
     except RuntimeError:
