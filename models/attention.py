@@ -95,7 +95,7 @@ def one_softmax(
     scores = _scores(query, keys, scale, sinks)
     if bias is not None:
         scores = scores + bias
-    mask = step.mask()
+    mask = step.visible if step.band is None else step.mask()
     if mask is not None:
         scores = scores.masked_fill_(~mask[:, None], -torch.inf)
     return _weighted(scores.softmax(-1), values)

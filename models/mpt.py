@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from streamllm.models.alibi import Alibi, position_bias
 from streamllm.models.attention import attend
-from streamllm.models.causal_lm import CausalLM
-from streamllm.models.layers import ACTIVATIONS, Linear
+from streamllm.models.base import ACTIVATIONS, CausalLM
+from streamllm.models.linear import Linear
 from streamllm.models.step import Geometry, KVStore, Plan, Step
 
 

@@ -3,10 +3,10 @@
 Each name is the function, or None where this version or build of torch lacks it. Each has one fallback:
 
     flash_attention_cpu      attention.py: tiles are computed by two matmuls
-    linear_pointwise         cpu_layouts.py: F.linear, and weights stay as they were read
+    linear_pointwise         layers.py: F.linear, and weights stay as they were read
     reorder_linear_weight    the same, for bfloat16
     mkldnn_supports_bf16     the same, for bfloat16
-    int8_matmul              cpu_layouts.py: int8 weights are dequantised before each product
+    int8_matmul              layers.py: int8 weights are dequantised before each product
     aoti_runner_cpu          compiled/library.py: CompileError, which names the backend that works
 """
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from streamllm.generation_config import GenerationConfig, attach, read_generation_config
 from streamllm.malloc import trim_heap
-from streamllm.models import layers
+from streamllm.models import linear
 from streamllm.tokenizer import TOKENIZER_FILES, Tokenizer, load_tokenizer_files
 from streamllm.weights.checkpoint import Checkpoint
 from streamllm.weights.checkpoint import Source as Source
@@ -139,7 +139,7 @@ def _load_model(
         with tqdm(total=checkpoint.nbytes, unit="B", unit_scale=True, desc=f"loading {source.name}") as bar:
             model = checkpoint.load(dtype, place, report=bar.update)
     if quantize:
-        layers.quantize(model)
+        linear.quantize(model)
     trim_heap()
     attach(model, generation_config)
     return model

@@ -298,7 +298,8 @@ def _our_model(spec: Spec) -> Any:
     """A random Llama in the library's own module, arranged as the loader arranges it."""
     import torch
 
-    from streamllm.models import layers, llama
+    from streamllm.models import linear as layers
+    from streamllm.models import llama
     from streamllm.models.rotary import Rope
 
     size = SIZES[spec.model]

@@ -14,8 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from streamllm.models.cpu_layouts import is_copied
-from streamllm.models.layers import linears_to_arrange
+from streamllm.models.linear import is_copied, linears_to_arrange
 from streamllm.weights import FAMILIES, pickled
 from streamllm.weights.config_reader import ConfigReader, read_json
 from streamllm.weights.errors import CheckpointError, CheckpointNotFound, UnsupportedConfig

@@ -11,8 +11,8 @@ from typing import Any
 from torch import Tensor
 
 from streamllm.models.alibi import Alibi
+from streamllm.models.base import ACTIVATIONS
 from streamllm.models.falcon import Config, Model
-from streamllm.models.layers import ACTIVATIONS
 from streamllm.models.rotary import Rope
 from streamllm.weights.config_reader import ConfigReader
 from streamllm.weights.family import NOT_NEEDED, Family, fused_qkv, with_bias

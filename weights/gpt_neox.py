@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from streamllm.models.base import ACTIVATIONS
 from streamllm.models.gpt_neox import Config, Model
-from streamllm.models.layers import ACTIVATIONS
 from streamllm.weights.config_reader import ConfigReader
 from streamllm.weights.family import NOT_NEEDED, Family, fused_qkv, with_bias
 from streamllm.weights.rope import read_rope

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from streamllm.models.layers import ACTIVATIONS
+from streamllm.models.base import ACTIVATIONS
 from streamllm.models.llama import Config, Model
 from streamllm.weights.config_reader import ConfigReader
 from streamllm.weights.family import NOT_NEEDED, Family, with_bias

@@ -1,8 +1,9 @@
 """The rolling cache: attention sinks plus a window.
 
 sink_cache.py  SinkCache, what users see and what a forward asks of it
-plan.py        slots, places and visibility of new tokens: pure functions of token counts
-rings.py       the keys and values of a layer in memory, plain or in int8
+ring.py        one layer's ring: slots, places and visibility of new tokens, and the tensors
+int8_ring.py   the same, with recent tokens in 8 bits
+state.py       whether a saved state fits a cache
 """
 
 from streamllm.cache.sink_cache import SinkCache

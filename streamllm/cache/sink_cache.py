@@ -15,8 +15,11 @@ from operator import index
 import torch
 from torch import Tensor, nn
 
-from streamllm.cache.plan import (
+from streamllm.cache.int8_ring import Int8Ring
+from streamllm.cache.ring import (
+    LayerStore,
     Layout,
+    Ring,
     TokenKind,
     Writes,
     plan_chunk,
@@ -24,10 +27,11 @@ from streamllm.cache.plan import (
     plan_token,
     token_kind,
 )
-from streamllm.cache.rings import RINGS, LayerStore
+from streamllm.cache.state import check_state
 from streamllm.malloc import trim_heap
 from streamllm.models.step import Plan, Step, geometry_of
 
+RINGS: dict[str | None, type[Ring] | type[Int8Ring]] = {None: Ring, "int8": Int8Ring}
 DEFAULT_WINDOW = 1020
 MAX_ORIGIN = 1 << 48  # rotary angles are exact up to twice this place
 TRIM_AFTER_TOKENS = 64  # a chunk of so many leaves freed memory with the allocator that is worth trimming
@@ -179,28 +183,10 @@ class SinkCache:
         Raises ValueError, and changes nothing, where the state does not fit.
         """
         own = self.state_dict()
-        quantized = "int8" if "layers.0.scales" in state else None
-        if quantized != self.quantize:
-            raise ValueError(
-                f"the state belongs to a cache with quantize={quantized!r}, here it is {self.quantize!r}"
-            )
-        if own.keys() != state.keys():
-            raise ValueError("the state does not belong to a cache of this model: it has other layers")
-        for name, tensor in own.items():
-            given = state[name]
-            if given.shape != tensor.shape or given.dtype != tensor.dtype:
-                raise ValueError(
-                    f"the state belongs to another cache: {name} is {given.dtype} {list(given.shape)}, "
-                    f"here {tensor.dtype} {list(tensor.shape)}"
-                )
-        if not torch.equal(own.pop("sizes"), state["sizes"]):
-            raise ValueError(
-                f"the state belongs to a cache of other sinks, window and origin: {state['sizes'].tolist()}, "
-                f"here {[self.sinks, self.window, self.origin]}"
-            )
+        check_state(own, state, self.quantize)
         self._state = [0] * self.batch_size, None  # an interrupted copy leaves empty streams
-        for name, tensor in own.items():
-            tensor.copy_(state[name])
+        for tensor, given in ((own[name], state[name]) for name in own if name.startswith("layers.")):
+            tensor.copy_(given)
         self._state = state["seen"].tolist(), None
 
     def __repr__(self) -> str:

@@ -18,8 +18,8 @@ from streamllm.cache.sink_cache import TokenKinds
 from streamllm.compiled import cpu_loops, cuda, fusion, library
 from streamllm.compiled.recorder import Recorder
 from streamllm.malloc import trim_heap
-from streamllm.models import layers
-from streamllm.models.causal_lm import check_input
+from streamllm.models import linear
+from streamllm.models.base import check_lengths, check_tokens
 from streamllm.models.step import Cache, Plan, geometry_of
 
 BACKENDS = ("flat", "inductor", "cudagraphs")
@@ -105,8 +105,8 @@ class Compiled(nn.Module):
     ) -> Tensor:
         """As the model's own forward."""
         if isinstance(cache, SinkCache) and tokens.dim() == 2 and tokens.shape[1] == 1:
-            counts = check_input(self.geometry.vocab_size, tokens, cache, lengths, logits_to_keep)
-            if counts is None:  # every row takes its token in
+            check_tokens(self.geometry.vocab_size, tokens, logits_to_keep)
+            if check_lengths(tokens, cache, lengths) is None:  # every row takes its token in
                 with torch.no_grad():
                     cache.finish_commit()
                     logits = self._step(tokens, cache)(tokens, cache)
@@ -153,7 +153,7 @@ class Compiled(nn.Module):
     def _record(self, given: Sequence[Tensor], function: Callable[[], Tensor]) -> Recording:
         loops = self._uses_loops(given[0].device)
         if loops:
-            layers.arrange_by_rows(self.model)
+            linear.arrange_by_rows(self.model)
         function()  # once before: constants that are remembered are then not recorded
         with Recorder(given) as recorder:
             result = function()
@@ -162,7 +162,7 @@ class Compiled(nn.Module):
             try:
                 made = cpu_loops.compiled(recorded, given)
             except library.CompileError:
-                layers.arrange(self.model)  # for a caller who goes on without
+                linear.arrange(self.model)  # for a caller who goes on without
                 raise
         elif self.backend == "inductor":
             made = _by_inductor(recorded)

@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
-from streamllm.cache.rings import Int8Ring, LayerStore, dequantize
+from streamllm.cache.int8_ring import Int8Ring, dequantize
+from streamllm.cache.ring import LayerStore
 from streamllm.compiled import library
 from streamllm.compiled.recorder import changes
 from streamllm.models.torch_private import int8_matmul, linear_pointwise

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import streamllm
 from streamllm.cache import SinkCache
 from streamllm.compiled import cpu_loops, library
-from streamllm.models import layers
+from streamllm.models import linear
 from tests.laws import test_families as families
 from tests.laws.scenarios import TOLERANCE, defined, error, feed, text, tiny
 
@@ -71,7 +71,7 @@ def dequantized(model: nn.Module, like: nn.Module) -> nn.Module:
     """`like` with the weights that a quantized model stands for."""
     exact = copy.deepcopy(like)
     for mine, its in zip(exact.modules(), model.modules(), strict=True):
-        if isinstance(its, layers.Linear):
+        if isinstance(its, linear.Linear):
             mine.weight = nn.Parameter(its.weight * its.scale[:, None], False)
     return exact
 
@@ -114,9 +114,9 @@ def test_no_kernel_of_a_matrix_is_left_for_a_row(uncompiled, name, dtype, quanti
     """A whole step of one row is sums: one matrix product left, and inductor reads its weights with a call."""
     model = fresh(name, dtype, layers=1)
     if quantized:
-        layers.quantize(model)
+        linear.quantize(model)
     else:
-        layers.arrange(model)  # packed by oneDNN, by columns for MKL: it must be undone
+        linear.arrange(model)  # packed by oneDNN, by columns for MKL: it must be undone
     compiled = streamllm.compile(model, "inductor")
     feed(compiled, SinkCache(compiled, S, W), text(13), [10, 1, 1, 1])
     assert uncompiled == [0] * 3
@@ -239,7 +239,7 @@ def test_bfloat16_is_as_near_to_float32_as_the_models_own_way(compiling):
 def test_int8_is_its_own_dequantized_weights(compiling):
     model, tokens = fresh("gpt_neox", torch.float32, layers=1), text(30)
     plain = copy.deepcopy(model)
-    layers.quantize(model)
+    linear.quantize(model)
     exact = dequantized(model, plain)
     compiled = streamllm.compile(model, "inductor")
     got, wanted = (feed(by, SinkCache(by, S, W, quantize="int8"), tokens, PARTS) for by in (compiled, exact))
@@ -278,8 +278,8 @@ def test_weights_that_are_moved_are_recorded_anew(uncompiled, backend):
     for weight in (*model.parameters(), *plain.parameters()):
         weight.data = weight * 1.1
     assert same()
-    layers.quantize(model)
-    layers.quantize(plain)
+    linear.quantize(model)
+    linear.quantize(plain)
     assert same()
     assert compiled.recordings == 5
     model.load_state_dict(model.state_dict())
@@ -336,7 +336,7 @@ def test_whoever_goes_on_without_has_weights_as_before(uncompiled, monkeypatch):
         raise streamllm.CompileError("no compiler")
 
     model, tokens = fresh(dtype=torch.bfloat16), text(S + W + 5)
-    layers.arrange(model)
+    linear.arrange(model)
     before = [weight.is_mkldnn for weight in model.parameters()]
     wanted = feed(model, SinkCache(model, S, W), tokens)
     monkeypatch.setattr(cpu_loops, "compiled", failing)

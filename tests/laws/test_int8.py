@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import streamllm
-from streamllm.cache import SinkCache, rings
+from streamllm.cache import SinkCache, int8_ring, ring
 from streamllm.compiled import library
 from tests.laws import test_families as families
 from tests.laws.scenarios import TOLERANCE, Interrupted, Rows, cuts, defined, error, failing, feed, text, tiny
@@ -97,17 +97,17 @@ def test_one_layer_at_a_time_is_there_in_the_type_of_the_model():
 
 
 def sinks_are_rounded_too(patch):
-    write = rings.Int8Ring._write_sinks
+    write = int8_ring.Int8Ring._write_sinks
 
     def rounded(self, move, both):
         numbers, scales = self.encode(*both)
         write(self, move, numbers * scales)
 
-    patch.setattr(rings.Int8Ring, "_write_sinks", rounded)
+    patch.setattr(int8_ring.Int8Ring, "_write_sinks", rounded)
 
 
 def a_chunk_sees_itself_exactly(patch):
-    append = rings.LayerStore.append
+    append = ring.LayerStore.append
 
     def exact(self, k, v):
         keys, values = append(self, k, v)
@@ -115,38 +115,38 @@ def a_chunk_sees_itself_exactly(patch):
             keys[:, :, -k.shape[2] :], values[:, :, -k.shape[2] :] = k, v
         return keys, values
 
-    patch.setattr(rings.LayerStore, "append", exact)
+    patch.setattr(ring.LayerStore, "append", exact)
 
 
 def a_chunk_is_rounded_again_when_it_is_stored(patch):
-    write = rings.Int8Ring.write
+    write = int8_ring.Int8Ring.write
 
     def again(self, move, numbers, scales):
         write(self, move, *self.encode(*(numbers * scales * 0.999)))
 
-    patch.setattr(rings.Int8Ring, "write", again)
+    patch.setattr(int8_ring.Int8Ring, "write", again)
 
 
 def one_scale_for_all_heads(patch):
-    encode = rings.Int8Ring.encode
+    encode = int8_ring.Int8Ring.encode
 
     def coarse(self, k, v):
         _, scales = encode(self, k, v)
         scales = scales.amax(2, keepdim=True).expand_as(scales)
         return (torch.stack((k, v)) / scales).round().to(torch.int8), scales
 
-    patch.setattr(rings.Int8Ring, "encode", coarse)
+    patch.setattr(int8_ring.Int8Ring, "encode", coarse)
 
 
 def scales_stay_where_they_were(patch):
-    write = rings.Int8Ring.write
+    write = int8_ring.Int8Ring.write
 
     def forgetful(self, move, numbers, scales):
         before = self.scales.clone()
         write(self, move, numbers, scales)
         self.scales.copy_(before.where(before > 0, self.scales))
 
-    patch.setattr(rings.Int8Ring, "write", forgetful)
+    patch.setattr(int8_ring.Int8Ring, "write", forgetful)
 
 
 MUTATIONS = [
@@ -171,7 +171,7 @@ def test_the_law_notices(mutation, monkeypatch):
 @contextmanager
 def failing_write(monkeypatch, at):
     """The write number `at` to a tensor of the cache raises KeyboardInterrupt, and so do later ones."""
-    put, writes = rings._put, 0
+    put, writes = int8_ring.put, 0
 
     def struck(*moved):
         nonlocal writes
@@ -181,7 +181,7 @@ def failing_write(monkeypatch, at):
         put(*moved)
 
     with monkeypatch.context() as patch:
-        patch.setattr(rings, "_put", struck)
+        patch.setattr(int8_ring, "put", struck)
         yield
 
 

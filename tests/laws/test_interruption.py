@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 import pytest
 import torch
 
-from streamllm.cache import SinkCache, rings
+from streamllm.cache import SinkCache, ring
 from tests.laws.scenarios import TOLERANCE, Interrupted, Rows, cuts, defined, error, failing, feed, text, tiny
 
 SHAPES = [(0, 1), (0, 5), (4, 6), (4, 1), (8, 3), (1, 100)]
@@ -84,7 +84,7 @@ def test_a_ragged_batch_survives_interruptions_everywhere():
 @contextmanager
 def failing_write(monkeypatch, at, error):
     """The write number `at` into a layer of the cache raises `error`, and so do later ones until the end."""
-    write, writes = rings.Ring.write, 0
+    write, writes = ring.Ring.write, 0
 
     def failing(self, *moved):
         nonlocal writes
@@ -94,7 +94,7 @@ def failing_write(monkeypatch, at, error):
         write(self, *moved)
 
     with monkeypatch.context() as patch:
-        patch.setattr(rings.Ring, "write", failing)
+        patch.setattr(ring.Ring, "write", failing)
         yield
 
 

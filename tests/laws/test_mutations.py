@@ -11,7 +11,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from streamllm.cache import SinkCache, plan, rings, sink_cache
+from streamllm.cache import SinkCache, ring, sink_cache
 from streamllm.models import attention, llama, rotary
 from tests.laws.scenarios import TOLERANCE, Rows, cuts, defined, error, feed, text, tiny
 
@@ -135,12 +135,12 @@ def window_one_shorter_in_a_chunk(patch):
 
 
 def window_one_longer_everywhere(patch):
-    visible = plan.is_visible
+    visible = ring.is_visible
 
     def longer(key, query, sinks, window):
         return visible(key, query, sinks, window + 1)
 
-    for module in (plan, attention):
+    for module in (ring, attention):
         patch.setattr(module, "is_visible", longer)
 
 
@@ -237,19 +237,19 @@ def stale_slots_are_visible(patch):
 
 def visible_by_slot_instead_of_place(patch):
     patch.setattr(
-        plan.Layout, "token_in", lambda self, slot, seen: torch.where(slot < seen, slot + 0 * seen, -1)
+        ring.Layout, "token_in", lambda self, slot, seen: torch.where(slot < seen, slot + 0 * seen, -1)
     )
 
 
 def a_chunk_takes_its_slots_before_it_is_read(patch):
-    append = rings.LayerStore.append
+    append = ring.LayerStore.append
 
     def rash(self, k, v):
         if self.writes.on_commit is not None:
             self.ring.write(self.writes.on_commit, k, v)
         return append(self, k, v)
 
-    patch.setattr(rings.LayerStore, "append", rash)
+    patch.setattr(ring.LayerStore, "append", rash)
 
 
 def padding_is_stored(patch):

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from streamllm.models import alibi, attention, falcon, gpt_neox, layers, llama, rotary
+from streamllm.models import alibi, attention, base, falcon, gpt_neox, llama, rotary
 from streamllm.models.alibi import Alibi
 from streamllm.weights import FAMILIES, checkpoint
 from streamllm.weights.checkpoint import Checkpoint
@@ -269,7 +269,7 @@ def scale_of_width_by_heads(patch: Patch) -> None:
 
 
 def activation_of_relu_is_silu(patch: Patch) -> None:
-    patch.setitem(layers.ACTIVATIONS, "relu", layers.ACTIVATIONS["silu"])
+    patch.setitem(base.ACTIVATIONS, "relu", base.ACTIVATIONS["silu"])
 
 
 def slow_positions(rope: Any, span: int) -> Tensor:

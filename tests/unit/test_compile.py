@@ -9,7 +9,7 @@ from torch import nn
 import streamllm
 from streamllm.cache import SinkCache
 from streamllm.compiled.recorder import Recorder
-from streamllm.models.layers import arrange
+from streamllm.models.linear import arrange
 from tests.laws.scenarios import TOLERANCE, Rows, defined, error, feed, mixed, text, tiny
 
 SHAPES = [(0, 1), (0, 5), (4, 1), (4, 6), (8, 3), (1, 30)]

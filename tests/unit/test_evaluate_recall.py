@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from streamllm.evaluate import WORDINGS, passkey, passkey_script, stream_eval, stream_eval_script
-from streamllm.models.causal_lm import CausalLM
+from streamllm.models.base import CausalLM
 from streamllm.models.step import Geometry
 from streamllm.tokenizer import load_tokenizer_files
 from tests import tiny

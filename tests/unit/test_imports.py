@@ -75,7 +75,7 @@ def test_imports_are_found() -> None:
     found = dict(imports(ROOT / "streamllm" / "load.py"))
     assert found["streamllm.weights.checkpoint"] is True
     assert found["tqdm"] is False
-    assert "streamllm.cache.plan" in dict(imports(ROOT / "streamllm" / "cache" / "sink_cache.py"))
+    assert "streamllm.cache.ring" in dict(imports(ROOT / "streamllm" / "cache" / "sink_cache.py"))
     assert dict(imports(ROOT / "streamllm" / "__init__.py"))["streamllm.cache"] is False
     assert len(FILES) > 20
 

@@ -6,7 +6,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 import streamllm
-from streamllm.models import layers
+from streamllm.models import linear as layers
 from streamllm.weights import checkpoint
 from tools import load_memory
 

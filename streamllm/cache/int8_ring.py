@@ -1,4 +1,4 @@
-"""The keys and values of one layer in memory: a plain ring, and one that stores recent tokens in int8."""
+"""A ring that stores recent keys and values in int8, and sinks exactly."""
 
 from __future__ import annotations
 
@@ -7,54 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from streamllm.cache.plan import Layout, Move, Writes
-
-Shape = tuple[int, int, int]  # B, G, D
-
-
-class Ring:
-    """Keys and values [B, G, S + W, D]: the sinks, then W slots that are taken in turn."""
-
-    def __init__(self, shape: Shape, layout: Layout, dtype: torch.dtype, device: torch.device) -> None:
-        batch, heads, dim = shape
-        self.dtype = dtype
-        self.keys = torch.zeros(batch, heads, layout.slots, dim, dtype=dtype, device=device)
-        if dtype == torch.float32 and device.type == "cpu":
-            # Stored [B, G, D, S + W]: one query reads them 1.1 to 1.5 times as fast.
-            # tools/bench.py decode, AMD EPYC, 2026-11.
-            values = torch.zeros(batch, heads, dim, layout.slots, dtype=dtype, device=device)
-            self.values = values.transpose(2, 3)
-        else:
-            self.values = torch.zeros_like(self.keys)
-
-    @property
-    def tensors(self) -> dict[str, Tensor]:
-        """All that is stored, each [(2,) B, G, slots, …]."""
-        return {"keys": self.keys, "values": self.values}
-
-    def encode(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """New keys and values [B, G, T, D] as the ring stores recent ones."""
-        return k, v
-
-    def write_now(self, move: Move, k: Tensor, v: Tensor) -> None:
-        """Store new keys and values, sinks or recent ones."""
-        self.write(move, k, v)
-
-    def write(self, move: Move, k: Tensor, v: Tensor) -> None:
-        """Store what `encode` returned."""
-        _put(self.keys, move, move.slots, k)
-        _put(self.values, move, move.slots, v)
-
-    def read(self, ranges: Sequence[tuple[int, int]], *chunk: Tensor) -> tuple[Tensor, Tensor]:
-        """The slots in `ranges`, and behind them an encoded chunk: keys and values [B, G, K, D]."""
-        if not chunk:
-            ((start, stop),) = ranges
-            return self.keys[:, :, start:stop], self.values[:, :, start:stop]
-        k, v = chunk
-        return (
-            torch.cat([*(self.keys[:, :, start:stop] for start, stop in ranges), k], 2),
-            torch.cat([*(self.values[:, :, start:stop] for start, stop in ranges), v], 2),
-        )
+from streamllm.cache.ring import Layout, Move, Shape, put
 
 
 class Int8Ring:
@@ -103,14 +56,14 @@ class Int8Ring:
             batch = torch.arange(both.shape[1], device=slots.device)
             there = self.sinks[:, batch, :, slots.expand(len(batch))].movedim(0, 1)  # [2, B, G, D]
             both = torch.where(is_sink, both, there[:, :, :, None])
-        _put(self.sinks, move, slots, both)
+        put(self.sinks, move, slots, both)
 
     def write(self, move: Move, numbers: Tensor, scales: Tensor) -> None:
         slots = move.slots - self.sinks.shape[3]
         if move.to_sinks:  # a sink overwrites the first slot of the ring, which is empty then
             slots = slots.clamp(min=0)
-        _put(self.numbers, move, slots, numbers)
-        _put(self.scales, move, slots, scales)
+        put(self.numbers, move, slots, numbers)
+        put(self.scales, move, slots, scales)
 
     def read(self, ranges: Sequence[tuple[int, int]], *chunk: Tensor) -> tuple[Tensor, Tensor]:
         return dequantize(*self.parts(ranges, *chunk))
@@ -143,44 +96,3 @@ def dequantize(sinks: Tensor, numbers: Sequence[Tensor], scales: Sequence[Tensor
         place.copy_(number).mul_(scale)
     keys, values = both.unbind()
     return keys, values
-
-
-RINGS: dict[str | None, type[Ring] | type[Int8Ring]] = {None: Ring, "int8": Int8Ring}
-
-
-def _put(store: Tensor, move: Move, slots: Tensor, new: Tensor) -> None:
-    """New tokens [(2,) B, G, T, …] to their slots in a store [(2,) B, G, slots, …]."""
-    if move.rows is not None:
-        store[..., move.rows, :, slots, :] = new[..., move.rows, :, move.tokens, :]
-    else:
-        store.index_copy_(-2, slots, new if move.tokens is None else new.index_select(-2, move.tokens))
-
-
-class LayerStore:
-    """One layer's ring during one forward."""
-
-    def __init__(self, ring: Ring | Int8Ring, writes: Writes) -> None:
-        self.ring, self.writes = ring, writes
-        self._chunk: tuple[Tensor, Tensor] | None = None  # encoded, until it is committed
-
-    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        self.write(k, v)
-        return self.ring.read(self.writes.reads, *(self._chunk or ()))
-
-    def write(self, k: Tensor, v: Tensor) -> None:
-        """Take new keys and values, without a look at what is stored."""
-        ring, writes = self.ring, self.writes
-        if k.dtype != ring.dtype or v.dtype != ring.dtype:
-            raise ValueError(
-                f"the cache was made for {ring.dtype}, the model computes in {v.dtype}: "
-                f"make a SinkCache for the model as it is, and leave autocast off"
-            )
-        if writes.now is not None:
-            ring.write_now(writes.now, k, v)
-        if writes.on_commit is not None:
-            self._chunk = ring.encode(k, v)
-
-    def commit(self) -> None:
-        """Store the chunk. To do it again changes nothing."""
-        if self._chunk is not None and self.writes.on_commit is not None:
-            self.ring.write(self.writes.on_commit, *self._chunk)

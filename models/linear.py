@@ -1,4 +1,8 @@
-"""The layers that all architectures are made of: Linear, Embedding, RMSNorm, the activations."""
+"""Linear, and the layout in which its weight is stored: a CPU reads some layouts much faster than others.
+
+Which layout and kernel are the fastest depends on the type, the number of rows and the processor's maker. The
+figures below are from tools/bench.py decode on an AMD EPYC (Zen 4, AVX-512) and an Intel Xeon (AMX), 2026-11.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +14,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from streamllm.models import cpu_layouts
+from streamllm.models.processor import IS_INTEL
+from streamllm.models.torch_private import (
+    int8_matmul,
+    linear_pointwise,
+    mkldnn_supports_bf16,
+    reorder_linear_weight,
+)
 
 HALF = (torch.float16, torch.bfloat16)
+# From this many rows on, int8 weights are dequantised once per product instead of read row by row.
+INT8_DEQUANTIZE_ROWS = 64
+FLOAT16_WIDEN_ROWS = 4  # from here on, float16 products run in float32
 
 
 class Linear(nn.Linear):
@@ -37,8 +50,8 @@ class Linear(nn.Linear):
         No second copy stays. Where the weight is shared (a tied head), both owners get the new layout.
         """
         weight = self.weight
-        if weight.device.type == "cpu" and not weight.is_mkldnn and weight.dtype in cpu_layouts.LAYOUTS:
-            cpu_layouts.LAYOUTS[weight.dtype](self)
+        if weight.device.type == "cpu" and not weight.is_mkldnn and weight.dtype in LAYOUTS:
+            LAYOUTS[weight.dtype](self)
 
     def arrange_by_rows(self) -> None:
         """Store the weight [out, in], without gaps between its rows."""
@@ -47,7 +60,7 @@ class Linear(nn.Linear):
         self.__dict__.pop("kernel", None)
         self._choose_kernel(arranged=False)
         if self.weight.dtype == torch.float32 and self.weight.device.type == "cpu":
-            self.kernel = cpu_layouts.float32_kernel
+            self.kernel = float32_kernel
 
     def quantize(self) -> None:
         """Round the weight to int8, with one scale for each of its rows. The output keeps the input's type.
@@ -64,7 +77,7 @@ class Linear(nn.Linear):
 
     def _choose_kernel(self, arranged: bool) -> None:
         if self.weight.dtype == torch.int8:
-            self.kernel = partial(cpu_layouts.int8_kernel, self.scale)
+            self.kernel = partial(int8_kernel, self.scale)
         elif arranged:
             self.arrange()
 
@@ -100,60 +113,110 @@ class Linear(nn.Linear):
             destination[prefix + "weight"] = self.weight.to_dense()
 
 
-class Embedding(nn.Embedding):
-    """int64 [...] -> [..., C]. Its weight is uninitialised, as Linear's."""
-
-    def reset_parameters(self) -> None:
-        pass
+# Layouts and kernels by type
 
 
-class RMSNorm(nn.Module):
-    """Root mean square normalisation (arXiv 1910.07467) over the last axis, in float32 for half types."""
-
-    def __init__(self, width: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(width))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        if x.dtype not in HALF:
-            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
-        wide = x.float()
-        if x.is_cuda:  # one kernel instead of five: on a GPU, small kernels cost more in gaps than in work
-            normed = F.rms_norm(wide, self.weight.shape, None, self.eps)
-        else:
-            normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * normed.to(x.dtype)  # rounded before the weight, as in training
+def is_copied(weight: Tensor, dtype: torch.dtype) -> bool:
+    """Whether the fastest layout in `dtype` differs from the one on disk, so that a copy is made."""
+    if dtype == torch.bfloat16:
+        return _can_pack()
+    return dtype == torch.float32 and _columns_are_faster(weight.shape)
 
 
-def _gelu_tanh(x: Tensor) -> Tensor:
-    return F.gelu(x, approximate="tanh")
+def _arrange_float32(linear: Linear) -> None:
+    """Rows [out, in], as on disk, are the fastest or next to it for 1 to 512 rows of input, with oneDNN.
+
+    One exception: on one thread, MKL reads a weight with more outputs than inputs 1.1 to 1.3 times as fast when
+    it is stored by columns, [in, out]. More threads do not help it there.
+    """
+    weight = linear.weight
+    if not _columns_are_faster(weight.shape):
+        linear.arrange_by_rows()
+    elif weight.stride() != (1, weight.shape[0]):
+        weight.data = weight.data.t().contiguous().t()  # same shape and values, other strides
+    linear.kernel = float32_kernel
 
 
-def _gelu_fast(x: Tensor) -> Tensor:
-    return 0.5 * x * (1 + torch.tanh(0.7978845608 * x * (1 + 0.044715 * x * x)))
+def _columns_are_faster(shape: torch.Size) -> bool:
+    return (torch.get_num_threads() == 1 or linear_pointwise is None) and shape[0] >= shape[1]
 
 
-def _quick_gelu(x: Tensor) -> Tensor:
-    return x * torch.sigmoid(1.702 * x)
+def float32_kernel(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """F.linear by oneDNN where that is faster than torch's own choice, MKL."""
+    if linear_pointwise is None or x.requires_grad or weight.requires_grad:  # oneDNN has no gradients
+        return F.linear(x, weight, bias)
+    rows = x.numel() // x.shape[-1]
+    by_columns = weight.stride(1) != 1
+    if by_columns and rows == 1:
+        return F.linear(x, weight, bias)
+    if IS_INTEL and not (
+        2 < rows < 128 and weight.numel() > 1 << 20
+    ):  # MKL takes 0.5 to 1 times as long there
+        return F.linear(x, weight, bias)
+    if by_columns and weight.stride(1) != weight.shape[0]:  # a view of fused weights, slow in oneDNN
+        if rows < 16:
+            return F.linear(x, weight, bias)
+        weight = weight.t().contiguous().t()
+    return onednn_kernel(x, weight, bias)
 
 
-# By their names in config.json. gelu is the exact one; the others move the logits by about 1e-3.
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": F.silu,
-    "swish": F.silu,
-    "relu": F.relu,
-    "gelu": F.gelu,
-    "gelu_new": _gelu_tanh,
-    "gelu_pytorch_tanh": _gelu_tanh,
-    "gelu_fast": _gelu_fast,
-    "quick_gelu": _quick_gelu,
+def onednn_kernel(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """F.linear by oneDNN, of a dense or a packed weight."""
+    assert linear_pointwise is not None
+    return linear_pointwise(x, weight, bias, "none", [], "")  # type: ignore[no-any-return]
+
+
+def _arrange_bfloat16(linear: Linear) -> None:
+    """oneDNN's own blocks: 1.5 to 3 times as fast for one row, and as fast for many."""
+    if not _can_pack():
+        return
+    assert reorder_linear_weight is not None
+    with torch.no_grad():
+        packed = reorder_linear_weight(linear.weight.detach().contiguous(), 1)
+    linear.weight = nn.Parameter(packed, requires_grad=False)
+    linear.kernel = onednn_kernel
+
+
+def _can_pack() -> bool:
+    found = linear_pointwise is not None and reorder_linear_weight is not None
+    return found and mkldnn_supports_bf16 is not None and bool(mkldnn_supports_bf16())
+
+
+def _arrange_float16(linear: Linear) -> None:
+    linear.kernel = float16_kernel
+
+
+def float16_kernel(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """A CPU reads float16 well for one row, but multiplies many rows at a fifth of float32's speed."""
+    if x.numel() < FLOAT16_WIDEN_ROWS * x.shape[-1]:
+        return F.linear(x, weight, bias)
+    wide = float32_kernel(x.float(), weight.float(), None if bias is None else bias.float())
+    return wide.to(x.dtype)
+
+
+def int8_kernel(scale: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x times an int8 weight [out, in] with a scale for each output: in torch's kernel, or dequantised first."""
+    rows = x.numel() // x.shape[-1]
+    on_cpu = x.device.type == "cpu" and x.dtype == torch.bfloat16
+    if int8_matmul is None or rows >= INT8_DEQUANTIZE_ROWS or not on_cpu:
+        return F.linear(x, weight.to(x.dtype) * scale.to(x.dtype)[:, None], bias)
+    product = int8_matmul(x.reshape(rows, x.shape[-1]), weight, scale).view(*x.shape[:-1], -1)
+    return product if bias is None else product + bias
+
+
+LAYOUTS: dict[torch.dtype, Callable[[Linear], None]] = {
+    torch.float32: _arrange_float32,
+    torch.bfloat16: _arrange_bfloat16,
+    torch.float16: _arrange_float16,
 }
+
+
+# Whole models
 
 
 def linears_to_arrange(model: nn.Module, dtype: torch.dtype, device: torch.device) -> list[Linear]:
     """The Linears of a model that `arrange` changes, once they are in `dtype` on `device`."""
-    if device.type != "cpu" or dtype not in cpu_layouts.LAYOUTS:
+    if device.type != "cpu" or dtype not in LAYOUTS:
         return []
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     return [
