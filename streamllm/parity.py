@@ -24,13 +24,14 @@ import torch
 from torch import Tensor, nn
 
 from streamllm.cache import SinkCache
-from streamllm.load import PROGRESS_FROM, load_tokenizer, open_source
+from streamllm.load import LARGE_CHECKPOINT_BYTES, load_tokenizer, open_source
 from streamllm.models.rotary import DynamicRope, LongRope, Rope
 from streamllm.models.step import Plan, Step
 from streamllm.tokenizer import TOKENIZER_FILES
-from streamllm.weights.checkpoint import Checkpoint, Source, Stored
+from streamllm.weights.checkpoint import Checkpoint, StoredTensor
 from streamllm.weights.errors import CheckpointError, UnsupportedConfig
 from streamllm.weights.family import NOT_NEEDED, Fused
+from streamllm.weights.source import Source
 
 TOLERANCE = 5e-5  # times the spread of the logits, in float32
 STREAMING_TOLERANCE = 1e-9  # the same in float64, against the definition
@@ -95,7 +96,7 @@ class Difference:
     ours: str  # the module in which it happens, by its name here
     theirs: str  # and in transformers
     parts: tuple[tuple[str, str], ...]  # the projections or norms within, where it can be narrowed down
-    tensors: tuple[Stored, ...]  # that these are read from
+    tensors: tuple[StoredTensor, ...]  # that these are read from
     before: float  # the largest difference of what goes in, relative to its size
     after: float  # and of what comes out
 
@@ -163,7 +164,7 @@ def compare(
         [
             (
                 "model",
-                f"{source.name} ({checkpoint.keys.get('model_type')}, {checkpoint.config.layers} layers)",
+                f"{source.name} ({checkpoint.config_reader.get('model_type')}, {checkpoint.config.layers} layers)",
             ),
             ("text", f"{count} {words}"),
             ("against", f"transformers {version} ({reference.kernel}), {dtype}, {device}"),
@@ -352,9 +353,9 @@ def _theirs_name(source: Source, theirs: str | os.PathLike[str] | None) -> dict[
 
 def _longest(where: dict[str, Any], checkpoint: Checkpoint) -> int | None:
     """transformers' MPT ends at max_seq_len; the others do not mind a longer text."""
-    if checkpoint.keys.get("model_type") != "mpt":
+    if checkpoint.config_reader.get("model_type") != "mpt":
         return None
-    return checkpoint.keys.size("max_seq_len", 2048)
+    return checkpoint.config_reader.size("max_seq_len", 2048)
 
 
 def _tokens(
@@ -515,7 +516,7 @@ def _their_names(checkpoint: Checkpoint, model: nn.Module) -> dict[str, str]:
     return names if in_memory is None else {**names, "head": in_memory}
 
 
-def _stored(checkpoint: Checkpoint, modules: Sequence[str]) -> tuple[Stored, ...]:
+def _stored(checkpoint: Checkpoint, modules: Sequence[str]) -> tuple[StoredTensor, ...]:
     """The tensors on disk that our modules are made of."""
     wanted = {*modules, *(["embed"] if "head" in modules and checkpoint.config.tied else [])}
     found = []
@@ -701,7 +702,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 def _release(checkpoint: Checkpoint) -> None:
     """Let go of a large model before the next is loaded; a small one may wait for its turn."""
-    if checkpoint.nbytes >= PROGRESS_FROM:
+    if checkpoint.nbytes >= LARGE_CHECKPOINT_BYTES:
         gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

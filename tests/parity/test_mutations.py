@@ -16,8 +16,8 @@ from torch import Tensor
 
 from streamllm.models import alibi, attention, falcon, gpt_neox, layers, llama, mpt, rotary
 from streamllm.models.alibi import Alibi
-from streamllm.weights import FAMILIES, CheckpointError, checkpoint
-from streamllm.weights.checkpoint import Checkpoint
+from streamllm.weights import CheckpointError
+from streamllm.weights.checkpoint import Checkpoint, checkpoint, shards
 from streamllm.weights.config_reader import ConfigReader
 from streamllm.weights.family import Fused
 from tests.parity.cases import TOLERANCE, Case
@@ -35,8 +35,8 @@ Mutation = Callable[[Patch], None]
 
 
 def families(patch: Patch, change: Callable[[Any], Any]) -> None:
-    for model_type, family in FAMILIES.items():
-        patch.setitem(FAMILIES, model_type, change(family))
+    changed = {model_type: change(family) for model_type, family in checkpoint.FAMILIES.items()}
+    patch.setattr(checkpoint, "FAMILIES", changed)
 
 
 def config(**changes: Any) -> Mutation:
@@ -229,8 +229,8 @@ def another_file(name: str) -> Mutation:
     """The weights are in a file that no index names."""
 
     def mutation(patch: Patch) -> None:
-        patch.setattr(checkpoint, "INDEX", "no.json")
-        patch.setattr(checkpoint, "SINGLE", name)
+        patch.setattr(shards, "INDEX", "no.json")
+        patch.setattr(shards, "SINGLE", name)
 
     return mutation
 

@@ -14,7 +14,7 @@ from streamllm.cli import main
 from streamllm.info import KNOWN, describe
 from streamllm.load import open_source
 from streamllm.weights import FAMILIES
-from streamllm.weights.checkpoint import Checkpoint, Stored
+from streamllm.weights.checkpoint import Checkpoint, TensorReader
 from tests import tiny
 from tests.hub import client, serve
 
@@ -24,7 +24,7 @@ def no_weight_is_read(monkeypatch) -> None:
     def refuse(*_: object) -> None:
         raise AssertionError("a weight was read")
 
-    monkeypatch.setattr(Stored, "read", refuse)
+    monkeypatch.setattr(TensorReader, "read", refuse)
 
 
 def about(folder: Path, config: dict[str, object] | None = None, **numbers: object) -> dict[str, str]:
