@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from streamllm.weights.checkpoint import pickled
+from streamllm.weights.checkpoint.pickled import is_mapped, unpickle
 from streamllm.weights.checkpoint.stored import StoredTensor
 from streamllm.weights.errors import CheckpointError, shorten
 
@@ -37,7 +37,7 @@ class TensorReader:
         path = stored.path
         try:
             # A pickle that cannot be mapped is read whole, so it is read only once.
-            if keep or (stored.pickled and not pickled.is_mapped(path)):
+            if keep or (stored.pickled and not is_mapped(path)):
                 if path not in self._lasting:
                     self._lasting[path] = _open(stored)
                 return self._lasting[path](stored.name)
@@ -53,7 +53,7 @@ class TensorReader:
 def _open(stored: StoredTensor) -> Callable[[str], Tensor]:
     """A new map of the tensor's file: a function from a tensor's name to the tensor."""
     if stored.pickled:
-        return pickled.unpickle(stored.path).__getitem__
+        return unpickle(stored.path).__getitem__
     from safetensors import safe_open
 
     file: Any = safe_open(stored.path, framework="pt", device="cpu")
