@@ -10,8 +10,8 @@ FUZZ = Path(__file__).parents[2] / "tools" / "fuzz.py"
 def run(*arguments, before=""):
     """Runs the fuzzer after the statements `before`."""
     program = (
-        f"import runpy, sys\nsys.argv = {['fuzz.py', *arguments]!r}\n{before}\nrunpy.run_path({str(FUZZ)!r},"
-        " run_name='__main__')"
+        f"import runpy, sys\nsys.argv = {['fuzz.py', *arguments]!r}\nsys.path[0] = {str(FUZZ.parent)!r}\n"
+        f"{before}\nrunpy.run_path({str(FUZZ)!r}, run_name='__main__')"
     )
     return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300)
 
