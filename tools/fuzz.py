@@ -35,6 +35,7 @@ from tqdm import tqdm
 
 import streamllm
 from streamllm.chat import ChatTemplateError, render
+from streamllm.weights.errors import shorten
 
 MAX_SECONDS = 10  # of work for one case
 MAX_MEGABYTES = 64  # of memory for one case, beyond 12 times the size of its files
@@ -107,7 +108,8 @@ def child(bases: Bases, seed: int, numbers: range, keep: Path | None, out: int) 
             except BaseException as error:
                 outcome = "failed"
                 where = traceback.extract_tb(error.__traceback__)[-1]
-                fault = f"{type(error).__name__}: {str(error)[:200]!r} at {Path(where.filename).name}:{where.lineno}"
+                place = f"{Path(where.filename).name}:{where.lineno}"
+                fault = f"{type(error).__name__}: {shorten(str(error), 200)} at {place}"
             megabytes = memory_megabytes("VmHWM") - before
             if is_measured and megabytes > MAX_MEGABYTES + 12 * sum(map(len, files.values())) // 2**20:
                 outcome, fault = "failed", f"{megabytes} MB of memory"

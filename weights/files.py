@@ -1,6 +1,6 @@
 """The one way to read a file of a checkpoint: a regular file of limited size, as bytes, text or JSON.
 
-Checkpoints come from strangers. To open a pipe would wait forever, a device has no end, and JSON can take 60
+Checkpoints are untrusted. Opening a pipe could block forever, a device may have no end, and JSON can take 60
 times its size in memory. So the kind and the size of a file are checked before it is opened.
 """
 

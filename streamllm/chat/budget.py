@@ -36,8 +36,8 @@ class Budget:
     """What is left of `Limits`, and the weight of values.
 
     The weight of a value is about what it would take to write it down: its characters, its elements, and
-    everything inside, as often as it occurs. Whatever makes a value pays its weight, so no value is heavier
-    than the budget. Operations on a value without a step (to compare, hash, sort or print it) take time in
+    everything inside, as often as it occurs. An operation that makes a value pays its weight, so no value is
+    heavier than the budget. Operations on a value without a step (to compare, hash, sort or print it) take time in
     proportion to its weight.
     """
 

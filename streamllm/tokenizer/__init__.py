@@ -1,7 +1,7 @@
 """Text to token ids and back, for tokenizer.json (the tokenizers library) and tokenizer.model (sentencepiece).
 
-Neither transformers, protobuf nor torch is needed. The files come from strangers: whatever is wrong with one
-of them raises a TokenizerError that names the file.
+Neither transformers, protobuf nor torch is needed. The files are untrusted: a damaged or hostile file raises a
+TokenizerError that names it.
 """
 
 from streamllm.tokenizer.decoder import IncrementalDecoder

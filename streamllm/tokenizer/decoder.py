@@ -1,14 +1,14 @@
 """IncrementalDecoder: token ids to text, one token at a time.
 
-Whatever the library, the decoder of a language model's tokenizer does four things:
+With both libraries, decoding comes down to the same four steps:
 
     id  ->  bytes of the token              from a table; the first token of a text may have other bytes
         ->  joined, decoded as UTF-8        up to 3 bytes wait for the rest of their character
         ->  edits of the start of the text  for example, Llama drops one leading space
         ->  text
 
-So a stream keeps a few bytes and a flag, however long it is. `Tokenizer.decode` uses the same code, so a text
-decoded at once equals the text that was printed piece by piece.
+So a stream keeps a few bytes and a flag, however long it is. `Tokenizer.decode` uses the same code, so its text
+equals the text that a stream prints piece by piece.
 """
 
 from __future__ import annotations

@@ -72,7 +72,7 @@ class JsonBackend:
 
 
 def _call_library(call: Callable[[], T], what: str) -> T:
-    """The result of a call into the Rust library. Whatever it raises becomes a TokenizerError.
+    """The result of a call into the Rust library. All its exceptions become a TokenizerError.
 
     A damaged file may make it panic. The exception of a panic is a BaseException, not an Exception.
     """

@@ -43,7 +43,7 @@ class LoadPlan(NamedTuple):
 
 
 class Checkpoint:
-    """A checkpoint: its config is read at once, its weights when they are asked for.
+    """A checkpoint. Making one reads the config; the weights are read later, when they are needed.
 
     Attributes:
         source: the files.
@@ -139,7 +139,7 @@ class Checkpoint:
         for stored, names, split in jobs:
             targets = [parameters[name] for name in names]
             to_lay_out = [linears[id(target.meta)] for target in targets if id(target.meta) in linears]
-            # A view keeps its whole map in memory, beside the copies that were made from that.
+            # A mapped tensor keeps its whole map in memory, so a tensor that is copied must not be mapped.
             is_copy = split is not None or stored.nbytes < MIN_MAPPED_BYTES
             stays = not is_copy and SAFETENSORS_DTYPES[stored.dtype] == dtype and device.type == "cpu"
             stays = stays and not any(is_copied(linear, dtype) for linear in to_lay_out)

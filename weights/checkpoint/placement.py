@@ -61,10 +61,10 @@ def find_jobs(name: str, family: Family, tensors: Iterable[StoredTensor]) -> lis
 
 
 def settle_tie(name: str, jobs: list[LoadJob], config: Any) -> tuple[list[LoadJob], Any]:
-    """Jobs and config for a tied head, whatever the files hold of it.
+    """Jobs and config if the config ties the head to the embedding.
 
-    They may hold the embedding alone, the head alone, both with equal values, or two different tensors; then
-    the head is not tied, as in transformers.
+    The files may hold only the embedding, only the head, or both with equal values. If they hold two different
+    tensors, the head is not tied, as in transformers.
     """
     by_parameters = {job.parameters: job.stored for job in jobs}
     head, embedding = by_parameters.get(HEAD), by_parameters.get(EMBEDDING)

@@ -1,7 +1,7 @@
 """HubSource: a checkpoint on the Hugging Face hub, at one commit.
 
 The revision is resolved once, to a commit. Every file is then requested by its exact name at that commit. No
-pattern of names is used, because repositories hold files beside the weights that we read
+pattern of names is used, because repositories also hold weights that we must not read
 (`consolidated.safetensors`, `original/`, `onnx/`). The cache is the one that all Hugging Face tools share.
 huggingface_hub reads HF_TOKEN, HF_HOME, HF_HUB_CACHE, HF_ENDPOINT and HF_HUB_OFFLINE when it is imported.
 """

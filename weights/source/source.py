@@ -57,7 +57,7 @@ class Source(ABC):
 def checked_name(relative: str) -> PurePosixPath:
     """`relative` as a path that stays inside its folder, by the rules of every operating system.
 
-    The names come from strangers: an index lists its shards. Raises CheckpointError.
+    Names are untrusted, too: an index names its shards. Raises CheckpointError.
     """
 
     def refuse(reason: str) -> CheckpointError:
