@@ -1,7 +1,7 @@
-"""ALiBi: a bias on the scores that falls with distance. Explicit places in, nothing remembered.
+"""ALiBi: a bias on the scores that falls with distance. Explicit places in, no state.
 
 Press et al., Train Short, Test Long (arXiv 2108.12409): head h lowers the score of a key by slope_h for each
-token between it and the query. Nothing is rotated; a key is cached as it is.
+token of distance from the query. Nothing is rotated; a key is cached as it is.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ class Alibi:
 
     heads: int  # H
     bias_max: float = 8.0
-    bfloat16_ranks: bool = False  # transformers' rounding in Falcon, wrong by up to 1 in 600: for parity only
+    bfloat16_ranks: bool = (
+        False  # as transformers rounds in Falcon, for parity runs: off by 0.5 at 600 tokens
+    )
 
     def slopes(self) -> Tensor:
         """float32 [H]. For 12 heads: those of 8, then every other one of 16, as the models were trained."""
@@ -32,16 +34,16 @@ class Alibi:
 
 
 def position_bias(alibi: Alibi, step: Step, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
-    """What one Step's scores are raised by, times `scale`: [R, H, T, K] in float32, for float64 in float64.
+    """The bias of one Step's scores, times `scale`: [R, H, T, K] in float32; in float64 where `dtype` is.
 
-    `dtype` is the model's.
+    dtype: the model's.
     """
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    slopes = _slopes(alibi, step.near.device)[:, None, None]  # [H, 1, 1]
+    slopes = _slopes(alibi, step.query_place.device)[:, None, None]  # [H, 1, 1]
     distance = step.distance()[:, None]  # [R, 1, T, K]
     if not alibi.bfloat16_ranks:
         return distance.to(wide) * (slopes.to(wide) * -scale)
-    ranks = step.far[:, None, :, None] - distance  # where a key stands among those that the query sees
+    ranks = step.sink_query_place[:, None, :, None] - distance  # of a key among those that the query sees
     return ((slopes.bfloat16() * ranks.bfloat16()).to(dtype) * scale).to(wide)
 
 

@@ -1,4 +1,9 @@
-"""attend(): the only softmax of the project, and the choice of the kernel that computes it."""
+"""attend(): the softmax of the project, and the choice of the kernel that computes it.
+
+A kernel reads some of the keys and returns ``(out, lse)``: what the queries read of them, and the logarithm of
+the sum that their softmax was divided by. `merge` joins what several kernels read, as if one softmax had run
+over all their keys.
+"""
 
 from __future__ import annotations
 
@@ -10,219 +15,270 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from streamllm.models.cpu import INTEL
-from streamllm.models.step import Band, Step
+from streamllm.models.processor import IS_INTEL
+from streamllm.models.step import Step, is_visible
+from streamllm.models.torch_private import flash_attention_cpu
+
+Read = tuple[Tensor, Tensor]  # out [B, H, T, D] and lse [B, H, T]
+
+TILE_QUERIES = 64  # tools/bench.py score, AMD EPYC, 2026-11: 32 to 256 are within 10 %, 512 is not
+TILE_QUERIES_AMX = 128  # half types on a Xeon with AMX, 2026-11: 1.03 to 1.2 times as fast as 64
+TILE_QUERIES_ACCELERATOR = 512  # not measured
 
 
 def attend(
-    near: Tensor,
-    far: Tensor,
+    query: Tensor,
+    sink_query: Tensor | None,
     keys: Tensor,
     values: Tensor,
     step: Step,
     scale: float,
     bias: Tensor | None = None,
 ) -> Tensor:
-    """What each query reads: softmax(scale · q·k + bias over the visible keys) · values.
+    """softmax(scale · q·k + bias, over the visible keys) · values.
 
-    near, far [B, H, T, D]: the queries as recent keys and as sinks see them (the same tensor without
-    rotation, or where step.sinks is 0). keys, values [B, G, K, D] with G dividing H: query heads
-    j·H/G … share key head j, which is never copied. bias [R, H, T, K] in float32 or wider, added after
-    scaling. Returns [B, H, T, D] in the type of the values. The softmax runs in float32 for half types.
+    query [B, H, T, D] meets recent keys; sink_query, of the same shape, meets the first `step.sinks` keys (None:
+    `query` meets them, too). keys, values [B, G, K, D] with G dividing H: query heads j·H/G … share key head j,
+    which is never copied. bias [R, H, T, K] in float32 or wider, added after scaling. Returns [B, H, T, D] in
+    the type of the values. The softmax runs in float32 for half types.
     """
-    # Measured on a CPU: one query reads the cache at memory speed by two matmuls, 4 to 5 times faster in
-    # bfloat16 than by the fused kernel, and a little faster in float32. Many queries go in tiles, each beside
-    # the keys of its band: for 512 of them and W = 1024, half the time of one kernel with all keys. Sinks seen
-    # from another place need scores of two kinds, which the fused kernel has not: there it is told of the band
-    # alone, and the sinks are joined afterwards, in 0.5 (bfloat16) to 0.9 (float32) of two matmuls' time.
-    # A bias in a half type goes with scores that are rounded to it: the fused kernel does not round them, and
-    # is then as far from a model that ran elsewhere as two separate roundings are (1.02 of what is allowed,
-    # 0.89 to 0.97 so). It would also round the bias itself, of which distances beyond 256 need every digit.
-    apart = step.sinks > 0 and near is not far
-    on_cpu, queries = near.device.type == "cpu", near.shape[2]
-    biased_half = bias is not None and near.dtype != _wide(near.dtype)
-    if step.band is not None and queries > 1 and (apart or biased_half or (on_cpu and not step.causal)):
-        return _in_tiles(near, far, keys, values, step, scale, bias)
-    if apart or biased_half or (on_cpu and queries == 1):
-        return _by_matmul(near, far, keys, values, step, scale, bias)
-    return _fused(near, keys, values, step, scale, bias)
+    if not step.sinks:
+        sink_query = None
+    name = kernel_for(query, sink_query, step, bias)
+    return KERNELS[name](query, sink_query, keys, values, step, scale, bias)
 
 
-TILE = 64  # queries; 32 to 256 are within 10 % of it, 512 is not
+def kernel_for(query: Tensor, sink_query: Tensor | None, step: Step, bias: Tensor | None) -> str:
+    """Which kernel of `KERNELS` serves. One row of the table for each line; the first that fits is taken.
+
+    device   queries   visibility        sinks apart   bias             kernel
+    any      1         any               yes           any              one_softmax
+    any      2 …       band              yes           any              tiles
+    any      2 …       by places         yes           any              one_softmax
+    any      2 …       band              no            in a half type   tiles
+    any      any       any               no            in a half type   one_softmax
+    cpu      1         any               no            any              one_softmax
+    cpu      2 …       band, not causal  no            any              tiles
+    any      any       any               no            any              fused
+
+    Why (tools/bench.py decode, AMD EPYC, 2026-11): one query reads the cache at memory speed by two matmuls, 4 to 5
+    times as fast as the fused kernel in bfloat16, and a little faster in float32. For 512 queries and W = 1024,
+    tiles take half the time of one kernel with all keys. The fused kernel has one query for all keys, so sinks
+    that stand apart need another. With a bias in a half type, it keeps unrounded scores, which exceeds the
+    parity limit of half types (1.02 times; the others reach 0.89 to 0.97), and it would round the bias.
+    """
+    many = query.shape[2] > 1
+    on_cpu = query.device.type == "cpu"
+    apart = sink_query is not None
+    half_bias = bias is not None and query.dtype != _wide(query.dtype)
+    tileable = many and step.band is not None
+    if apart or half_bias:
+        return "tiles" if tileable else "one_softmax"
+    if on_cpu and not many:
+        return "one_softmax"
+    if on_cpu and tileable and not step.is_causal:
+        return "tiles"
+    return "fused"
 
 
-def _in_tiles(
-    near: Tensor, far: Tensor, keys: Tensor, values: Tensor, step: Step, scale: float, bias: Tensor | None
+def one_softmax(
+    query: Tensor,
+    sink_query: Tensor | None,
+    keys: Tensor,
+    values: Tensor,
+    step: Step,
+    scale: float,
+    bias: Tensor | None,
 ) -> Tensor:
-    """A few queries after the other, each few against the sinks and the run of keys that they see."""
+    """Two matmuls and one softmax over all keys. The scores of the sinks come from their own query."""
+    sinks = None if sink_query is None else (sink_query, keys[:, :, : step.sinks])
+    scores = _scores(query, keys, scale, sinks)
+    if bias is not None:
+        scores = scores + bias
+    mask = step.mask()
+    if mask is not None:
+        scores = scores.masked_fill_(~mask[:, None], -torch.inf)
+    return _weighted(scores.softmax(-1), values)
+
+
+def tiles(
+    query: Tensor,
+    sink_query: Tensor | None,
+    keys: Tensor,
+    values: Tensor,
+    step: Step,
+    scale: float,
+    bias: Tensor | None,
+) -> Tensor:
+    """Some queries at a time, each tile beside the keys of its band. The sinks are read apart, and merged."""
     band = step.band
     assert band is not None
-    T, columns = near.shape[2], band.columns
-    on_cpu = near.device.type == "cpu"
-    tile = TILE if on_cpu else 8 * TILE
-    if INTEL and on_cpu and near.dtype != _wide(near.dtype):
-        tile = 2 * TILE  # AMX multiplies half types: 1.03 to 1.2 times as fast
-    if not step.sinks:
-        far = near
-    sinks = keys[:, :, :columns], values[:, :, :columns]
-    joinable = on_cpu and _FLASH is not None and (bias is None or near.dtype == _wide(near.dtype))
-    read: list[Tensor] = []
-    runs: list[tuple[Tensor, Tensor]] = []  # what the last queries read of the runs alone, and their scores
-    hidden, known = None, None
-    for start in range(0, T, tile):
-        stop = min(start + tile, T)
-        if joinable and band.start + start >= band.sinks:  # each query sees itself in the run, and all sinks
-            runs.append(_run(near, keys, values, band, start, stop, scale, bias))
-            continue
-        low, high = band.keys(start, stop)
-        kind = stop - start, high - low, start - low, band.start + start < columns
-        if kind != known or kind[-1]:  # else what the tile before hid is hidden here
-            mask, known = band.mask(start, stop, near.device), kind
-            hidden = None if mask is None else ~mask
-        recent = near[:, :, start:stop]
-        sunken = recent if far is near else far[:, :, start:stop]
-        added = bias if bias is None else bias[:, :, start:stop]
-        if added is not None and low > columns:
-            added = torch.cat((added[..., :columns], added[..., low:high]), -1)
-        elif added is not None:
-            added = added[..., :high]
-        # As many keys before the run as there are sinks, in whose place the sinks are put.
-        run = slice(low - columns, high)
-        read.append(
-            _attended(recent, sunken, keys[:, :, run], values[:, :, run], sinks if columns else None,
-                      low > columns, scale, added, hidden)
-        )  # fmt: skip
-    if runs:
-        out, score = (_joined(parts) for parts in zip(*runs, strict=True))
-        first = T - out.shape[2]
-        added = None if bias is None else bias[:, :, first:, :columns]
-        read.append(_beside_sinks(out, score, far[:, :, first:], sinks, scale, added) if columns else out)
-    return _joined(read)
+    T, columns, rows = query.shape[2], band.columns, _tile_queries(query)
+    wide = _wide(query.dtype)
+    fusable = query.device.type == "cpu" and (bias is None or query.dtype == wide)
+    if sink_query is None:
+        sink_query = query
+    sinks = keys[:, :, :columns].to(wide), values[:, :, :columns].to(wide)  # few: exact costs little
 
+    def read_sinks(start: int, stop: int) -> Read:
+        added = _joined_bias(
+            None if bias is None else bias[:, :, start:stop, :columns],
+            _as_bias(band.sink_mask(start, stop, query.device), wide),
+        )
+        return _by_matmul(sink_query[:, :, start:stop].to(wide), *sinks, scale, added)
 
-def _run(
-    near: Tensor, keys: Tensor, values: Tensor, band: Band, start: int, stop: int, scale: float,
-    bias: Tensor | None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """What the queries `start` … `stop` - 1 read of their run of keys alone [B, H, n, D], and its score [B, H, n]."""
-    assert _FLASH is not None
-    low, high = band.keys(start, stop)
-    behind = band.start + start - (band.first + low - band.columns)  # the first key, behind the first query
-    mask = _shut(stop - start, behind, band.window, near.dtype, near.device)
-    if bias is not None:
-        added = bias[:, :, start:stop, low:high]
-        mask = added if mask is None else added + mask
-    return _FLASH(
-        near[:, :, start:stop], keys[:, :, low:high], values[:, :, low:high], attn_mask=mask, scale=scale
+    def read_run(start: int, stop: int) -> Read:
+        low, high = band.run(start, stop)
+        in_front = band.start + start - (band.first + low - columns)  # keys of the run before the first query
+        # A fused kernel must see a key for each query: the first queries of a text may be sinks, and see none here.
+        fuse = fusable and band.start + start >= band.sinks
+        added = _joined_bias(
+            None if bias is None else bias[:, :, start:stop, low:high],
+            _run_bias(
+                stop - start, high - low, in_front, band.window, query.dtype if fuse else wide, query.device
+            ),
+        )
+        kernel = _by_flash if fuse else _by_matmul
+        return kernel(query[:, :, start:stop], keys[:, :, low:high], values[:, :, low:high], scale, added)
+
+    read = [read_run(start, min(start + rows, T)) for start in range(0, T, rows)]
+    run = (
+        read[0]
+        if len(read) == 1
+        else (torch.cat([o for o, _ in read], 2), torch.cat([s for _, s in read], 2))
     )
+    return merge([run, read_sinks(0, T)] if columns else [run])
 
 
-@lru_cache(maxsize=4)  # all layers, and nearly all tiles of a long text, have the same
-def _shut(queries: int, behind: int, window: int, dtype: torch.dtype, device: torch.device) -> Tensor | None:
-    """A run's mask as what is added to scores: 0 or -inf [queries, keys]; None where each query sees all."""
-    with torch.inference_mode(False):  # or no gradient could pass beside it
-        seen = Band(behind, 0, 0, 0, window).mask(0, queries, device)
-        if seen is None:
-            return None
-        return torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill_(~seen, -torch.inf)
-
-
-def _joined(parts: Sequence[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(tuple(parts), 2)
-
-
-def _beside_sinks(
-    run: Tensor, score: Tensor, far: Tensor, sinks: tuple[Tensor, Tensor], scale: float, bias: Tensor | None
+def fused(
+    query: Tensor,
+    sink_query: Tensor | None,
+    keys: Tensor,
+    values: Tensor,
+    step: Step,
+    scale: float,
+    bias: Tensor | None,
 ) -> Tensor:
-    """What was read [B, H, T, D] of a run of keys, joined with the sinks: beside them, it is like one key more.
-
-    Its score [B, H, T] is the logarithm of what its softmax was divided by.
-    """
-    B, H, T, D = run.shape
-    G, few, wide = sinks[0].shape[1], sinks[0].shape[2], _wide(run.dtype)
-    rows = far.to(wide).reshape(B, G, H // G * T, D)
-    scores = (rows @ sinks[0].to(wide).transpose(2, 3)).view(B, H, T, few).mul_(scale)
-    if bias is not None:
-        scores = scores + bias
-    weights = torch.cat((score.to(wide)[..., None], scores), -1).softmax(-1)
-    of_sinks = weights[..., 1:].reshape(B, G, H // G * T, few) @ sinks[1].to(wide)
-    return torch.addcmul(of_sinks.view(B, H, T, D), run.to(wide), weights[..., :1]).to(run.dtype)
-
-
-def _find_flash() -> Callable[..., tuple[Tensor, Tensor]] | None:
-    """The fused kernel of the CPU, which also tells the sum: torch's own, but not one it promises to keep."""
-    try:
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
-    except AttributeError:
-        return None
-
-
-_FLASH = _find_flash()
-
-
-def _by_matmul(
-    near: Tensor, far: Tensor, keys: Tensor, values: Tensor, step: Step, scale: float, bias: Tensor | None
-) -> Tensor:
-    apart = step.sinks > 0 and near is not far
-    sinks = (keys[:, :, : step.sinks], values[:, :, : step.sinks]) if apart else None
-    mask = step.mask()
-    hidden = None if mask is None else ~mask
-    return _attended(near, far, keys, values, sinks, False, scale, bias, hidden)
-
-
-def _attended(
-    near: Tensor, far: Tensor, keys: Tensor, values: Tensor, sinks: tuple[Tensor, Tensor] | None,
-    elsewhere: bool, scale: float, bias: Tensor | None, hidden: Tensor | None,
-) -> Tensor:  # fmt: skip
-    """The softmax itself. The first keys are those of `sinks`, which the far queries see.
-
-    Where the sinks are `elsewhere`, other keys and values stand in their place, and do not count.
-    """
-    apart = near is not far
-    B, H, T, D = near.shape
-    G, K = keys.shape[1], keys.shape[2]
-    if near.dtype == torch.float16:  # q·k can pass its end at 65,504; a power of two rounds nothing
-        power = 2.0 ** min(0, math.frexp(scale)[1])
-        near, far, scale = near * power, far * power, scale / power
-    grouped = (B, G, H // G * T, D)  # the queries that share a key head are rows of one matmul
-    near = near.reshape(grouped)
-    if T == 1 and near.dtype == torch.float32 and near.device.type == "cpu" and not INTEL:
-        # A matrix times a few columns reads the keys up to 1.8 times as fast as a few rows times a matrix;
-        # on Intel's processors, half as fast.
-        scores = (keys @ near.transpose(2, 3)).transpose(2, 3).contiguous()
-    else:
-        scores = near @ keys.transpose(2, 3)  # [B, G, H/G·T, K]
-    columns = 0 if sinks is None else sinks[0].shape[2]
-    if sinks is not None and (elsewhere or apart):
-        scores[..., :columns] = far.reshape(grouped) @ sinks[0].transpose(2, 3)
-    scores = scores.view(B, H, T, K).to(_wide(scores.dtype)).mul_(scale)
-    if bias is not None:
-        scores = scores + bias
-    if hidden is not None:
-        scores = scores.masked_fill_(hidden if hidden.dim() == 2 else hidden[:, None], -torch.inf)
-    weights = scores.softmax(-1).to(values.dtype).view(B, G, H // G * T, K)
-    if sinks is None or not elsewhere:
-        return (weights @ values).view(B, H, T, D)
-    read = weights[..., columns:] @ values[:, :, columns:] + weights[..., :columns] @ sinks[1]
-    return read.view(B, H, T, D)
-
-
-def _fused(q: Tensor, keys: Tensor, values: Tensor, step: Step, scale: float, bias: Tensor | None) -> Tensor:
-    known = step.causal and bias is None
-    mask = None if known else step.mask()
+    """One call of torch's scaled_dot_product_attention: one query for all keys."""
+    causal = step.is_causal and bias is None
+    mask = None if causal else step.mask()
     if mask is not None:
         mask = mask[:, None]
     if bias is not None:
-        mask = (bias if mask is None else bias.masked_fill(~mask, -torch.inf)).to(q.dtype)
+        mask = (bias if mask is None else bias.masked_fill(~mask, -torch.inf)).to(query.dtype)
     return F.scaled_dot_product_attention(
-        q,
+        query,
         keys,
         values,
         attn_mask=mask,
-        is_causal=known,
+        is_causal=causal,
         scale=scale,
-        enable_gqa=q.shape[1] != keys.shape[1],
+        enable_gqa=query.shape[1] != keys.shape[1],
     )
+
+
+Kernel = Callable[[Tensor, Tensor | None, Tensor, Tensor, Step, float, Tensor | None], Tensor]
+KERNELS: dict[str, Kernel] = {"one_softmax": one_softmax, "tiles": tiles, "fused": fused}
+
+
+def merge(reads: Sequence[Read]) -> Tensor:
+    """One softmax over the keys of all parts, from what was read of each: [B, H, T, D].
+
+    The out of a part weighs exp(lse) of the sum of all. A part without a visible key has lse = -inf.
+    """
+    if len(reads) == 1:
+        return reads[0][0]
+    dtype = reads[0][0].dtype
+    wide = _wide(dtype)
+    weights = torch.stack([lse for _, lse in reads], -1).to(wide).softmax(-1)
+    out = reads[0][0].to(wide) * weights[..., :1]
+    for part, (read, _) in enumerate(reads[1:], 1):
+        out = torch.addcmul(out, read.to(wide), weights[..., part : part + 1])
+    return out.to(dtype)
+
+
+def _by_matmul(query: Tensor, keys: Tensor, values: Tensor, scale: float, bias: Tensor | None) -> Read:
+    """Two matmuls. A query that sees no key reads 0, with lse = -inf."""
+    scores = _scores(query, keys, scale)
+    if bias is not None:
+        scores = scores + bias
+    lse = scores.logsumexp(-1)
+    weights = (scores - lse[..., None].clamp(min=torch.finfo(lse.dtype).min)).exp()
+    return _weighted(weights, values), lse
+
+
+def _by_flash(query: Tensor, keys: Tensor, values: Tensor, scale: float, bias: Tensor | None) -> Read:
+    """torch's fused kernel for a CPU. Each query must see a key."""
+    if flash_attention_cpu is None:
+        return _by_matmul(query, keys, values, scale, bias)
+    return flash_attention_cpu(query, keys, values, attn_mask=bias, scale=scale)  # type: ignore[no-any-return]
+
+
+@lru_cache(maxsize=4)  # all layers, and nearly all tiles of a long text, have the same
+def _run_bias(
+    queries: int, keys: int, in_front: int, window: int, dtype: torch.dtype, device: torch.device
+) -> Tensor | None:
+    """Visibility as a bias, 0 or -inf [queries, keys], for consecutive tokens; None where each query sees all.
+
+    The first query stands behind `in_front` of the keys.
+    """
+    if queries == 1:
+        return None
+    with torch.inference_mode(False):  # or autograd could not use it
+        query = torch.arange(in_front, in_front + queries, device=device)[:, None]
+        return _as_bias(is_visible(torch.arange(keys, device=device), query, 0, window), dtype)
+
+
+def _as_bias(visible: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    if visible is None:
+        return None
+    return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, -torch.inf)
+
+
+def _joined_bias(one: Tensor | None, other: Tensor | None) -> Tensor | None:
+    return one if other is None else other if one is None else one + other
+
+
+def _scores(query: Tensor, keys: Tensor, scale: float, sinks: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    """scale · q·k in float32 or wider: [B, H, T, K].
+
+    sinks: another query, and the first of the keys, which are scored by it.
+    """
+    if (
+        query.dtype == torch.float16
+    ):  # q·k may pass 65,504, the largest float16; a power of two rounds nothing
+        power = 2.0 ** min(0, math.frexp(scale)[1])
+        query, scale = query * power, scale / power
+        sinks = None if sinks is None else (sinks[0] * power, sinks[1])
+    scores = _products(query, keys)
+    if sinks is not None:
+        scores[..., : sinks[1].shape[2]] = _products(*sinks)
+    return scores.to(_wide(scores.dtype)).mul_(scale)
+
+
+def _products(query: Tensor, keys: Tensor) -> Tensor:
+    """q·k, [B, H, T, K]. Queries that share a key head are rows of one matmul."""
+    B, H, T, D = query.shape
+    G, K = keys.shape[1], keys.shape[2]
+    query = query.reshape(B, G, H // G * T, D)
+    if T == 1 and query.dtype == torch.float32 and query.device.type == "cpu" and not IS_INTEL:
+        # Keys times a few columns take up to 1.8 times less than a few rows times the keys; on Intel's
+        # processors twice as long. tools/bench.py decode, AMD EPYC and Intel Xeon, 2026-11.
+        return (keys @ query.transpose(2, 3)).transpose(2, 3).contiguous().view(B, H, T, K)
+    return (query @ keys.transpose(2, 3)).view(B, H, T, K)
+
+
+def _weighted(weights: Tensor, values: Tensor) -> Tensor:
+    """weights [B, H, T, K] · values [B, G, K, D] -> [B, H, T, D], in the type of the values."""
+    B, H, T, K = weights.shape
+    G, D = values.shape[1], values.shape[3]
+    return (weights.to(values.dtype).view(B, G, H // G * T, K) @ values).view(B, H, T, D)
+
+
+def _tile_queries(query: Tensor) -> int:
+    if query.device.type != "cpu":
+        return TILE_QUERIES_ACCELERATOR
+    return TILE_QUERIES_AMX if IS_INTEL and query.dtype != _wide(query.dtype) else TILE_QUERIES
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

@@ -21,14 +21,15 @@ from torch import Tensor, nn
 
 from streamllm.models.alibi import Alibi, position_bias
 from streamllm.models.attention import attend
-from streamllm.models.layers import ACTIVATIONS, Embedding, Linear
+from streamllm.models.causal_lm import CausalLM
+from streamllm.models.layers import ACTIVATIONS, Linear
 from streamllm.models.rotary import Rope, Rotation, rotation
-from streamllm.models.step import Cache, Geometry, KVStore, Plan, Step, forward_in_chunks
+from streamllm.models.step import Geometry, KVStore, Plan, Step
 
 
 @dataclass(frozen=True)
 class Config:
-    """The numbers that act. Names and defaults on disk are `weights/falcon.py`'s affair."""
+    """The numbers that the computation depends on. weights/falcon.py reads them from config.json."""
 
     vocab_size: int  # V
     width: int  # C
@@ -72,12 +73,12 @@ class Attention(nn.Module):
         )
         scale = self.head_dim**-0.5
         if isinstance(position, Rotation):
-            near, far = position.queries(q)
+            query, sink_query = position.queries(q)
             keys, values = store.append(position.keys(k), v)  # [B, G, K, D]
-            read = attend(near, far, keys, values, step, scale)
+            read = attend(query, sink_query, keys, values, step, scale)
         else:
             keys, values = store.append(k, v)
-            read = attend(q, q, keys, values, step, scale, bias=position)
+            read = attend(q, None, keys, values, step, scale, bias=position)
         return self.o(read.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
 
 
@@ -111,38 +112,15 @@ class Block(nn.Module):
         return x + self.mlp(self.mlp_norm(x))  # type: ignore[no-any-return]
 
 
-class Model(nn.Module):
+class Model(CausalLM):
     def __init__(self, config: Config) -> None:
-        super().__init__()
-        self.config = config
-        self.embed = Embedding(config.vocab_size, config.width)
-        self.layers = nn.ModuleList(Block(config) for _ in range(config.layers))
-        self.norm = nn.LayerNorm(config.width, config.norm_eps)
-        self.head = Linear(config.width, config.vocab_size, bias=False)
-        if config.tied:
-            self.head.weight = self.embed.weight
-
-    @property
-    def geometry(self) -> Geometry:
-        c = self.config
-        return Geometry(c.kv_heads, c.head_dim, c.vocab_size, (None,) * c.layers, c.trained_length)
-
-    def forward(
-        self,
-        tokens: Tensor,
-        cache: Cache | None = None,
-        *,
-        lengths: Tensor | None = None,
-        logits_to_keep: int | None = None,
-    ) -> Tensor:
-        """int64 [B, T] -> logits [B, T, V]: a whole text, or with a cache the next T tokens of the streams.
-
-        See `forward_in_chunks` for `lengths` [B], `logits_to_keep` and errors.
-        """
-        return forward_in_chunks(self, tokens, cache, lengths, logits_to_keep)
+        blocks = (Block(config) for _ in range(config.layers))
+        super().__init__(config, blocks, nn.LayerNorm(config.width, config.norm_eps))
+        c = config
+        self.geometry = Geometry(c.kv_heads, c.head_dim, c.vocab_size, (None,) * c.layers, c.trained_length)
 
     def hidden(self, tokens: Tensor, plan: Plan) -> Tensor:
-        """One chunk: int64 [B, T] -> [B, T, C], before the head."""
+        """One chunk: int64 [B, T] -> [B, T, C], the input of the head."""
         x = self.embed(tokens)
         step = plan.steps[None]
         encoding = self.config.position
@@ -153,7 +131,3 @@ class Model(nn.Module):
         for layer, store in zip(self.layers, plan.stores, strict=True):
             x = layer(x, step, position, store)
         return self.norm(x)  # type: ignore[no-any-return]
-
-    def project(self, x: Tensor) -> Tensor:
-        """[B, T, C] -> logits [B, T, V]."""
-        return self.head(x)  # type: ignore[no-any-return]

@@ -4,7 +4,7 @@
        ├─ norm ── MLP ────────┤
        └──────────────────────┘
 
-    x ── norm ── attention ── + ── norm ── MLP ── + ──>      sequential (each + adds what went in)
+    x ── norm ── attention ── + ── norm ── MLP ── + ──>      sequential (each + adds the branch's input)
 
 B batch, T new tokens, K keys, H heads, D head dimension, C width, V vocabulary.
 """
@@ -16,14 +16,15 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from streamllm.models.attention import attend
-from streamllm.models.layers import ACTIVATIONS, Embedding, Linear
+from streamllm.models.causal_lm import CausalLM
+from streamllm.models.layers import ACTIVATIONS, Linear
 from streamllm.models.rotary import Rope, Rotation, rotation
-from streamllm.models.step import Cache, Geometry, KVStore, Plan, Step, forward_in_chunks
+from streamllm.models.step import Geometry, KVStore, Plan, Step
 
 
 @dataclass(frozen=True)
 class Config:
-    """The numbers that act. Names and defaults on disk are `weights/gpt_neox.py`'s affair."""
+    """The numbers that the computation depends on. weights/gpt_neox.py reads them from config.json."""
 
     vocab_size: int  # V
     width: int  # C
@@ -55,9 +56,9 @@ class Attention(nn.Module):
             project(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [B, H, T, D]
             for project in (self.q, self.k, self.v)
         )
-        near, far = rotation.queries(q)
+        query, sink_query = rotation.queries(q)
         keys, values = store.append(rotation.keys(k), v)  # [B, H, K, D]
-        read = attend(near, far, keys, values, step, scale=self.head_dim**-0.5)
+        read = attend(query, sink_query, keys, values, step, scale=self.head_dim**-0.5)
         return self.o(read.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
 
 
@@ -89,45 +90,18 @@ class Block(nn.Module):
         return x + self.mlp(self.mlp_norm(x))  # type: ignore[no-any-return]
 
 
-class Model(nn.Module):
+class Model(CausalLM):
     def __init__(self, config: Config) -> None:
-        super().__init__()
-        self.config = config
-        self.embed = Embedding(config.vocab_size, config.width)
-        self.layers = nn.ModuleList(Block(config) for _ in range(config.layers))
-        self.norm = nn.LayerNorm(config.width, config.norm_eps)
-        self.head = Linear(config.width, config.vocab_size, bias=False)
-        if config.tied:
-            self.head.weight = self.embed.weight
-
-    @property
-    def geometry(self) -> Geometry:
-        c = self.config
-        return Geometry(c.heads, c.head_dim, c.vocab_size, (None,) * c.layers, c.trained_length)
-
-    def forward(
-        self,
-        tokens: Tensor,
-        cache: Cache | None = None,
-        *,
-        lengths: Tensor | None = None,
-        logits_to_keep: int | None = None,
-    ) -> Tensor:
-        """int64 [B, T] -> logits [B, T, V]: a whole text, or with a cache the next T tokens of the streams.
-
-        See `forward_in_chunks` for `lengths` [B], `logits_to_keep` and errors.
-        """
-        return forward_in_chunks(self, tokens, cache, lengths, logits_to_keep)
+        blocks = (Block(config) for _ in range(config.layers))
+        super().__init__(config, blocks, nn.LayerNorm(config.width, config.norm_eps))
+        c = config
+        self.geometry = Geometry(c.heads, c.head_dim, c.vocab_size, (None,) * c.layers, c.trained_length)
 
     def hidden(self, tokens: Tensor, plan: Plan) -> Tensor:
-        """One chunk: int64 [B, T] -> [B, T, C], before the head."""
+        """One chunk: int64 [B, T] -> [B, T, C], the input of the head."""
         x = self.embed(tokens)
         step = plan.steps[None]
         turned = rotation(self.config.rope, step, x.dtype)
         for layer, store in zip(self.layers, plan.stores, strict=True):
             x = layer(x, step, turned, store)
         return self.norm(x)  # type: ignore[no-any-return]
-
-    def project(self, x: Tensor) -> Tensor:
-        """[B, T, C] -> logits [B, T, V]."""
-        return self.head(x)  # type: ignore[no-any-return]

@@ -1,7 +1,7 @@
 """Llama (model_type "llama"): Touvron et al., arXiv 2302.13971 and 2307.09288; Llama 3, arXiv 2407.21783; and
 its kin "mistral" (arXiv 2310.06825), "qwen2" (arXiv 2407.10671), "qwen3" (arXiv 2505.09388).
 
-    x ── norm ── attention ── + ── norm ── gated MLP ── + ──>      (each + adds what went in)
+    x ── norm ── attention ── + ── norm ── gated MLP ── + ──>      (each + adds the branch's input)
 
 Mistral's layers see no further back than a window, those of Qwen may. Qwen2 has biases on q, k and v alone.
 Qwen3 normalises each head's queries and keys before they are rotated.
@@ -16,14 +16,15 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from streamllm.models.attention import attend
-from streamllm.models.layers import ACTIVATIONS, Embedding, Linear, RMSNorm
+from streamllm.models.causal_lm import CausalLM
+from streamllm.models.layers import ACTIVATIONS, Linear, RMSNorm
 from streamllm.models.rotary import Rope, Rotation, rotation
-from streamllm.models.step import Cache, Geometry, KVStore, Plan, Step, forward_in_chunks
+from streamllm.models.step import Geometry, KVStore, Plan, Step
 
 
 @dataclass(frozen=True)
 class Config:
-    """The numbers that act. Names and defaults on disk are `weights/llama.py`'s affair."""
+    """The numbers that the computation depends on. weights/llama.py reads them from config.json."""
 
     vocab_size: int  # V
     width: int  # C
@@ -61,9 +62,9 @@ class Attention(nn.Module):
             project(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [B, H or G, T, D]
             for project in (self.q, self.k, self.v)
         )
-        near, far = rotation.queries(self.q_norm(q))
+        query, sink_query = rotation.queries(self.q_norm(q))
         keys, values = store.append(rotation.keys(self.k_norm(k)), v)  # [B, G, K, D]
-        read = attend(near, far, keys, values, step, scale=self.head_dim**-0.5)
+        read = attend(query, sink_query, keys, values, step, scale=self.head_dim**-0.5)
         return self.o(read.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
 
 
@@ -92,46 +93,20 @@ class Block(nn.Module):
         return x + self.mlp(self.mlp_norm(x))  # type: ignore[no-any-return]
 
 
-class Model(nn.Module):
+class Model(CausalLM):
     def __init__(self, config: Config) -> None:
-        super().__init__()
-        self.config = config
-        self.embed = Embedding(config.vocab_size, config.width)
-        self.layers = nn.ModuleList(Block(config) for _ in range(config.layers))
-        self.norm = RMSNorm(config.width, config.norm_eps)
-        self.head = Linear(config.width, config.vocab_size, bias=False)
-        if config.tied:
-            self.head.weight = self.embed.weight
-
-    @property
-    def geometry(self) -> Geometry:
-        c = self.config
-        windows = c.windows or (None,) * c.layers
-        return Geometry(c.kv_heads, c.head_dim, c.vocab_size, windows, c.trained_length)
-
-    def forward(
-        self,
-        tokens: Tensor,
-        cache: Cache | None = None,
-        *,
-        lengths: Tensor | None = None,
-        logits_to_keep: int | None = None,
-    ) -> Tensor:
-        """int64 [B, T] -> logits [B, T, V]: a whole text, or with a cache the next T tokens of the streams.
-
-        See `forward_in_chunks` for `lengths` [B], `logits_to_keep` and errors.
-        """
-        return forward_in_chunks(self, tokens, cache, lengths, logits_to_keep)
+        blocks = (Block(config) for _ in range(config.layers))
+        super().__init__(config, blocks, RMSNorm(config.width, config.norm_eps))
+        c = config
+        self.geometry = Geometry(
+            c.kv_heads, c.head_dim, c.vocab_size, c.windows or (None,) * c.layers, c.trained_length
+        )
 
     def hidden(self, tokens: Tensor, plan: Plan) -> Tensor:
-        """One chunk: int64 [B, T] -> [B, T, C], before the head."""
+        """One chunk: int64 [B, T] -> [B, T, C], the input of the head."""
         x = self.embed(tokens)
-        turned = {window: rotation(self.config.rope, step, x.dtype) for window, step in plan.steps.items()}
+        rotations = {window: rotation(self.config.rope, step, x.dtype) for window, step in plan.steps.items()}
         of_each_layer = zip(self.layers, self.geometry.windows, plan.stores, strict=True)
         for layer, window, store in of_each_layer:
-            x = layer(x, plan.steps[window], turned[window], store)
+            x = layer(x, plan.steps[window], rotations[window], store)
         return self.norm(x)  # type: ignore[no-any-return]
-
-    def project(self, x: Tensor) -> Tensor:
-        """[B, T, C] -> logits [B, T, V]."""
-        return self.head(x)  # type: ignore[no-any-return]

@@ -1,6 +1,6 @@
 """MPT (model_type "mpt"): MosaicML, github.com/mosaicml/llm-foundry, 2023.
 
-    x ── norm ── attention ── + ── norm ── MLP ── + ──>      (each + adds what went in; no biases anywhere)
+    x ── norm ── attention ── + ── norm ── MLP ── + ──>      (each + adds the branch's input; no biases anywhere)
 
 B batch, T new tokens, K keys, H heads, D head dimension, C width, V vocabulary.
 """
@@ -13,13 +13,14 @@ from torch import Tensor, nn
 
 from streamllm.models.alibi import Alibi, position_bias
 from streamllm.models.attention import attend
-from streamllm.models.layers import ACTIVATIONS, Embedding, Linear
-from streamllm.models.step import Cache, Geometry, KVStore, Plan, Step, forward_in_chunks
+from streamllm.models.causal_lm import CausalLM
+from streamllm.models.layers import ACTIVATIONS, Linear
+from streamllm.models.step import Geometry, KVStore, Plan, Step
 
 
 @dataclass(frozen=True)
 class Config:
-    """The numbers that act. Names and defaults on disk are `weights/mpt.py`'s affair."""
+    """The numbers that the computation depends on. weights/mpt.py reads them from config.json."""
 
     vocab_size: int  # V
     width: int  # C
@@ -54,7 +55,7 @@ class Attention(nn.Module):
             part.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for part in (q, k, v)
         )  # [B, H, T, D]
         keys, values = store.append(k, v)  # [B, H, K, D]
-        read = attend(q, q, keys, values, step, self.scale, bias)
+        read = attend(q, None, keys, values, step, self.scale, bias)
         return self.o(read.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
 
 
@@ -82,45 +83,18 @@ class Block(nn.Module):
         return x + self.mlp(self.mlp_norm(x))  # type: ignore[no-any-return]
 
 
-class Model(nn.Module):
+class Model(CausalLM):
     def __init__(self, config: Config) -> None:
-        super().__init__()
-        self.config = config
-        self.embed = Embedding(config.vocab_size, config.width)
-        self.layers = nn.ModuleList(Block(config) for _ in range(config.layers))
-        self.norm = nn.LayerNorm(config.width, config.norm_eps, bias=False)
-        self.head = Linear(config.width, config.vocab_size, bias=False)
-        if config.tied:
-            self.head.weight = self.embed.weight
-
-    @property
-    def geometry(self) -> Geometry:
-        c = self.config
-        return Geometry(c.heads, c.head_dim, c.vocab_size, (None,) * c.layers, c.trained_length)
-
-    def forward(
-        self,
-        tokens: Tensor,
-        cache: Cache | None = None,
-        *,
-        lengths: Tensor | None = None,
-        logits_to_keep: int | None = None,
-    ) -> Tensor:
-        """int64 [B, T] -> logits [B, T, V]: a whole text, or with a cache the next T tokens of the streams.
-
-        See `forward_in_chunks` for `lengths` [B], `logits_to_keep` and errors.
-        """
-        return forward_in_chunks(self, tokens, cache, lengths, logits_to_keep)
+        blocks = (Block(config) for _ in range(config.layers))
+        super().__init__(config, blocks, nn.LayerNorm(config.width, config.norm_eps, bias=False))
+        c = config
+        self.geometry = Geometry(c.heads, c.head_dim, c.vocab_size, (None,) * c.layers, c.trained_length)
 
     def hidden(self, tokens: Tensor, plan: Plan) -> Tensor:
-        """One chunk: int64 [B, T] -> [B, T, C], before the head."""
+        """One chunk: int64 [B, T] -> [B, T, C], the input of the head."""
         x = self.embed(tokens)
         step = plan.steps[None]
         bias = position_bias(self.config.alibi, step, x.dtype)
         for layer, store in zip(self.layers, plan.stores, strict=True):
             x = layer(x, step, bias, store)
         return self.norm(x)  # type: ignore[no-any-return]
-
-    def project(self, x: Tensor) -> Tensor:
-        """[B, T, C] -> logits [B, T, V]."""
-        return self.head(x)  # type: ignore[no-any-return]

@@ -1,8 +1,8 @@
-"""Rotary position embedding: explicit places in, rotated queries and keys out, nothing remembered.
+"""Rotary position embedding: explicit places in, rotated queries and keys out, no state.
 
-Su et al., RoFormer (arXiv 2104.09864), in the half-split layout of Hugging Face checkpoints: dimension i
-turns with dimension i + dim/2. The stretched variants are named after their `rope_type` in config.json.
-Frequencies are float32 values, as the checkpoints were trained with; angles are exact for any place.
+Su et al., RoFormer (arXiv 2104.09864), in the half-split layout of Hugging Face checkpoints: dimension i rotates
+with dimension i + dim/2. The variants for longer texts are named after their `rope_type` in config.json.
+Frequencies are float32 values, as in training. Angles are exact for any place.
 """
 
 from __future__ import annotations
@@ -21,22 +21,20 @@ from streamllm.models.step import Step
 class Rope:
     """The plain frequencies, 1 / theta^(2i/dim), and what its variants share.
 
-    `dim` is how many leading dimensions of a head turn; an odd one turns dim + 1.
+    `dim` is the number of leading dimensions of a head that rotate; an odd one rotates dim + 1.
     """
 
     theta: float
     dim: int
     attention_factor: float = 1.0  # cosine and sine are multiplied by it, scores by its square
-    float32_angles: bool = (
-        False  # transformers' rounding, wrong by 1e-4 at 4,000 tokens: for parity runs only
-    )
+    float32_angles: bool = False  # as transformers rounds them, for parity runs: off by 1e-4 at 4,000 tokens
 
-    def frequencies(self, span: int) -> Tensor:
-        """Angles per place: float32 [ceil(dim/2)]. `span` is the length of the text, S + W with a cache."""
+    def frequencies(self, rope_length: int) -> Tensor:
+        """Angles per place: float32 [ceil(dim/2)]. `rope_length` is T without a cache, S + W with one."""
         return 1.0 / self._powers()
 
     def trained_length(self, positions: int) -> int:
-        """How long a text may be, when the config's max_position_embeddings says `positions`."""
+        """The trained length in tokens, where the config's max_position_embeddings is `positions`."""
         return positions
 
     def _powers(self, theta: float | Tensor | None = None) -> Tensor:
@@ -50,7 +48,7 @@ class LinearRope(Rope):
 
     factor: float = 1.0
 
-    def frequencies(self, span: int) -> Tensor:
+    def frequencies(self, rope_length: int) -> Tensor:
         return 1.0 / self._powers() / self.factor
 
     def trained_length(self, positions: int) -> int:
@@ -59,15 +57,15 @@ class LinearRope(Rope):
 
 @dataclass(frozen=True)
 class DynamicRope(Rope):
-    """NTK-aware interpolation whose theta grows with the span, once that exceeds `positions`."""
+    """NTK-aware interpolation: theta grows with the length, once that exceeds `positions`."""
 
     factor: float = 1.0
     positions: int = 2048
 
-    def frequencies(self, span: int) -> Tensor:
-        if span <= self.positions:
+    def frequencies(self, rope_length: int) -> Tensor:
+        if rope_length <= self.positions:
             return 1.0 / self._powers()
-        stretch = self.factor * torch.tensor(span, device="cpu") / self.positions - (self.factor - 1)
+        stretch = self.factor * torch.tensor(rope_length, device="cpu") / self.positions - (self.factor - 1)
         return 1.0 / self._powers(self.theta * stretch ** (self.dim / (self.dim - 2)))
 
     def trained_length(self, positions: int) -> int:
@@ -76,14 +74,14 @@ class DynamicRope(Rope):
 
 @dataclass(frozen=True)
 class Llama3Rope(Rope):
-    """Llama 3.1: long wavelengths slowed by `factor`, short ones kept, a ramp between."""
+    """Llama 3.1 (arXiv 2407.21783): long wavelengths slowed by `factor`, short ones kept, a ramp between."""
 
     factor: float = 8.0
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original: int = 8192
 
-    def frequencies(self, span: int) -> Tensor:
+    def frequencies(self, rope_length: int) -> Tensor:
         plain = 1.0 / self._powers()
         wavelength = 2 * math.pi / plain
         ramp = (self.original / wavelength - self.low_freq_factor) / (
@@ -105,8 +103,10 @@ class YarnRope(Rope):
     beta_slow: float = 1.0
     truncate: bool = True
 
-    def frequencies(self, span: int) -> Tensor:
-        def dimension(turns: float) -> float:  # whose wave turns so often within the original length
+    def frequencies(self, rope_length: int) -> Tensor:
+        def dimension(
+            turns: float,
+        ) -> float:  # the dimension that rotates `turns` times in the original length
             return self.dim * math.log(self.original / (turns * 2 * math.pi)) / (2 * math.log(self.theta))
 
         low, high = dimension(self.beta_fast), dimension(self.beta_slow)
@@ -126,60 +126,63 @@ class YarnRope(Rope):
 
 @dataclass(frozen=True)
 class LongRope(Rope):
-    """LongRoPE (arXiv 2402.13753): one list of divisors for spans up to `original`, one for longer ones."""
+    """LongRoPE (arXiv 2402.13753): one list of divisors for lengths up to `original`, one for longer ones."""
 
     factor: float = 1.0
     original: int = 4096
     short_factor: tuple[float, ...] = ()
     long_factor: tuple[float, ...] = ()
 
-    def frequencies(self, span: int) -> Tensor:
-        divisors = self.long_factor if span > self.original else self.short_factor
+    def frequencies(self, rope_length: int) -> Tensor:
+        divisors = self.long_factor if rope_length > self.original else self.short_factor
         return 1.0 / (torch.tensor(divisors, dtype=torch.float32, device="cpu") * self._powers())
 
     def trained_length(self, positions: int) -> int:
         return max(positions, int(self.factor * self.original))
 
 
+Table = tuple[Tensor, Tensor]  # cosines and signed sines, in the model's type: [R, 1, T, dim] each
+
+
 @dataclass(frozen=True, eq=False)
 class Rotation:
-    """Cosines and sines of one Step, rounded to the model's type: [R, 1, T, dim] each."""
+    """The rotations of one Step: a table for each kind of place in it."""
 
-    near: tuple[Tensor, Tensor]
-    far: tuple[Tensor, Tensor] | None  # None: as near
-    own: tuple[Tensor, Tensor]
+    query: Table  # at query_place
+    sink_query: Table | None  # at sink_query_place; None where the sinks meet the same query
+    new_key: Table  # at new_key_place
 
-    def queries(self, q: Tensor) -> tuple[Tensor, Tensor]:
-        """Queries [B, H, T, D], turned to where recent keys and to where sinks see them."""
-        near = _turn(q, *self.near)
-        return near, near if self.far is None else _turn(q, *self.far)
+    def queries(self, q: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Queries [B, H, T, D] as recent keys meet them, and as the sinks do (None: the same)."""
+        return _rotate(q, self.query), None if self.sink_query is None else _rotate(q, self.sink_query)
 
     def keys(self, k: Tensor) -> Tensor:
-        """Keys [B, G, T, D], turned to the place where they stay for ever."""
-        return _turn(k, *self.own)
+        """New keys [B, G, T, D], rotated once to the place where they stay."""
+        return _rotate(k, self.new_key)
 
 
 def rotation(rope: Rope, step: Step, dtype: torch.dtype) -> Rotation:
     """The rotation of one Step's queries and keys, for all layers that share it."""
-    if not step.sinks:  # near and far agree, and the keys stand where their queries do
-        cos, sin = _tables(rope, step.near, step.span, dtype)
-        return Rotation((cos, sin), None, (cos, sin))
-    cos, sin = _tables(rope, torch.stack((step.near, step.far, step.own)), step.span, dtype)
+    if not step.sinks:  # then both places of a query agree, and its key is rotated there, too
+        table = _table(rope, step.query_place, step.rope_length, dtype)
+        return Rotation(table, None, table)
+    places = torch.stack((step.query_place, step.sink_query_place, step.new_key_place))
+    cos, sin = _table(rope, places, step.rope_length, dtype)
     return Rotation((cos[0], sin[0]), (cos[1], sin[1]), (cos[2], sin[2]))
 
 
-def _tables(rope: Rope, places: Tensor, span: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _table(rope: Rope, places: Tensor, rope_length: int, dtype: torch.dtype) -> Table:
     """places int64 [..., T] -> cosine and signed sine [..., 1, T, dim], in `dtype`."""
-    home = places.device
-    if home.type == "mps":  # it has no float64
+    device = places.device
+    if device.type == "mps":  # it has no float64
         places = places.cpu()
-    inverse = _frequencies(rope, span, places.device)
+    inverse = _frequencies(rope, rope_length, places.device)
     if rope.float32_angles:
         angles = places.float()[..., None] * inverse.float()
         cos, sin = angles.cos(), angles.sin()
     else:
-        # A float64 product of place and frequency is exact only below 2^29: split the place, and join the
-        # two angles by the addition theorem.
+        # The float64 product of a place and a float32 frequency is exact only below 2^29. So split the place
+        # into a multiple of 2^20 and a rest, and join the two angles by the addition theorem.
         angles = torch.stack((places >> 20 << 20, places & 0xFFFFF))[..., None] * inverse
         coarse, fine = angles.cos()
         coarse_sin, fine_sin = angles.sin()
@@ -189,18 +192,19 @@ def _tables(rope: Rope, places: Tensor, span: int, dtype: torch.dtype) -> tuple[
         cos, sin = cos * rope.attention_factor, sin * rope.attention_factor
     cos = torch.cat((cos, cos), -1).unsqueeze(-3)
     sin = torch.cat((-sin, sin), -1).unsqueeze(-3)
-    return cos.to(home, dtype), sin.to(home, dtype)
+    return cos.to(device, dtype), sin.to(device, dtype)
 
 
 @lru_cache(maxsize=64)
-def _frequencies(rope: Rope, span: int, device: torch.device) -> Tensor:
-    return rope.frequencies(span).to(device, torch.float64)
+def _frequencies(rope: Rope, rope_length: int, device: torch.device) -> Tensor:
+    return rope.frequencies(rope_length).to(device, torch.float64)
 
 
-def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x [B, H, T, D]; the first `dim` of its D dimensions turn, the others pass."""
+def _rotate(x: Tensor, table: Table) -> Tensor:
+    """x [B, H, T, D]; the first `dim` of its D dimensions rotate, the others stay."""
+    cos, sin = table
     dim = cos.shape[-1]
     if dim == x.shape[-1]:
         return torch.addcmul(x * cos, x.roll(dim // 2, -1), sin)
-    turning = x[..., :dim]
-    return torch.cat((torch.addcmul(turning * cos, turning.roll(dim // 2, -1), sin), x[..., dim:]), -1)
+    rotating = x[..., :dim]
+    return torch.cat((torch.addcmul(rotating * cos, rotating.roll(dim // 2, -1), sin), x[..., dim:]), -1)

@@ -1,4 +1,4 @@
-"""python -m streamllm: the same as the command streamllm."""
+"""`python -m streamllm` is the command `streamllm`."""
 
 from streamllm.cli import main
 

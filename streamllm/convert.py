@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import click
 import torch
 
 from streamllm.load import open_source, weights_progress
@@ -218,26 +217,3 @@ def _parse_bytes(size: int | str) -> int:
             f'max_shard_size is {size!r}; supported: a number of bytes, or text like "5GB", "500MB"'
         )
     return int(number)
-
-
-@click.command("convert")
-@click.argument("name", metavar="NAME|FOLDER")
-@click.argument("out", type=click.Path(path_type=Path))
-@click.option("--revision", help="Branch, tag, commit or refs/pr/N of a hub repository.")
-@click.option("--max-shard-size", default="5GB", show_default=True, help="Bytes of one file, such as 500MB.")
-@click.option(
-    "--dtype", default="auto", show_default=True, help="float32, bfloat16, …; auto keeps each tensor's."
-)
-@click.option("--allow-pickle", is_flag=True, help="Read pytorch_model.bin, which could run code.")
-def convert_command(
-    name: str, out: Path, revision: str | None, max_shard_size: str, dtype: str, allow_pickle: bool
-) -> None:
-    """Write a checkpoint as safetensors in the Hugging Face layout.
-
-    NAME is a hub name or a folder. OUT is a new folder, which both transformers and streamllm can load.
-    """
-    folder = convert(
-        name, out, revision=revision, max_shard_size=max_shard_size, dtype=dtype, allow_pickle=allow_pickle
-    )
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        click.echo(f"{path.stat().st_size:>15,}  {path}")

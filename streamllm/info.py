@@ -1,4 +1,4 @@
-"""info and models: what a checkpoint is, and which there are, before any weight is read."""
+"""Describing a checkpoint without reading its weights."""
 
 from __future__ import annotations
 
@@ -6,98 +6,26 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
-import click
 import torch
 
 from streamllm.cache import SinkCache
-from streamllm.load import open_source
 from streamllm.models.alibi import Alibi
 from streamllm.models.rotary import Rope
 from streamllm.models.step import Geometry
 from streamllm.tokenizer import TOKENIZER_FILES
-from streamllm.weights import FAMILIES
 from streamllm.weights.checkpoint import DTYPES, INDEX, PICKLE, PICKLE_INDEX, SINGLE, Checkpoint
 from streamllm.weights.files import read_json
 
-# model_type -> what is there of it, and names on the hub. A family that is missing here works all the same.
-KNOWN: dict[str, list[tuple[str, tuple[str, ...]]]] = {
-    "llama": [
-        ("Llama 1 to 3.2, all rope types", ("meta-llama/Llama-2-7b-hf", "meta-llama/Llama-3.1-8B")),
-        ("tied head", ("meta-llama/Llama-3.2-1B", "HuggingFaceTB/SmolLM2-135M")),
-        ("its kin", ("TinyLlama/TinyLlama-1.1B-Chat-v1.0", "codellama/CodeLlama-7b-hf",
-                     "lmsys/vicuna-7b-v1.5", "openlm-research/open_llama_3b_v2", "tiiuae/Falcon3-7B-Base")),
-    ],
-    "mistral": [
-        ("with a window of its own", ("mistralai/Mistral-7B-v0.1",)),
-        ("without", ("mistralai/Mistral-7B-v0.3", "mistralai/Mistral-Nemo-Base-2407")),
-    ],
-    "qwen2": [("Qwen2 and Qwen2.5, biased q, k, v", ("Qwen/Qwen2.5-0.5B", "Qwen/Qwen2.5-7B-Instruct"))],
-    "qwen3": [("normed queries and keys", ("Qwen/Qwen3-0.6B", "Qwen/Qwen3-8B"))],
-    "gpt_neox": [
-        ("parallel residual, a quarter rotary", ("EleutherAI/pythia-160m", "EleutherAI/pythia-6.9b",
-                                                 "EleutherAI/gpt-neox-20b", "databricks/dolly-v2-3b")),
-        ("sequential residual", ("togethercomputer/RedPajama-INCITE-Base-3B-v1",)),
-        ("StableLM-alpha", ("stabilityai/stablelm-base-alpha-3b",)),
-    ],
-    "falcon": [
-        ("one key head for all", ("tiiuae/falcon-7b",)),
-        ("grouped keys, two norms", ("tiiuae/falcon-40b", "tiiuae/falcon-180B")),
-        ("grouped keys, one norm", ("tiiuae/falcon-11B",)),
-        ("ALiBi, sequential", ("tiiuae/falcon-rw-1b", "tiiuae/falcon-rw-7b")),
-    ],
-    "mpt": [
-        ("ALiBi", ("mosaicml/mpt-7b", "mosaicml/mpt-7b-chat", "mosaicml/mpt-30b")),
-        ("clipped, ALiBi to 16", ("mosaicml/mpt-7b-storywriter",)),
-    ],
-}  # fmt: skip
-
-ELSEWHERE = ("eos_token_id",)  # keys of config.json that act outside of the model
-
-
-@click.command()
-def models() -> None:
-    """The families of models, their variants, and names on the hub."""
-    click.echo("\n".join(_families()))
-
-
-def _families() -> Iterator[str]:
-    yield f"{'model_type':<16} {'variant':<36} on the hub"
-    spellings: dict[int, list[str]] = {}
-    for name, family in FAMILIES.items():
-        spellings.setdefault(id(family), []).append(name)
-    for names in sorted(sorted(names, key=lambda name: name not in KNOWN) for names in spellings.values()):
-        name, *others = names
-        for variant, hub in KNOWN.get(name, [("", ())]):
-            for repository in hub or ("",):
-                yield f"{name:<16} {variant:<36} {repository}".rstrip()
-                name = variant = ""
-        for other in others:
-            yield f"{other:<16} {'(the same, as old files spell it)'}"
-    yield ""
-    yield "Any checkpoint of these model_types loads, by name or from a folder; see `streamllm info`."
-
-
-@click.command()
-@click.argument("name", metavar="[NAME|FOLDER]", required=False)
-@click.option("--revision", help="Branch, tag, commit or refs/pr/N of a hub repository.")
-@click.option(
-    "--sinks", type=click.IntRange(0), default=4, show_default=True, help="For the size of the cache."
-)
-@click.option("--window", type=click.IntRange(1), help="… [default: 1020, or what the model was trained for]")
-@click.option("--dtype", default="auto", show_default=True, help="… float32, bfloat16, float16, float64.")
-def info(name: str | None, revision: str | None, sinks: int, window: int | None, dtype: str) -> None:
-    """What a checkpoint is: hub name or folder. Its weights are neither read nor fetched."""
-    source = open_source(name, revision=revision)
-    checkpoint = Checkpoint(source)
-    click.echo("\n".join(f"{what:<12} {line}" for what, line in describe(checkpoint, sinks, window, dtype)))
+KEYS_USED_OUTSIDE_MODEL = ("eos_token_id",)  # keys of config.json that the model itself does not read
 
 
 def describe(
     checkpoint: Checkpoint, sinks: int = 4, window: int | None = None, dtype: torch.dtype | str = "auto"
 ) -> Iterator[tuple[str, str]]:
-    """Lines about a checkpoint: what, and its value. Further lines about the same have an empty what.
+    """Lines about a checkpoint, as (name, value). A line that continues the one before has the name "".
 
-    Raises ValueError for a dtype, sinks or a window that cannot be; CheckpointError for a broken index.
+    Raises ValueError for an unknown dtype and for sinks or a window out of range; CheckpointError for a broken
+    index.
     """
     source, config = checkpoint.source, checkpoint.config
     files, dtypes = _files(checkpoint)
@@ -114,7 +42,7 @@ def describe(
         f"{checkpoint.config_reader.get('model_type')}: {config.layers} layers, width {config.width:,}, "
         f"MLP {config.mlp_width:,}, vocabulary {config.vocab_size:,}",
     )
-    yield "", f"the head is {'the embedding (tied)' if config.tied else 'apart from the embedding'}"
+    yield "", f"the head {'is the embedding (tied)' if config.tied else 'has its own weights (not tied)'}"
     yield "parameters", f"{count:,}: {_bytes(count * chosen.itemsize)} in {_name(chosen)} ({why})"
     yield (
         "heads",
@@ -122,11 +50,14 @@ def describe(
     )
     yield from _positions(config, geometry.head_dim)
     trained = geometry.trained_length
-    yield "trained for", "any length: its encoding sets no end" if trained is None else f"{trained:,} tokens"
+    yield (
+        "trained for",
+        "any length: its positions have no limit" if trained is None else f"{trained:,} tokens",
+    )
     own = [window for window in geometry.windows if window is not None]
     if own:
         sizes = ", ".join(f"{size:,}" for size in sorted(set(own)))
-        yield "own window", f"{sizes} tokens, in {len(own)} of {len(geometry.windows)} layers"
+        yield "window", f"sliding, {sizes} tokens, in {len(own)} of {len(geometry.windows)} layers"
     yield from (("files" if i == 0 else "", line) for i, line in enumerate(files))
 
     token = sum(2 * geometry.kv_heads * geometry.head_dim * chosen.itemsize for _ in geometry.windows)
@@ -136,21 +67,21 @@ def describe(
         "",
         f"{sinks} sinks and {cache.window:,} recent tokens: {_bytes(cache.nbytes)}, however long the stream",
     )
-    for key in ELSEWHERE:
+    for key in KEYS_USED_OUTSIDE_MODEL:
         checkpoint.config_reader.get(key)
     yield "no effect", ", ".join(checkpoint.config_reader.unread()) or "every key of config.json has one"
 
 
 def _positions(config: Any, head_dim: int) -> Iterator[tuple[str, str]]:
-    """How places are encoded, with the numbers that act."""
+    """The encoding of positions, with the numbers that the checkpoint uses."""
     for number in dataclasses.fields(config):
         value = getattr(config, number.name)
         if isinstance(value, Rope):
             kind = type(value).__name__.removesuffix("Rope").lower()
-            turning = "all" if value.dim == head_dim else f"{value.dim} of {head_dim}"
+            rotated = "all" if value.dim == head_dim else f"{value.dim} of {head_dim}"
             yield (
                 "positions",
-                f"rotary{f', {kind}' if kind else ''}: theta {value.theta:,g}, {turning} dimensions turn",
+                f"rotary{f', {kind}' if kind else ''}: theta {value.theta:,g}, {rotated} dimensions rotated",
             )
             shared = {field.name for field in dataclasses.fields(Rope)}
             rest = [field.name for field in dataclasses.fields(value) if field.name not in shared]
@@ -169,7 +100,7 @@ def _number(value: Any) -> str:
 
 
 def _files(checkpoint: Checkpoint) -> tuple[list[str], list[str]]:
-    """A line for each file, with its size; and the types of the tensors, where their headers are at hand."""
+    """A line for each file, with its size; and the types of the tensors, where the files are local."""
     source = checkpoint.source
     names: list[str] = []
     for single, index in ((SINGLE, INDEX), (PICKLE, PICKLE_INDEX)):
@@ -202,10 +133,10 @@ def _files(checkpoint: Checkpoint) -> tuple[list[str], list[str]]:
 
 
 def _dtype(checkpoint: Checkpoint, wanted: torch.dtype | str, stored: list[str]) -> tuple[torch.dtype, str]:
-    """The type to count in, and why. A checkpoint that says nothing and is not here is taken for float32."""
+    """The type that sizes are computed for, and where it comes from. Unknown types count as float32."""
     named = any(checkpoint.config_reader.get(key) is not None for key in ("dtype", "torch_dtype"))
     if wanted == "auto" and not named and not stored:
-        return torch.float32, "the config does not say"
+        return torch.float32, "the config names no dtype"
     if wanted == "auto":
         return checkpoint.dtype(), "as the config says" if named else "as stored"
     return checkpoint.dtype(wanted), "as asked for"

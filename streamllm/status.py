@@ -13,13 +13,19 @@ from typing import TextIO
 
 from streamllm.stream import Stream
 
-INTERVAL = 0.25  # seconds between two looks at a terminal
+INTERVAL = 0.25  # seconds between two refreshes of the line
+
+# Escape sequences of terminals
+_SAVE_CURSOR, _RESTORE_CURSOR = "\x1b7", "\x1b8"
+_CLEAR_LINE = "\x1b[2K"
+_SCROLL_WHOLE_SCREEN = "\x1b[r"
+_REVERSE, _NORMAL = "\x1b[7m", "\x1b[0m"
 
 
 class Status:
-    """A line on `terminal` about `stream`, refreshed in place; where it is no terminal, one line at the end.
+    """A status line about `stream` on `terminal`, refreshed in place; one line at the end on anything else.
 
-    When the text goes to the same terminal, the line keeps the bottom row for itself and the text scrolls
+    Where the generated text goes to the same terminal, the line occupies the bottom row, and the text scrolls
     above it.
     """
 
@@ -28,12 +34,12 @@ class Status:
         self._live = not quiet and terminal.isatty() and os.environ.get("TERM") != "dumb"
         self._shared = self._live and text.isatty() and self._size().lines > 2
         self._rows = 0
-        self._first = stream.said
-        self._shown = self._since = time.monotonic()
+        self._tokens_before = stream.said
+        self._refreshed = self._started = time.monotonic()
 
     def __enter__(self) -> Status:
         if self._shared:
-            self._reserve()
+            self._reserve_bottom_row()
         return self
 
     def __exit__(
@@ -43,27 +49,29 @@ class Status:
             return
         with contextlib.suppress(BrokenPipeError, ValueError):
             if self._shared:
-                self._terminal.write(f"\x1b7\x1b[r\x1b[{self._rows};1H\x1b[2K\x1b8")
+                self._terminal.write(
+                    f"{_SAVE_CURSOR}{_SCROLL_WHOLE_SCREEN}{_to_row(self._rows)}{_CLEAR_LINE}{_RESTORE_CURSOR}"
+                )
             elif self._live:
-                self._terminal.write("\r\x1b[2K")
+                self._terminal.write(f"\r{_CLEAR_LINE}")
             if kind is None or issubclass(kind, KeyboardInterrupt):
                 lead = "\n" if kind is not None and self._shared else ""
                 self._terminal.write(f"{lead}{self.line()}\n")
             self._terminal.flush()
 
     def tick(self) -> None:
-        """Something more was said."""
+        """To be called after each piece of text."""
         now = time.monotonic()
-        if self._stream.said - self._first <= 1:  # the prompt was read, and is not counted in the speed
-            self._since = now
-        if self._live and now - self._shown >= INTERVAL:
-            self._shown = now
+        if self._tokens() <= 1:  # until then the prompt was read, which does not count for the speed
+            self._started = now
+        if self._live and now - self._refreshed >= INTERVAL:
+            self._refreshed = now
             self._refresh()
 
     def line(self) -> str:
-        """What the status line says."""
-        seconds = time.monotonic() - self._since
-        tokens = self._stream.said - self._first
+        """The text of the status line."""
+        seconds = time.monotonic() - self._started
+        tokens = self._tokens()
         speed = f"{(tokens - 1) / seconds:,.1f} tokens/s" if tokens > 1 and seconds else "– tokens/s"
         parts = [
             f"{tokens:,} tokens",
@@ -76,37 +84,46 @@ class Status:
             parts.append(f"resident {resident / 1e6:,.0f} MB")
         return " · ".join(parts)
 
+    def _tokens(self) -> int:
+        """Tokens generated since this object was made."""
+        return self._stream.said - self._tokens_before
+
     def _refresh(self) -> None:
-        line = self.line()
         size = self._size()
+        line = self.line()[: size.columns - 1]
         if not self._shared:
-            self._terminal.write(f"\r\x1b[2K{line[: size.columns - 1]}")
+            self._terminal.write(f"\r{_CLEAR_LINE}{line}")
         else:
             if size.lines != self._rows:
-                self._reserve()
+                self._reserve_bottom_row()
             self._terminal.write(
-                f"\x1b7\x1b[{self._rows};1H\x1b[2K\x1b[7m{line[: size.columns - 1]}\x1b[0m\x1b8"
+                f"{_SAVE_CURSOR}{_to_row(self._rows)}{_CLEAR_LINE}{_REVERSE}{line}{_NORMAL}{_RESTORE_CURSOR}"
             )
         self._terminal.flush()
 
     def _size(self) -> os.terminal_size:
         with contextlib.suppress(OSError, ValueError):
-            size = os.get_terminal_size(
-                self._terminal.fileno()
-            )  # not that of standard output, a pipe perhaps
+            # shutil asks standard output, which may be a pipe; the line is on self._terminal.
+            size = os.get_terminal_size(self._terminal.fileno())
             if size.columns and size.lines:
                 return size
         return shutil.get_terminal_size()
 
-    def _reserve(self) -> None:
-        """Keep the text out of the bottom row: a scroll region without it, the cursor where it was."""
+    def _reserve_bottom_row(self) -> None:
+        """Limit scrolling to the rows above the bottom one. The cursor stays where it is in the text."""
         self._rows = self._size().lines
-        self._terminal.write(f"\n\x1b7\x1b[1;{self._rows - 1}r\x1b8\x1b[1A")
+        scroll_above = f"\x1b[1;{self._rows - 1}r"
+        one_row_up = "\x1b[1A"
+        self._terminal.write(f"\n{_SAVE_CURSOR}{scroll_above}{_RESTORE_CURSOR}{one_row_up}")
         self._terminal.flush()
 
 
+def _to_row(row: int) -> str:
+    return f"\x1b[{row};1H"
+
+
 def resident_bytes() -> int | None:
-    """Resident memory of this process in bytes, where the system tells; its peak on macOS."""
+    """Resident memory of this process in bytes, its peak on macOS; None where the system does not tell."""
     with contextlib.suppress(OSError, ValueError, IndexError):
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     if sys.platform == "darwin":

@@ -1,4 +1,4 @@
-"""Shared by all tests: one thread, because tiny models on shared machines run faster so."""
+"""Shared by all tests. One thread, because tiny models on a shared machine run faster with one."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -6,14 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from streamllm import aot
+from streamllm.compiled import library
 
 torch.set_num_threads(1)
 
 
 @pytest.fixture
 def threaded() -> Iterator[Callable[[int], None]]:
-    """Sets how many threads torch has, for one test: layouts depend on it."""
+    """Sets the number of torch's threads for one test, because weight layouts depend on it."""
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
@@ -26,9 +26,9 @@ def _libraries(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def compiling(monkeypatch: pytest.MonkeyPatch, _libraries: Path) -> None:
-    """For a test that compiles C++: what is compiled is kept for as long as the tests run."""
+    """For tests that compile C++. Compiled libraries are kept until the end of the test session."""
     try:
-        aot.check()
+        library.check()
     except RuntimeError:
         pytest.skip("no C++ compiler was found")
     monkeypatch.setenv("STREAMLLM_CACHE", str(_libraries))

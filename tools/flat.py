@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 import streamllm
-from streamllm.compile import BACKENDS
+from streamllm.compiled import BACKENDS
 
 
 def main() -> None:

@@ -2,16 +2,18 @@
 
     python tools/report.py                        # into tools/report/, about five minutes on one core
 
-Writes report.md (tables with their settings, pictures), report.json (the numbers) and the pictures, each for
-light and for dark pages.
+Writes report.md (tables with their settings, and pictures), report.json (the numbers) and the pictures, each
+for light and for dark pages.
 """
 
 import json
+import math
 import platform
 import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from tqdm import tqdm
 
 import streamllm
 from streamllm.evaluate import (
+    Bucket,
     Comparison,
     Recall,
     Result,
@@ -41,27 +44,28 @@ from streamllm.status import resident_bytes
 
 @dataclass
 class Report:
-    """What is written, piece by piece."""
+    """The report, which the functions below extend one after the other."""
 
     folder: Path
     lines: list[str] = field(default_factory=list)
     numbers: dict[str, Any] = field(default_factory=dict)
 
-    def say(self, text: str) -> None:
+    def add(self, text: str) -> None:
+        """Add a paragraph, and print it."""
         self.lines += [text, ""]
         click.echo(text + "\n")
 
     def table(self, caption: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-        """A Markdown table, the first column to the left, and its caption."""
+        """Add a Markdown table and its caption. The first column is aligned to the left."""
         ruler = ["---", *["---:"] * (len(head) - 1)]
-        self.say("\n".join("| " + " | ".join(row) + " |" for row in (head, ruler, *rows)))
-        self.say(f"*{caption}*")
+        self.add("\n".join("| " + " | ".join(row) + " |" for row in (head, ruler, *rows)))
+        self.add(f"*{caption}*")
 
     def picture(self, name: str, caption: str, draw: Callable[[bool], Any]) -> None:
-        """One picture in two files; a page takes the one that suits it."""
+        """Add a picture in two files, for light and for dark pages."""
         for dark in (False, True):
             plots.save_figure(draw(dark), self.folder / f"{name}-{'dark' if dark else 'light'}.png")
-        self.say(
+        self.add(
             f'<picture><source media="(prefers-color-scheme: dark)" srcset="{name}-dark.png">'
             f'<img src="{name}-light.png" alt="{caption}"></picture>'
         )
@@ -73,7 +77,7 @@ class Report:
 
 @dataclass(frozen=True)
 class Subject:
-    """The model and what it reads."""
+    """The model, and the text that it is measured on."""
 
     model: nn.Module
     tokenizer: streamllm.Tokenizer
@@ -86,8 +90,9 @@ class Subject:
     def window(self) -> int:
         return self.span - self.sinks
 
-    def few(self, count: int, least: int = 1) -> int:
-        return max(least, int(count * self.scale))
+    def scaled(self, count: int, minimum: int = 1) -> int:
+        """`count` times the --scale of this report."""
+        return max(minimum, int(count * self.scale))
 
     def score(self, stream: Tensor | list[Tensor] | None = None, **settings: Any) -> Result:
         tokens = self.stream if stream is None else stream
@@ -102,10 +107,10 @@ class Subject:
 
 
 def modes(report: Report, subject: Subject) -> None:
-    """The four modes on one text."""
+    """Perplexity of the four modes on one text."""
     S, W, span, stream = subject.sinks, subject.window, subject.span, subject.stream
     trained = geometry_of(subject.model).trained_length
-    dense, positions = stream[: subject.few(32_768, 2048)], subject.few(3000)
+    dense, positions = stream[: subject.scaled(32_768, 2048)], subject.scaled(3000)
     results = [
         subject.score(mode="dense", stream=dense),
         subject.score(mode="window", window=span),
@@ -119,21 +124,13 @@ def modes(report: Report, subject: Subject) -> None:
     fresh = subject.score(mode="dense", stream=pieces)
     starts = [span * times for times in (1, 4, 16, 64, 256)]
 
-    def cells(result: Result) -> list[str]:
-        found = []
-        for start, stop in zip(starts, [*starts[1:], 1 << 60], strict=True):
-            inside = [b for b in result.buckets if start <= b.start < stop]
-            tokens = sum(b.tokens for b in inside)
-            tokens *= tokens >= plots.ENOUGH  # a sample of fewer is noise
-            nll = sum(b.nll for b in inside)
-            found.append(f"{torch.tensor(nll / tokens).exp():.4g}" if tokens else "–")
-        return found
+    def cell(bucket: Bucket) -> str:
+        return f"{bucket.perplexity:.4g}" if bucket.tokens >= plots.MIN_PREDICTIONS else "–"
 
-    def within(result: Result) -> str:
-        known = [b for b in result.buckets if b.stop <= span]
-        tokens = sum(b.tokens for b in known)
-        tokens *= tokens >= plots.ENOUGH
-        return f"{torch.tensor(sum(b.nll for b in known) / tokens).exp():.4g}" if tokens else "–"
+    def cells(result: Result) -> list[str]:
+        within_span = result.between(1, span // 2 + 1)  # a bucket ends at twice its start
+        later = [result.between(start, stop) for start, stop in pairwise([*starts, math.inf])]
+        return [cell(bucket) for bucket in (within_span, *later)]
 
     report.table(
         f"Perplexity by position in the text, {len(stream):,} held-out tokens as one stream, never reset. "
@@ -143,16 +140,15 @@ def modes(report: Report, subject: Subject) -> None:
         [
             [
                 plots.label(result),
-                within(result),
                 *cells(result),
                 f"{result.beyond(2 * span).perplexity:.4g}",
             ]
             for result in results
         ],
     )
-    report.say(
-        f"For comparison: the first {len(dense):,} tokens cut into pieces of {span}, each read densely behind a "
-        f"beginning of its own, have a perplexity of {fresh.perplexity:.4g}."
+    report.add(
+        f"For comparison: the first {len(dense):,} tokens, cut into pieces of {span} that are read densely, each "
+        f"with its own BOS in front, have a perplexity of {fresh.perplexity:.4g}."
     )
     report.picture(
         "perplexity",
@@ -164,13 +160,13 @@ def modes(report: Report, subject: Subject) -> None:
 
 
 def against_recomputation(report: Report, subject: Subject) -> None:
-    """What streaming loses, prediction by prediction."""
+    """How much worse streaming is than re-computation, prediction by prediction."""
     found: Comparison = compare(
         subject.model, subject.stream, sinks=subject.sinks, window=subject.window,
-        positions=subject.few(5000, 50),
+        positions=subject.scaled(5000, 50),
     )  # fmt: skip
     drift = ", ".join(f"{value:+.3f}" for value in found.eighths)
-    report.say(
+    report.add(
         f"Streaming against re-computation with the same {found.sinks} sinks and window {found.window}, at "
         f"{found.tokens:,} random positions of {len(subject.stream):,} tokens: "
         f"{found.difference:+.4f} ± {found.error:.4f} nats per token, perplexity × {found.ratio:.4f}. "
@@ -180,25 +176,26 @@ def against_recomputation(report: Report, subject: Subject) -> None:
 
 
 def ablations(report: Report, subject: Subject) -> None:
-    """How many sinks, and how long a window."""
+    """Perplexity by the number of sinks, and by the length of the window."""
     span = subject.span
-    stream = subject.stream[: subject.few(100_000, 4 * span + 1)]
+    stream = subject.stream[: subject.scaled(100_000, 4 * span + 1)]
     with tqdm(total=None, desc="sinks", disable=None, leave=False):
         found = recommend(subject.model, stream, span=span)
     report.table(
         f"Sinks, in a cache of sinks + window = {span}: perplexity beyond position {2 * span} of "
-        f"{len(stream):,} held-out tokens. Fewest within 1 % of the best: {found.sinks}.",
+        f"{len(stream):,} held-out tokens. The smallest number within 1 % of the best: {found.sinks}.",
         ["sinks", *map(str, found.scores())],
         [["perplexity", *(f"{score:.4g}" for score in found.scores().values())]],
     )
     spans = [span // 16, span // 8, span // 4, span // 2, span, 2 * span, 4 * span]
     spans = [some for some in spans if some > subject.sinks]
-    warnings.filterwarnings("ignore", "sinks . window = ")  # that it breaks there is what the table shows
+    # The table shows on purpose what happens beyond the trained length.
+    warnings.filterwarnings("ignore", "sinks . window = ")
     results = [subject.score(stream, sinks=subject.sinks, window=some - subject.sinks) for some in spans]
     report.table(
-        f"Windows behind {subject.sinks} sinks: perplexity beyond position {4 * span} of {len(stream):,} "
-        f"held-out tokens. Past the trained length, {geometry_of(subject.model).trained_length or 'any'}, a "
-        f"model meets distances that it never saw.",
+        f"Windows with {subject.sinks} sinks: perplexity beyond position {4 * span} of {len(stream):,} "
+        f"held-out tokens. Beyond the trained length, {geometry_of(subject.model).trained_length or 'any'}, "
+        f"there are distances that the model was not trained on.",
         ["window", *(str(result.window) for result in results)],
         [["perplexity", *(f"{result.beyond(4 * span).perplexity:.4g}" for result in results)]],
     )
@@ -207,8 +204,8 @@ def ablations(report: Report, subject: Subject) -> None:
 
 
 def where_attention_goes(report: Report, subject: Subject) -> None:
-    """The heat-map, and the first tokens' share."""
-    count, length = subject.few(64, 2), min(64, subject.span)
+    """The heat map, and the share of attention on the first tokens."""
+    count, length = subject.scaled(64, 2), min(64, subject.span)
     seen = attention(subject.model, samples(subject.tokenizer, subject.stream, count, length))
     share = seen.first(8)
     report.table(
@@ -225,20 +222,20 @@ def where_attention_goes(report: Report, subject: Subject) -> None:
     report.numbers["attention"] = share.tolist()
 
 
-def what_is_remembered(report: Report, subject: Subject) -> None:
-    """Recall by distance, through and past the window."""
+def recall_by_distance(report: Report, subject: Subject) -> None:
+    """Recall of facts inside the window and beyond it."""
     given: dict[str, Any] = {"sinks": subject.sinks, "window": subject.window, "wording": "code", "digits": 2}
     curves: dict[str, Sequence[Recall]] = {
         "StreamEval": stream_eval(
-            subject.model, subject.tokenizer, every=2, lines=subject.few(1000, 100), **given
+            subject.model, subject.tokenizer, every=2, lines=subject.scaled(1000, 100), **given
         ),
-        "passkey": passkey(subject.model, subject.tokenizer, samples=subject.few(200, 2), **given),
+        "passkey": passkey(subject.model, subject.tokenizer, samples=subject.scaled(200, 2), **given),
     }
     for name, scores in curves.items():
         report.table(
             f"{name}, {subject.sinks} sinks + window {subject.window}, "
-            f"{min(score.questions for score in scores)} questions or more at each distance; right: greedy "
-            f"decoding gives the whole number of two digits (chance: about 1 %).",
+            f"{min(score.questions for score in scores)} questions or more at each distance. An answer is right "
+            f"if greedy decoding gives both digits of its number (by chance: about 1 %).",
             ["tokens back", *(f"{score.distance:.0f}" for score in scores)],
             [
                 ["right, %", *(f"{100 * score.accuracy:.1f}" for score in scores)],
@@ -248,16 +245,16 @@ def what_is_remembered(report: Report, subject: Subject) -> None:
         )
     report.picture(
         "recall",
-        "Answers right and nats per token by distance, with the end of the window",
+        "Right answers and nats per token by distance, with the end of the window",
         lambda dark: plots.recall_curves(curves, window=subject.window, dark=dark),
     )
     report.numbers["recall"] = {name: [asdict(score) for score in scores] for name, scores in curves.items()}
 
 
 def speed(report: Report, subject: Subject, folder: Path) -> None:
-    """Exact chunks against one token at a time, ours and transformers'."""
+    """Scoring in exact chunks against one token at a time, here and in transformers."""
     S, W, stream = subject.sinks, subject.window, subject.stream
-    short, long = stream[: subject.few(2000, 2 * subject.span)], stream[: subject.few(100_000, 4096)]
+    short, long = stream[: subject.scaled(2000, 2 * subject.span)], stream[: subject.scaled(100_000, 4096)]
     rows: list[tuple[str, Tensor, Callable[[Tensor], object]]] = [
         ("exact chunks of 256", long, lambda text: subject.score(text, sinks=S, window=W)),
         ("one token per forward", short, lambda text: subject.score(text, sinks=S, window=W, chunk=1)),
@@ -269,15 +266,15 @@ def speed(report: Report, subject: Subject, folder: Path) -> None:
         )
     rates = {}
     for name, text, score in rows:
-        score(text[: 2 * subject.span])  # whatever is made once is made now
-        begun = time.perf_counter()
+        score(text[: 2 * subject.span])  # warm-up
+        started = time.perf_counter()
         score(text)
-        rates[name] = (len(text) - 1) / (time.perf_counter() - begun)
+        rates[name] = (len(text) - 1) / (time.perf_counter() - started)
     fastest = rates["exact chunks of 256"]
     report.table(
         f"Speed of scoring with {S} sinks and window {W}, {torch.get_num_threads()} CPU thread(s), "
-        f"{next(subject.model.parameters()).dtype}. The loop over transformers keeps and cuts its cache as "
-        f"streaming-llm's eval_long_ppl.py does, without the rotation of all keys for every token.",
+        f"{next(subject.model.parameters()).dtype}. The loop over transformers cuts its cache as "
+        f"streaming-llm's eval_long_ppl.py does, but does not rotate all keys again for every token.",
         ["", "tokens/s", "chunks are faster by"],
         [[name, f"{rate:,.0f}", f"{fastest / rate:.1f} ×"] for name, rate in rates.items()],
     )
@@ -289,7 +286,7 @@ def _transformers(folder: Path, dtype: torch.dtype) -> Any:
         from transformers import AutoModelForCausalLM
     except ImportError:
         return None
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)  # as it comes: eval
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
 
 
 @torch.no_grad()
@@ -310,26 +307,26 @@ def _their_loop(model: Any, text: Tensor, start: int, recent: int) -> float:
 
 
 def memory(report: Report, subject: Subject, tokens: int) -> None:
-    """A long text, and what it does to the memory of this process and to the time of a token."""
+    """Memory of this process, and speed, along a text of `tokens` tokens."""
     read = as_stream(subject.tokenizer, [*held_out_texts(), *training_texts()])
     read = read.repeat(-(-tokens // len(read)))[:tokens]
     marks = [tokens // 100, tokens // 10, tokens]
     found: list[dict[str, float]] = []
-    before, begun = 0, time.perf_counter()
+    before, started = 0, time.perf_counter()
 
     def progress(result: Result) -> None:
-        nonlocal before, begun
+        nonlocal before, started
         if result.tokens >= marks[len(found)] - 1:
             now = time.perf_counter()
-            rate = (result.tokens - before) / (now - begun)
+            rate = (result.tokens - before) / (now - started)
             found.append({"tokens": marks[len(found)], "memory": resident_bytes() or 0, "rate": rate})
-            before, begun = result.tokens, now
+            before, started = result.tokens, now
 
     result = perplexity(subject.model, read, sinks=subject.sinks, window=subject.window, progress=progress)
     report.table(
         f"One stream of {tokens:,} tokens ({subject.sinks} sinks, window {subject.window}): resident memory "
-        f"of the process at that place, and speed since the one before. The text is the standard library, "
-        f"most of which the model was trained on; perplexity {result.perplexity:.4g}.",
+        f"of the process at that place, and speed since the place before. The text is the standard library; "
+        f"the model was trained on most of it. Perplexity {result.perplexity:.4g}.",
         ["after tokens", *(f"{mark['tokens']:,}" for mark in found)],
         [
             ["resident memory, MiB", *(f"{mark['memory'] / 2**20:,.1f}" for mark in found)],
@@ -345,11 +342,16 @@ def memory(report: Report, subject: Subject, tokens: int) -> None:
 @click.option("--sinks", type=click.IntRange(0), default=4, show_default=True)
 @click.option("--span", type=click.IntRange(16), help="Sinks + window.  [default: the trained length]")
 @click.option("--long", "long_tokens", type=click.IntRange(0), default=1_000_000, show_default=True,
-              help="Tokens of the memory run; 0 leaves it out.")  # fmt: skip
-@click.option("--tokens", type=click.IntRange(2), help="Held-out tokens read.  [default: all]")
+              help="Tokens of the memory run; 0: no memory run.")  # fmt: skip
+@click.option(
+    "--tokens", type=click.IntRange(2), help="Read at most so many held-out tokens.  [default: all]"
+)
 @click.option("--threads", type=click.IntRange(1), default=1, show_default=True)
 @click.option(
-    "--scale", type=click.FloatRange(0, 1, min_open=True), default=1.0, help="Do only so much of everything."
+    "--scale",
+    type=click.FloatRange(0, 1, min_open=True),
+    default=1.0,
+    help="Shorten every text by this factor.",
 )
 def main(
     model: str | None,
@@ -372,20 +374,20 @@ def main(
     subject = Subject(loaded, tokenizer, stream, span or min(1024, trained or 1024), sinks, scale)
     report = Report(out)
     parameters = sum(parameter.numel() for parameter in loaded.parameters())
-    report.say(
+    report.add(
         f"{model or 'The embedded checkpoint'}: {parameters:,} parameters, "
         f"{next(loaded.parameters()).dtype}, trained for {trained or 'any number of'} tokens. Held out: "
         f"{len(stream):,} tokens of the standard library of Python {platform.python_version()}. "
         f"torch {torch.__version__}. Made by tools/report.py."
     )
-    if long_tokens:  # first, while the process is small
+    if long_tokens:  # first, before anything else has used memory
         memory(report, subject, long_tokens)
     speed(report, subject, open_source(model).file("config.json").parent)
     modes(report, subject)
     against_recomputation(report, subject)
     ablations(report, subject)
     where_attention_goes(report, subject)
-    what_is_remembered(report, subject)
+    recall_by_distance(report, subject)
     report.write()
 
 

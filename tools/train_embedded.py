@@ -1,7 +1,7 @@
-"""Make the embedded checkpoint again from nothing: tokenizer, weights, configuration.
+"""Train the embedded checkpoint from scratch: tokenizer, weights, configuration.
 
 The corpus is the standard library of the Python that runs this program, so nothing is downloaded, and one
-core is enough. The recipe, and why it has an auxiliary term, is told in weights/embedded/README.md.
+core is enough. weights/embedded/README.md describes the recipe, and why the loss has an auxiliary term.
 """
 
 import json
@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 import streamllm
-from streamllm.evaluate import Result, compare, perplexity
+from streamllm.evaluate import Bucket, Result, compare, perplexity
 from streamllm.evaluate.corpus import held_out_texts, training_texts
 from streamllm.evaluate.texts import as_stream
 from streamllm.models.llama import Block, Model
@@ -33,11 +33,12 @@ from streamllm.weights import llama
 from streamllm.weights.config_reader import ConfigReader
 
 BOS, EOS = 0, 1
+SAVE_EVERY_SECONDS = 180  # between two saves of the training state
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Every number that the checkpoint depends on, beside the corpus, the seed and how long it trains."""
+    """Every number that the checkpoint depends on, except the seed and the length of the training."""
 
     vocabulary: int = 2048
     width: int = 128
@@ -45,26 +46,28 @@ class Recipe:
     heads: int = 4
     head_dim: int = 32
     mlp: int = 352
-    length: int = 256  # tokens in a training window, the <s> at its start included
+    length: int = 256  # tokens in a training window, including the <s> at its start
     theta: float = 10_000.0
     norm_eps: float = 1e-5
 
     batch_tokens: tuple[int, int] = (2048, 4096)  # per step: while the loss falls fast, and afterwards
-    batch_switch: float = 0.15  # … up to this fraction of the training
+    batch_switch: float = 0.15  # fraction of the training after which the batch grows
     muon_rate: float = 0.02
     adamw_rate: float = 3e-3
     weight_decay: float = 0.1
     warm_up: int = 60  # steps
-    final_rate: float = 0.05  # where the cosine ends, relative to its start
-    clip: float = 1.0
+    final_rate: float = 0.05  # the learning rate at the end of the cosine, relative to its start
+    clip: float = 1.0  # norm of the gradient
 
-    sink_target: float = 0.8  # attention on the first token that the auxiliary term asks for
+    sink_target: float = 0.8  # attention on the first token, the target of the auxiliary term
     sink_weight: float = 1.0
-    sink_fade: float = 0.7  # the auxiliary term fades to nothing from this fraction of the training on
-    sink_share: float = 0.25  # of the windows of a batch: enough to estimate a mean, and four times cheaper
+    sink_fade: float = 0.7  # fraction of the training after which the auxiliary term fades to zero
+    sink_share: float = (
+        0.25  # share of a batch for the auxiliary term: enough for a mean, and four times cheaper
+    )
 
     def config(self) -> dict[str, Any]:
-        """The config.json, in the layout of Hugging Face."""
+        """The content of config.json, in Hugging Face's layout."""
         return {
             "architectures": ["LlamaForCausalLM"],
             "model_type": "llama",
@@ -92,7 +95,7 @@ class Recipe:
 
 
 def train_tokenizer(texts: list[str], vocabulary: int) -> Tokenizer:
-    """Byte-level BPE: every text has a spelling, and `<s>` is put in front of it."""
+    """Byte-level BPE, which can encode every text. It adds `<s>` in front of a text."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -110,7 +113,7 @@ def train_tokenizer(texts: list[str], vocabulary: int) -> Tokenizer:
 
 
 def encode(tokenizer: Tokenizer, texts: list[str]) -> Tensor:
-    """All texts as one sequence [N], `</s>` behind each; the `<s>` is for those who cut windows out of it."""
+    """All texts as one sequence [N], with `</s>` after each. `draw_windows` adds the `<s>`."""
     encodings = tokenizer.encode_batch(texts, add_special_tokens=False)
     return torch.tensor([token for encoding in encodings for token in (*encoding.ids, EOS)])
 
@@ -118,7 +121,7 @@ def encode(tokenizer: Tokenizer, texts: list[str]) -> Tensor:
 def draw_windows(
     corpus: Tensor, count: int, length: int, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """Random windows: inputs [count, length], each starting with `<s>`, and the tokens that follow them."""
+    """Random windows: inputs [count, length], each starting with `<s>`, and their targets, the next tokens."""
     offsets = torch.randint(len(corpus) - length, (count, 1), generator=generator)
     targets = corpus[offsets + torch.arange(length)]
     inputs = torch.cat((torch.full((count, 1), BOS), targets[:, :-1]), dim=1)
@@ -129,7 +132,7 @@ def draw_windows(
 
 
 def initialise(model: nn.Module, generator: torch.Generator) -> None:
-    """Matrices by their fan-in; zero where a block writes its result, so that it starts as the identity."""
+    """Matrices scaled by their fan-in. The last matrix of each residual branch is zero: a block starts as identity."""
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if weight.ndim == 1:
@@ -142,14 +145,14 @@ def initialise(model: nn.Module, generator: torch.Generator) -> None:
 
 
 class Forward:
-    """The model over whole training windows, and the attention that its heads pay to the first token of each.
+    """A forward over training windows that also returns the attention of every head on the first token.
 
-    The attention is computed from the outputs of the query and key projections, which forward hooks take.
+    The attention is computed from the outputs of the query and key projections, which forward hooks collect.
     """
 
     def __init__(self, model: Model, length: int, share: float) -> None:
         self.model, self.share = model, share
-        # Made once: every training window stands at the places 0 … length - 1.
+        # Computed once: every training window has the places 0 … length - 1.
         self.plan = Plan({None: Step.dense(length)}, [NoCache()] * len(model.layers))
         self.rotation = rotation(model.config.rope, self.plan.steps[None], torch.float32)
         self.queries: list[Tensor] = []
@@ -162,7 +165,7 @@ class Forward:
     def __call__(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """int64 [B, T] -> logits [B, T, V], and the mean attention on the first token, [layers, heads].
 
-        The mean is over the last three quarters of the queries, in a share of the windows.
+        The mean is taken over the last three quarters of the queries, in `share` of the windows.
         """
         self.queries.clear()
         self.keys.clear()
@@ -179,9 +182,9 @@ class Forward:
     def _mean(self, q: Tensor, k: Tensor) -> Tensor:
         length, dim = q.shape[1], self.model.config.head_dim
         q, k = (x.view(*x.shape[:2], -1, dim).transpose(1, 2) for x in (q, k))  # [B, H, T, D]
-        near, keys = self.rotation.queries(q)[0].to(q.dtype), self.rotation.keys(k).to(k.dtype)
+        queries, keys = self.rotation.queries(q)[0].to(q.dtype), self.rotation.keys(k).to(k.dtype)
         late = torch.arange(length // 4, length)
-        scores = (near[:, :, length // 4 :] @ keys.transpose(2, 3)).float() * dim**-0.5
+        scores = (queries[:, :, length // 4 :] @ keys.transpose(2, 3)).float() * dim**-0.5
         scores = scores.masked_fill(torch.arange(length) > late[:, None], -math.inf)
         on_first: Tensor = (scores[..., 0] - scores.logsumexp(-1)).exp()
         return on_first.mean((0, 2))
@@ -192,7 +195,7 @@ class Forward:
 
 @dataclass
 class Progress:
-    """How far the training is. Under a time limit the schedule follows the clock, so that its cosine ends."""
+    """How much of the training is done. With a time limit, the schedule follows the clock, so that it completes."""
 
     token_limit: int
     second_limit: float = math.inf
@@ -219,6 +222,7 @@ def make_optimisers(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optimi
 
 
 def rate_factor(recipe: Recipe, progress: Progress) -> float:
+    """The learning rate, relative to its start: a linear warm-up, then a cosine."""
     cosine = 0.5 * (1 + math.cos(math.pi * progress.fraction))
     return min(1.0, (progress.step + 1) / recipe.warm_up) * (
         recipe.final_rate + (1 - recipe.final_rate) * cosine
@@ -226,13 +230,14 @@ def rate_factor(recipe: Recipe, progress: Progress) -> float:
 
 
 def sink_factor(recipe: Recipe, progress: Progress) -> float:
+    """The weight of the auxiliary term: constant, then a linear fade to zero."""
     return recipe.sink_weight * min(1.0, (1 - progress.fraction) / (1 - recipe.sink_fade))
 
 
 def make_loss(
     model: Model, recipe: Recipe, compiled: bool
 ) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """A function of inputs and targets [B, T]: the mean loss, and the attention on `<s>` [layers, heads]."""
+    """A function (inputs, targets), each [B, T] -> (mean loss, attention on `<s>` [layers, heads])."""
     forward = Forward(model, recipe.length, recipe.sink_share)
 
     def loss(inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -251,7 +256,7 @@ def train(
     state_file: Path,
     compiled: bool = True,
 ) -> Iterator[dict[str, float]]:
-    """Train until `progress` is complete, and yield what a progress bar shows after every step."""
+    """Train until `progress` is complete. After every step, yields the numbers for a progress bar."""
     optimisers = make_optimisers(model, recipe)
     base_rates = [optimiser.param_groups[0]["lr"] for optimiser in optimisers]
     if state_file.exists():
@@ -263,8 +268,8 @@ def train(
         inputs, targets = draw_windows(corpus, batch_tokens // recipe.length, recipe.length, generator)
         with torch.autocast("cpu", torch.bfloat16):
             loss, on_start = loss_of(inputs, targets)
-        pull = sink_factor(recipe, progress) * (on_start - recipe.sink_target).square().mean()
-        torch.autograd.backward(loss + pull)
+        auxiliary = sink_factor(recipe, progress) * (on_start - recipe.sink_target).square().mean()
+        torch.autograd.backward(loss + auxiliary)
         nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
         factor = rate_factor(recipe, progress)
         for optimiser, rate in zip(optimisers, base_rates, strict=True):
@@ -275,7 +280,7 @@ def train(
         progress.step += 1
         progress.tokens += inputs.numel()
         progress.seconds += now - before
-        if now - saved > 180:
+        if now - saved > SAVE_EVERY_SECONDS:
             saved = now
             _save(state_file, model, optimisers, progress, generator)
         yield {"loss": loss.item(), "on_start": on_start.mean().item()}
@@ -294,7 +299,7 @@ def _save(
         "progress": [progress.step, progress.tokens, progress.seconds],
         "generator": generator.get_state(),
     }
-    new = file.with_suffix(".new")  # an interruption in the middle of writing must not cost the last state
+    new = file.with_suffix(".new")  # an interruption while writing leaves the older file whole
     torch.save(state, new)
     new.replace(file)
 
@@ -315,17 +320,17 @@ def _restore(
 
 
 def names_on_disk(model: nn.Module) -> dict[str, str]:
-    """Each parameter's name in this library -> its name in a Hugging Face file. A tied head is named once."""
-    spelled = {ours: theirs for theirs, ours in llama.TENSORS.items() if isinstance(ours, str)}
+    """Each parameter's name in this library -> its name in a Hugging Face file."""
+    their_names = {ours: theirs for theirs, ours in llama.TENSORS.items() if isinstance(ours, str)}
     names = {}
     for name, _ in model.named_parameters():
         layer = re.search(r"\d+", name)
-        names[name] = spelled[re.sub(r"\d+", "{}", name)].format(layer[0] if layer else None)
+        names[name] = their_names[re.sub(r"\d+", "{}", name)].format(layer[0] if layer else None)
     return names
 
 
 def write_checkpoint(out: Path, model: nn.Module, recipe: Recipe, tokenizer: Tokenizer) -> None:
-    """config.json, model.safetensors (bfloat16), tokenizer.json and the configs of tokenizer and sampling."""
+    """Write config.json, model.safetensors (bfloat16), and the files of the tokenizer and of generation."""
     names = names_on_disk(model)
     tensors = {
         names[name]: parameter.detach().to(torch.bfloat16) for name, parameter in model.named_parameters()
@@ -341,19 +346,19 @@ def write_checkpoint(out: Path, model: nn.Module, recipe: Recipe, tokenizer: Tok
         "clean_up_tokenization_spaces": False,
     }
     (out / "tokenizer_config.json").write_text(json.dumps(tokenizer_config, indent=2) + "\n")
-    # Below a temperature of 0.6 a model this small repeats itself. A file's end is no reason to fall silent.
+    # Below a temperature of 0.6 a model this small repeats itself. Generation continues after the end of a file.
     generation = {"do_sample": True, "temperature": 0.8, "top_k": 0, "top_p": 0.95, "eos_token_id": None}
     (out / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
 
 
 # ------------------------------------------------------------------------------------------------- evaluation
 
-COLUMNS = (1, 256, 512, 1024, 4096, 16384, 65536)  # positions where the columns of the table begin
+COLUMNS = (1, 256, 512, 1024, 4096, 16384, 65536)  # first positions of the columns of the table
 DENSE_TEXT = 16_384  # tokens in a text: the cost of dense attention grows with the square
 
 
 def measure(folder: Path, seed: int, positions: int) -> Iterator[str]:
-    """The numbers of the model card as lines of Markdown: held-out perplexity, in float32, by position."""
+    """The numbers of the model card, as lines of Markdown: held-out perplexity by position, in float32."""
     model, tokenizer = streamllm.load(folder, dtype=torch.float32, device="cpu")
     stream = as_stream(tokenizer, held_out_texts())
     pieces = [torch.cat((stream[:1], piece)) for piece in torch.split(stream[1:], DENSE_TEXT - 1)]
@@ -393,28 +398,26 @@ def measure(folder: Path, seed: int, positions: int) -> Iterator[str]:
 
 
 def _row(name: str, result: Result) -> str:
-    cells = [_between(result, low, high) for low, high in pairwise((*COLUMNS, 1 << 62))]
-    return f"| {name} | {' | '.join(cells)} | **{_shown(result.beyond(COLUMNS[1]).perplexity)}** |"
+    cells = [_cell(result.between(low, high)) for low, high in pairwise((*COLUMNS, math.inf))]
+    return f"| {name} | {' | '.join(cells)} | **{_cell(result.beyond(COLUMNS[1]))}** |"
 
 
-def _between(result: Result, start: int, stop: int) -> str:
-    chosen = [bucket for bucket in result.buckets if start <= bucket.start < stop]
-    tokens = sum(bucket.tokens for bucket in chosen)
-    return _shown(math.exp(sum(bucket.nll for bucket in chosen) / tokens)) if tokens else "–"
-
-
-def _shown(perplexity: float) -> str:
-    return f"{perplexity:,.1f}"
+def _cell(bucket: Bucket) -> str:
+    return f"{bucket.perplexity:,.1f}" if bucket.tokens else "–"
 
 
 @click.command(help=__doc__, context_settings={"show_default": True})
-@click.option("--out", type=click.Path(path_type=Path, file_okay=False), required=True, help="Its folder.")
+@click.option(
+    "--out", type=click.Path(path_type=Path, file_okay=False), required=True, help="Folder of the checkpoint."
+)
 @click.option("--tokens", default=50_000_000, help="Training tokens.")
 @click.option("--minutes", type=float, help="Shorten the schedule so that training ends after this time.")
-@click.option("--seed", default=0, help="Of the weights, the windows and the positions compared.")
-@click.option("--threads", default=1, help="Threads of torch; a model this small gains little from more.")
-@click.option("--compile/--no-compile", "compiled", default=True, help="torch.compile: twice as fast.")
-@click.option("--measure-only", is_flag=True, help="Do not train: measure the checkpoint that is in --out.")
+@click.option("--seed", default=0, help="For the weights, the windows and the compared positions.")
+@click.option("--threads", default=1, help="CPU threads; a model this small gains little from more.")
+@click.option(
+    "--compile/--no-compile", "compiled", default=True, help="Use torch.compile, which is twice as fast."
+)
+@click.option("--measure-only", is_flag=True, help="Do not train; measure the checkpoint in --out.")
 @click.option("--positions", default=8000, help="Random positions to compare with re-computation.")
 def main(
     out: Path,
@@ -434,7 +437,7 @@ def main(
 
 
 def make(out: Path, tokens: int, minutes: float | None, seed: int, compiled: bool) -> None:
-    """Tokenizer, training, files. An interrupted training goes on where its last state was saved."""
+    """Train and write the checkpoint. An interrupted training continues from its last saved state."""
     recipe = Recipe()
     out.mkdir(parents=True, exist_ok=True)
     texts = training_texts()

@@ -1,5 +1,6 @@
-"""Evidence: how well a model streams, where its attention goes, and what it remembers."""
+"""How well a model streams, where its attention goes, and which facts it recalls."""
 
+from streamllm.evaluate.comparison import Comparison, compare
 from streamllm.evaluate.inspect import Attention, Recommendation, attention, recommend
 from streamllm.evaluate.recall import (
     WORDINGS,
@@ -11,16 +12,9 @@ from streamllm.evaluate.recall import (
     stream_eval,
     stream_eval_script,
 )
-from streamllm.evaluate.scoring import (
-    MODES,
-    Bucket,
-    Comparison,
-    Result,
-    compare,
-    load,
-    perplexity,
-    save,
-)
+from streamllm.evaluate.result import Bucket, Result
+from streamllm.evaluate.saving import load, save
+from streamllm.evaluate.scoring import MODES, perplexity
 
 __all__ = [
     "MODES",

@@ -1,9 +1,7 @@
-"""Texts to train and to evaluate on that every machine with Python has: the standard library's own sources.
+"""Texts for training and evaluation that every machine with Python has: the sources of the standard library.
 
-Nothing is downloaded and nothing is shipped. The texts are those of the running interpreter, so they differ a
-little between Python versions, and numbers belong to the version that they are quoted with.
-
-As tokens, a sequence of texts is one stream: ``<s>`` once at the very start, ``</s>`` behind every text.
+Nothing is downloaded or shipped. The texts belong to the running interpreter, so they differ a little between
+Python versions: a number that was measured on them belongs to one version.
 """
 
 import sysconfig
@@ -29,7 +27,7 @@ HELD_OUT: tuple[str, ...] = (
 )
 """The modules that the embedded checkpoint never saw, relative to the standard library's folder."""
 
-# Tests would drown the library proper; encodings and pydoc_data are tables; the rest is not the library.
+# There are more tests than library; encodings and pydoc_data are tables; the rest is not the library.
 _LEFT_OUT_FOLDERS = frozenset(
     {
         "__pycache__",
@@ -63,10 +61,10 @@ def _standard_library() -> Path:
 
 
 def _module_names(folder: Path) -> Iterator[str]:
-    # Sorted as text with forward slashes: the same order on every system.
+    # Paths with forward slashes sort in the same order on every system.
     for name in sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.py")):
         *parents, module = name.split("/")
-        # Files of the build (_sysconfigdata, config-3.x-…) describe one machine, not the library.
+        # Files of the build (_sysconfigdata, config-3.x-…) describe one machine.
         built_here = module.startswith("_sysconfigdata") or any(
             part.startswith("config-") for part in parents
         )
@@ -75,5 +73,5 @@ def _module_names(folder: Path) -> Iterator[str]:
 
 
 def _read(path: Path) -> str:
-    # A handful of old modules are not UTF-8; one replaced letter does no harm here. Line ends become "\n".
+    # A few old modules are not UTF-8; a replaced letter does no harm here. Line ends become "\n".
     return path.read_text(encoding="utf-8", errors="replace")

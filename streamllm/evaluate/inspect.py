@@ -1,17 +1,17 @@
-"""Where a model's attention goes: the heat-map of figure 2 of Xiao et al. (arXiv 2309.17453), and how many
+"""Where a model's attention goes: the heat map of figure 2 of Xiao et al. (arXiv 2309.17453), and how many
 sinks a checkpoint needs.
 
-Attention weights are read exactly, for every family alike, without touching a model. A layer hands its keys
-and values to a memory and attends to what the memory gives back; a memory that gives back indicators in place
-of values (the value of key j is the j-th unit vector) therefore makes the layer *say* its weights, computed
-by its own kernel with its own rotation, bias and mask:
+Attention weights are read exactly, in the same way for every family, without changing the model. A layer
+appends its keys and values to a store and attends to what the store returns. Here the store returns unit
+vectors in place of values: the value of key j is e_j. Then the output of attention is the row of weights,
+computed by the layer's own kernel with its own rotation, bias and mask:
 
-    read = Σ_j weight_j · value_j,   value_j = e_j   =>   read = (weight_0, weight_1, …)
+    output = Σ_j weight_j · value_j,   value_j = e_j   =>   output = (weight_0, weight_1, …)
 
-A head has D dimensions, so a text of T tokens takes ceil(T / D) copies of it in one batch, each with the
-indicators of other D keys, beside one copy with the true values. The first module that is called after the
-memory is the one that takes what was read: a pre-hook there notes the weights, and hands on the true row
-to all copies, so that they stay equal. Only public hooks, tensors of the usual shapes, one forward.
+A head has D dimensions, so a text of T tokens needs ceil(T / D) copies in one batch, each with the unit
+vectors of D other keys, next to one copy with the true values. The first module that is called after the
+store receives the output of attention. A pre-hook there records the weights, and replaces the input of every
+copy by that of the true one, so that all copies stay equal. This takes public hooks only, and one forward.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from streamllm.evaluate.scoring import Result, perplexity
+from streamllm.evaluate.result import Result
+from streamllm.evaluate.scoring import perplexity
 from streamllm.models.step import Plan, Step, geometry_of
 
 
@@ -30,14 +31,14 @@ from streamllm.models.step import Plan, Step, geometry_of
 class Attention:
     """Attention weights, averaged over texts that all begin at place 0."""
 
-    weights: Tensor  # float64 [L, H, T, T]: what query t (third axis) pays to key j (fourth)
+    weights: Tensor  # float64 [L, H, T, T]: weight of key j (last axis) for query t
     texts: int
 
     def first(self, count: int = 8) -> Tensor:
-        """The share that later tokens pay to each of the first `count`: float64 [L, H, count].
+        """The share of attention that later tokens pay to each of the first `count`: float64 [L, H, count].
 
-        Averaged over the queries of the second half of the texts, which have many other keys to look at: of
-        a text of T tokens, even attention gives each about 1.4 / T.
+        The mean over the queries in the second half of the texts, which see many other keys: in a text of T
+        tokens, uniform attention gives each key about 1.4 / T.
         """
         length = self.weights.shape[-1]
         return self.weights[:, :, length // 2 :, :count].mean(2)
@@ -49,10 +50,10 @@ def attention(
 ) -> Attention:
     """The attention weights of every layer and head on texts int64 [N, T], each read densely from place 0.
 
-    Give them the beginning that the model knows (its BOS). Costs (1 + T/D) forwards' work per text and
-    8·L·H·T² bytes; exact up to the rounding of the model's type. `progress` is called with (done, total)
-    texts. Raises ValueError for texts of another shape, and RuntimeError for a model whose layers do not hand
-    what they read to a module.
+    The texts should begin as the training texts did (with BOS). Each text costs the work of 1 + T/D forwards,
+    and the result 8·L·H·T² bytes. Exact up to the rounding of the model's type. `progress` is called with
+    (done, total) texts. Raises ValueError for texts of another shape, and RuntimeError for a model whose layers
+    do not pass the output of attention to a module.
     """
     if texts.dim() != 2 or len(texts) < 1 or texts.shape[1] < 2 or texts.is_floating_point():
         raise ValueError(
@@ -63,15 +64,15 @@ def attention(
     copies = 1 + -(-length // geometry.head_dim)
     device = next(model.parameters()).device
     total: Tensor | None = None
-    watch = _Watch(geometry.head_dim, length, depth)
-    hooks = [module.register_forward_pre_hook(watch.hook) for module in model.modules()]
+    recorder = _Recorder(geometry.head_dim, length, depth)
+    hooks = [module.register_forward_pre_hook(recorder.hook) for module in model.modules()]
     try:
         for done, text in enumerate(texts):
             steps = {window: Step.dense(length, window, device) for window in set(geometry.windows)}
-            plan = Plan(steps, [_Indicators(watch, layer) for layer in range(depth)])
-            watch.seen = {}
+            plan = Plan(steps, [_UnitVectorStore(recorder, layer) for layer in range(depth)])
+            recorder.recorded = {}
             model.hidden(text.to(device).expand(copies, -1), plan)  # type: ignore[operator]
-            weights = watch.weights()
+            weights = recorder.weights()
             total = weights if total is None else total + weights
             if progress is not None:
                 progress(done + 1, len(texts))
@@ -82,52 +83,55 @@ def attention(
     return Attention(total / len(texts), len(texts))
 
 
-class _Watch:
-    """What the layers read, noted between the memory that a layer asks and the module that it calls next."""
+class _Recorder:
+    """Records the output of attention, which a layer passes to the first module that it calls after its store."""
 
     def __init__(self, head_dim: int, length: int, depth: int) -> None:
         self.head_dim, self.length, self.depth = head_dim, length, depth
-        self.waiting: int | None = None  # the layer whose next module is given what attention read
-        self.seen: dict[int, Tensor] = {}
+        self.waiting: int | None = None  # the layer that has called its store, and no module since
+        self.recorded: dict[int, Tensor] = {}  # layer -> weights [H, T, T]
 
     def hook(self, _: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
         if self.waiting is None:
             return None
         layer, self.waiting = self.waiting, None
-        read, *others = inputs  # [1 + copies, T, H·D]
+        output, *others = inputs  # [1 + copies, T, H·D]
         copies = -(-self.length // self.head_dim)
-        if read.shape[:2] == (1 + copies, self.length) and read.shape[2] % self.head_dim == 0:
-            heads = read[1:].reshape(copies, self.length, -1, self.head_dim).permute(2, 1, 0, 3)
-            self.seen[layer] = heads.flatten(2)[:, :, : self.length].cpu().double()
-        return (read[:1].expand_as(read).contiguous(), *others)
+        if output.shape[:2] == (1 + copies, self.length) and output.shape[2] % self.head_dim == 0:
+            heads = output[1:].reshape(copies, self.length, -1, self.head_dim).permute(2, 1, 0, 3)
+            self.recorded[layer] = heads.flatten(2)[:, :, : self.length].cpu().double()
+        return (output[:1].expand_as(output).contiguous(), *others)
 
     def weights(self) -> Tensor:
-        """[L, H, T, T]. Every row must add up to one, or it was not attention that we saw."""
-        found = [self.seen.get(layer) for layer in range(self.depth)]
+        """[L, H, T, T]. Rows that do not sum to one are no attention weights, which is an error."""
+        found = [self.recorded.get(layer) for layer in range(self.depth)]
         for layer, weights in enumerate(found):
             if weights is None or ((weights.sum(-1) - 1).abs() > 0.05).any():
-                raise RuntimeError(f"layer {layer} hides what its attention reads from the module behind it")
+                raise RuntimeError(
+                    f"the attention of layer {layer} cannot be read: the first module after its store is not "
+                    f"called with the output of attention"
+                )
         return torch.stack([weights for weights in found if weights is not None])
 
 
-class _Indicators:
-    """A memory whose copies 1 … of the text have unit vectors for values."""
+class _UnitVectorStore:
+    """A store that returns unit vectors as the values of every row but the first."""
 
-    def __init__(self, watch: _Watch, layer: int) -> None:
-        self.watch, self.layer = watch, layer
+    def __init__(self, recorder: _Recorder, layer: int) -> None:
+        self.recorder, self.layer = recorder, layer
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         copies, length, head_dim = v.shape[0] - 1, v.shape[2], v.shape[3]
         units = torch.eye(copies * head_dim, dtype=v.dtype, device=v.device)[:length]  # [T, copies · D]
         values = v.clone()
         values[1:] = units.view(length, copies, head_dim).transpose(0, 1)[:, None]  # [copies, 1, T, D]
-        self.watch.waiting = self.layer
+        self.recorder.waiting = self.layer
         return k, values
 
 
 @dataclass(frozen=True)
 class Recommendation:
-    """How many sinks a checkpoint needs, and the scores that say so."""
+    """How many sinks a checkpoint needs, and the scores that show it."""
 
     sinks: int
     span: int  # sinks + window, the same for every row of the sweep
@@ -135,7 +139,7 @@ class Recommendation:
     sweep: tuple[Result, ...]
 
     def scores(self) -> dict[int, float]:
-        """Perplexity beyond twice the cache, by the number of sinks."""
+        """Perplexity beyond position 2 · span, by the number of sinks."""
         return {result.sinks: result.beyond(2 * self.span).perplexity for result in self.sweep}
 
 
@@ -151,9 +155,9 @@ def recommend(
 ) -> Recommendation:
     """The fewest sinks whose perplexity on a text [N] is within `tolerance` of the best of the sweep.
 
-    All settings hold the same number of keys, `span` (None: what the model was trained for, at most 1024),
-    and are scored on what comes after twice as many tokens, in whole powers of two. Raises ValueError for a
-    text shorter than four times the span, and for a span that leaves no room for a window.
+    All settings keep the same number of keys, `span` (None: what the model was trained for, at most 1024), and
+    are scored beyond position 2 · span, from the next power of two on. Raises ValueError for a text of at most
+    4 · span tokens, and for a span that leaves no room for a window.
     """
     geometry = geometry_of(model)
     if span is None:
@@ -162,7 +166,7 @@ def recommend(
         raise ValueError(f"a cache of {span} has no room for a window beside {max(sinks, default=0)} sinks")
     if len(tokens) <= 4 * span:
         raise ValueError(
-            f"{len(tokens)} tokens are too few to say what a cache of {span} needs: give more than {4 * span}"
+            f"{len(tokens)} tokens are too few to score a cache of {span}: give more than {4 * span}"
         )
     sweep = tuple(
         perplexity(model, tokens, sinks=count, window=span - count, chunk=chunk, progress=progress)

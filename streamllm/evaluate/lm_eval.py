@@ -6,9 +6,10 @@
     lm = harness_model(model, tokenizer, sinks=4, window=1020)
     lm_eval.simple_evaluate(lm, tasks=["lambada_openai"])
 
-In mode "sinks" (or "window") every request is a stream of its own, however long: nothing is cut off, and
-what has left the window is forgotten. In mode "dense" a request is read as the harness's own backends read
-it: what is longer than the model was trained for loses its beginning, and a rolling text is cut into pieces.
+In mode "sinks" (or "window") every request is a stream of its own, of any length: nothing is cut off, and
+tokens that have left the window are forgotten. In mode "dense" requests are read as the harness's own backends
+read them: a text longer than the model was trained for loses its beginning, and a rolling text is cut into
+pieces.
 """
 
 from __future__ import annotations
@@ -18,22 +19,21 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from streamllm.cache import SinkCache
-from streamllm.evaluate.scoring import new_cache
+from streamllm.evaluate.predictions import new_cache, nll_of
 from streamllm.evaluate.texts import beginning
 from streamllm.models.step import geometry_of
 from streamllm.stream import Stream
 from streamllm.tokenizer import Tokenizer
 
-MAX_NEW_TOKENS = 256  # where a task does not say
-PIECE = 2048  # the longest dense text, where the model sets no end
+MAX_NEW_TOKENS = 256  # where a task sets no limit
+LONGEST_DENSE_TEXT = 2048  # tokens, where the model has no trained length
 
 
 def harness_model(model: nn.Module, tokenizer: Tokenizer, **settings: Any) -> Any:
-    """An `lm_eval.api.model.LM` for `simple_evaluate`. `settings` as for `Requests`.
+    """An `lm_eval.api.model.LM` for `simple_evaluate`. `settings` are the keywords of `Requests`.
 
     Raises ImportError where lm-evaluation-harness is not installed.
     """
@@ -45,15 +45,15 @@ def harness_model(model: nn.Module, tokenizer: Tokenizer, **settings: Any) -> An
         ) from None
 
     made = type("StreamLM", (Requests, LM), {})(model, tokenizer, **settings)
-    LM.__init__(made)  # rank, world size and the hook of its answer cache
+    LM.__init__(made)  # sets rank, world size and the hook of the harness's cache of answers
     return made
 
 
 class Requests:
-    """What the harness asks, answered; a request is anything whose `args` are as the harness documents.
+    """Answers the harness's requests. A request is any object whose `args` are as the harness documents.
 
-    mode: "sinks", "window" or "dense". sinks, window: as for SinkCache. batch: requests read together; of a
-    batch, each row is a stream of its own. chunk: tokens of each read at once.
+    mode: "sinks", "window" or "dense". sinks, window: as for SinkCache. batch: requests that are read together,
+    each as a stream of its own. chunk: tokens of each that are read at once.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class Requests:
         self.model, self.streaming_tokenizer = model, tokenizer
         self.mode, self.batch, self.chunk = mode, batch, chunk
         self.sinks = sinks if mode == "sinks" else 0
-        self.longest = geometry_of(model).trained_length or PIECE
+        self.longest = geometry_of(model).trained_length or LONGEST_DENSE_TEXT
         self.window = window
         if mode != "dense":
             self.window = new_cache(model, mode, self.sinks, window, chunk).window
@@ -84,7 +84,7 @@ class Requests:
         return "streamllm"
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """For each (context, continuation): log-probability in nats, and whether greedy decoding says it."""
+        """For each (context, continuation): log-probability in nats, and whether greedy decoding generates it."""
         texts, counts = [], []
         for request in requests:
             context, continuation = self._pair(*request.args)
@@ -97,7 +97,7 @@ class Requests:
         return answers
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
-        """For each (text,): log-probability of the whole text in nats, each token once."""
+        """For each (text,): log-probability of the whole text in nats, with each token scored once."""
         pieces, owners = [], []
         for owner, request in enumerate(requests):
             tokens = self._encode(request.args[0], alone=False)
@@ -112,48 +112,48 @@ class Requests:
         return sums
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """For each (context, settings): what the model says up to one of `until`; greedy unless told else."""
+        """For each (context, settings): the text generated before one of `until`; greedy unless `do_sample`."""
         return [self._generate(context, dict(settings)) for context, settings in (r.args for r in requests)]
 
     def _generate(self, context: str, settings: dict[str, Any]) -> str:
         until = settings.get("until") or []
         until = [until] if isinstance(until, str) else list(until)
-        most = int(settings.get("max_gen_toks", MAX_NEW_TOKENS))
-        heat = float(settings.get("temperature", 0.0)) if settings.get("do_sample", False) else 0.0
+        max_new_tokens = int(settings.get("max_gen_toks", MAX_NEW_TOKENS))
+        temperature = float(settings.get("temperature", 0.0)) if settings.get("do_sample", False) else 0.0
         window = self.window
         if self.mode == "dense":
-            room = max(1, self.longest - most)
+            room = max(1, self.longest - max_new_tokens)
             ids = self._encode(context, alone=True)
             if len(ids) > room:  # the harness drops the beginning
                 context = self.streaming_tokenizer.decode(ids[-room:], skip_special_tokens=False)
-            window = min(len(ids), room) + most + 1
+            window = min(len(ids), room) + max_new_tokens + 1
         stream = Stream(
             self.model, self.streaming_tokenizer, sinks=self.sinks, window=window, chunk=self.chunk
         )
-        said = stream.generate(
+        pieces = stream.generate(
             context,
-            max_new_tokens=most,
+            max_new_tokens=max_new_tokens,
             stop=[stop for stop in until if stop],
-            temperature=heat,
-            top_p=settings.get("top_p") if heat else None,
+            temperature=temperature,
+            top_p=settings.get("top_p") if temperature else None,
             seed=0,
         )
-        return "".join(said)
+        return "".join(pieces)
 
     def _pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        """The tokens of both, as the harness cuts them: blanks between belong to the continuation."""
-        blanks = len(context) - len(context.rstrip())
-        if blanks:
-            context, continuation = context[:-blanks], context[-blanks:] + continuation
+        """The tokens of both, cut as the harness cuts them: spaces between them belong to the continuation."""
+        spaces = len(context) - len(context.rstrip())
+        if spaces:
+            context, continuation = context[:-spaces], context[-spaces:] + continuation
         if not context:
             ids = self._encode(continuation, alone=False)
             return [self._prefix()], ids
         whole, before = self._encode(context + continuation, alone=True), self._encode(context, alone=True)
-        cut = min(len(before), len(whole) - 1)  # where both merge into one token, it is scored
+        cut = min(len(before), len(whole) - 1)  # at least one token is scored, even where both merge into it
         return whole[:cut], whole[cut:]
 
     def _fit(self, tokens: list[int], scored: int) -> list[int]:
-        """Streams are read whole; a dense text keeps its end, as the harness's own backends do it."""
+        """A stream is read whole; of a dense text the end is kept, as the harness's own backends do."""
         if self.mode != "dense":
             return tokens
         if scored > self.longest:
@@ -164,10 +164,10 @@ class Requests:
         return tokens[-(self.longest + 1) :]
 
     def _pieces(self, tokens: list[int]) -> Iterator[tuple[list[int], int]]:
-        """A rolling text as pieces that are scored apart, and how many tokens at the end of each count.
+        """A rolling text as pieces that are scored separately, and how many tokens at the end of each are scored.
 
-        A stream is one piece. Dense pieces follow each other; the last is as long as the others, and only
-        what the one before left is scored of it.
+        A stream is one piece. Dense pieces follow each other; the last is as long as the others, so it overlaps
+        the one before, and only its new tokens are scored.
         """
         if self.mode != "dense" or len(tokens) <= self.longest + 1:
             if len(tokens) > 1:
@@ -181,9 +181,9 @@ class Requests:
 
     @torch.no_grad()
     def _score(self, texts: Sequence[list[int]]) -> Iterable[tuple[Tensor, Tensor]]:
-        """For each text [N]: nats float64 [N-1] of the tokens 1 … N-1, and whether each is the likeliest."""
+        """For each text [N]: nats float64 [N-1] of the tokens 1 … N-1, and whether each is the most likely."""
         found: list[tuple[Tensor, Tensor]] = [(torch.empty(0), torch.empty(0))] * len(texts)
-        order = sorted(range(len(texts)), key=lambda index: -len(texts[index]))  # those of a length together
+        order = sorted(range(len(texts)), key=lambda index: -len(texts[index]))  # similar lengths in a batch
         device = next(self.model.parameters()).device
         for first in range(0, len(order), self.batch):
             rows = order[first : first + self.batch]
@@ -199,12 +199,11 @@ class Requests:
                 lengths = torch.tensor([min(max(count - start, 0), stop - start) for count in read])
                 logits = self.model(tokens[:, start:stop], cache, lengths=lengths)
                 targets = tokens[:, start + 1 : stop + 1]
-                wide = logits if logits.dtype == torch.float64 else logits.float()
-                nats.append(F.cross_entropy(wide.transpose(1, 2), targets, reduction="none").cpu().double())
+                nats.append(nll_of(logits, targets))
                 hits.append((logits.argmax(-1) == targets).cpu())
-            every_nats, every_hit = torch.cat(nats, 1), torch.cat(hits, 1)
+            all_nats, all_hits = torch.cat(nats, 1), torch.cat(hits, 1)
             for row, index in enumerate(rows):
-                found[index] = every_nats[row, : read[row]], every_hit[row, : read[row]]
+                found[index] = all_nats[row, : read[row]], all_hits[row, : read[row]]
         return found
 
     def _cache(self, rows: int, length: int) -> SinkCache:
@@ -215,7 +214,7 @@ class Requests:
         return self.streaming_tokenizer.encode(text, add_special_tokens=alone)
 
     def _prefix(self) -> int:
-        """What stands before the first token of a text that has nothing before it."""
+        """The token that precedes a text without context."""
         for ids in (
             beginning(self.streaming_tokenizer)[-1:],
             [self.streaming_tokenizer.bos_token_id],

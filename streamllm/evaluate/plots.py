@@ -1,7 +1,8 @@
-"""The pictures: perplexity along a text, attention on the first tokens, recall by distance.
+"""Pictures: perplexity along a text, attention on the first tokens, recall by distance.
 
-Colours are those of Okabe and Ito, which colour-blind readers tell apart, and every curve has a marker and a
-stroke of its own. `dark` draws for dark pages. matplotlib is needed (extra `plots`) and imported when called.
+The colours are those of Okabe and Ito, which colour-blind readers can tell apart, and every curve has its own
+marker and line style. `dark` draws for dark pages. matplotlib (extra `plots`) is imported when a function is
+called.
 """
 
 from __future__ import annotations
@@ -13,19 +14,19 @@ from typing import TYPE_CHECKING, Any
 
 from streamllm.evaluate.inspect import Attention
 from streamllm.evaluate.recall import Recall
-from streamllm.evaluate.scoring import Result
+from streamllm.evaluate.result import Result
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# per mode: colour on light pages, on dark pages, marker
+# mode -> colour on light pages, colour on dark pages, marker
 MODE_STYLES = {
     "sinks": ("#0072B2", "#56B4E9", "o"),
     "window": ("#D55E00", "#E69F00", "s"),
     "dense": ("#A0527D", "#CC79A7", "^"),
     "recompute": ("#007A5A", "#29C79A", "D"),
 }
-CURVES = (
+CURVE_STYLES = (
     ("#0072B2", "#56B4E9", "o"),
     ("#D55E00", "#E69F00", "s"),
     ("#007A5A", "#29C79A", "D"),
@@ -33,8 +34,8 @@ CURVES = (
     ("#4D4D4D", "#C8C8C8", "v"),
     ("#8A6D00", "#F0E442", "P"),
 )
-ENOUGH = 64  # predictions in a bucket, of those that only a sample of was scored: fewer are noise
-STROKES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 2)))
+MIN_PREDICTIONS = 64  # in a bucket of which only a sample was scored; the mean of fewer is noise
+LINE_STYLES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 2)))
 
 
 @dataclass(frozen=True)
@@ -52,43 +53,37 @@ class PlotsMissing(ImportError, ValueError):
 
 
 def check_path(path: Path | None) -> None:
-    """Whether a picture can be written there, asked before the hours of computing and not behind them.
+    """Check that a picture can be written to `path`, before a long computation.
 
-    Raises PlotsMissing, and ValueError for an ending that is no kind of picture.
+    Raises PlotsMissing, and ValueError where the file extension is not that of a picture.
     """
     if path is not None:
         _, figure = _figure(1, 1, False)
         known = figure.canvas.get_supported_filetypes()
         if path.suffix[1:].lower() not in known:
-            raise ValueError(f"{path} has the ending of no picture: use one of {', '.join(sorted(known))}")
+            raise ValueError(
+                f"{path} does not have the extension of a picture: use one of {', '.join(sorted(known))}"
+            )
 
 
 def perplexity_curves(
     results: Sequence[Result], *, title: str = "", trained_length: int | None = None, dark: bool = False
 ) -> Figure:
-    """Perplexity by position in the text, both on logarithmic scales, a curve for each result.
+    """Perplexity by position in the text, both on logarithmic scales, one curve for each result.
 
-    The point of a bucket stands at the geometric middle of its positions, from 16 on; buckets of which fewer than 64
-    predictions were drawn are left out where there are others. `trained_length` draws a line.
+    Positions start at 16; a bucket is drawn at the geometric mean of its first and last position. Buckets with
+    fewer than 64 scored predictions are left out, unless there are no others. `trained_length` draws a line.
     """
     page, figure = _figure(7.2, 4.2, dark)
     axes = figure.add_subplot()
     last = max(result.total for result in results)  # where the text ends
-    many = len({result.mode for result in results}) < len(results)
+    repeated = len({result.mode for result in results}) < len(results)
     for index, result in enumerate(results):
-        light, bright, marker = CURVES[index % len(CURVES)] if many else MODE_STYLES[result.mode]
+        style = CURVE_STYLES[index % len(CURVE_STYLES)] if repeated else MODE_STYLES[result.mode]
         scored = [bucket for bucket in result.buckets if bucket.tokens and bucket.start >= 16]
-        buckets = [b for b in scored if b.tokens >= min(b.start, ENOUGH)] or scored
-        axes.plot(
-            [(bucket.start * min(bucket.stop - 1, max(bucket.start, last))) ** 0.5 for bucket in buckets],
-            [bucket.perplexity for bucket in buckets],
-            color=bright if dark else light,
-            marker=marker,
-            linestyle=STROKES[index % len(STROKES)],
-            markersize=5,
-            linewidth=1.8,
-            label=label(result),
-        )
+        buckets = [b for b in scored if b.tokens >= min(b.start, MIN_PREDICTIONS)] or scored
+        x = [(bucket.start * min(bucket.stop - 1, max(bucket.start, last))) ** 0.5 for bucket in buckets]
+        _curve(axes, x, [bucket.perplexity for bucket in buckets], style, index, label(result), dark)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     _plain_numbers(axes.yaxis)
@@ -101,9 +96,10 @@ def perplexity_curves(
 
 
 def attention_map(attention: Attention, *, title: str = "", layers: int = 4, dark: bool = False) -> Figure:
-    """The attention of some layers, averaged over heads, and the share of every head on the first token.
+    """The attention weights of some layers, and for every head the share of attention on the first token.
 
-    Above, query by key, as in figure 2 of the paper, on a logarithmic scale; below, head by layer.
+    Above: query by key, the mean of the heads, on a logarithmic scale, as in figure 2 of the paper. Below:
+    head by layer.
     """
     from matplotlib.colors import LogNorm
 
@@ -151,31 +147,18 @@ def attention_map(attention: Attention, *, title: str = "", layers: int = 4, dar
 def recall_curves(
     curves: Mapping[str, Sequence[Recall]], *, window: int | None, title: str = "", dark: bool = False
 ) -> Figure:
-    """Answers right, and nats per token of them, by distance in tokens; a line where the window ends.
+    """Right answers, and nats per token of the answers, by distance in tokens; a line where the window ends.
 
-    Where less than a tenth of the answers is right in full, the share of their tokens that is.
+    Where no curve has a tenth of its answers right in full, the share of right tokens is drawn instead.
     """
     page, figure = _figure(7.2, 3.9, dark)
     panels = figure.subplots(1, 2)
     whole = max(score.accuracy for scores in curves.values() for score in scores) >= 0.1
     for index, (name, scores) in enumerate(curves.items()):
-        light, bright, marker = CURVES[index % len(CURVES)]
+        style = CURVE_STYLES[index % len(CURVE_STYLES)]
         right = [100 * (score.accuracy if whole else score.token_accuracy) for score in scores]
-        for panel, values in zip(
-            panels,
-            (right, [score.mean for score in scores]),
-            strict=True,
-        ):
-            panel.plot(
-                [score.distance for score in scores],
-                values,
-                color=bright if dark else light,
-                marker=marker,
-                linestyle=STROKES[index % len(STROKES)],
-                markersize=5,
-                linewidth=1.8,
-                label=name,
-            )
+        for panel, values in zip(panels, (right, [score.mean for score in scores]), strict=True):
+            _curve(panel, [score.distance for score in scores], values, style, index, name, dark)
     for panel, what in zip(
         panels,
         ("answers right (%)" if whole else "tokens of answers right (%)", "nats per token of the answer"),
@@ -194,12 +177,12 @@ def recall_curves(
 
 
 def save_figure(figure: Figure, path: str | Path) -> None:
-    """Write a picture; the ending (.png, .svg, .pdf) says how."""
+    """Write a picture, in the format of its file extension: .png, .svg, .pdf, …"""
     figure.savefig(path, dpi=160, facecolor=figure.get_facecolor())
 
 
 def label(result: Result) -> str:
-    """How a result is called in tables and pictures."""
+    """The name of a result in tables and pictures."""
     names = {"dense": "dense", "window": f"window {result.window}"}
     name = names.get(result.mode, f"{result.sinks} sinks + window {result.window}")
     if result.mode == "recompute":
@@ -218,6 +201,17 @@ def _figure(width: float, height: float, dark: bool) -> tuple[_Page, Figure]:
     return page, Figure(figsize=(width, height), facecolor=page.paper, layout="constrained")
 
 
+def _curve(
+    axes: Any, x: Sequence[float], y: Sequence[float], style: tuple[str, str, str], index: int, name: str,
+    dark: bool,
+) -> None:  # fmt: skip
+    on_light, on_dark, marker = style
+    axes.plot(
+        x, y, color=on_dark if dark else on_light, marker=marker, linestyle=LINE_STYLES[index % len(LINE_STYLES)],
+        markersize=5, linewidth=1.8, label=name,
+    )  # fmt: skip
+
+
 def _dress(axes: Any, page: _Page, x: str, y: str, title: str, grid: bool = True) -> None:
     axes.set_facecolor(page.paper)
     axes.set_xlabel(x, color=page.ink, fontsize=9)
@@ -232,7 +226,7 @@ def _dress(axes: Any, page: _Page, x: str, y: str, title: str, grid: bool = True
 
 
 def _mark(axes: Any, page: _Page, x: float, name: str) -> None:
-    """A dotted line at x, its name above the frame, where no curve runs."""
+    """A dotted line at x, with its name above the frame, where it hides no curve."""
     axes.axvline(x, color=page.ink, linewidth=1, linestyle=(0, (1, 2)))
     axes.annotate(
         name, (x, 1), xycoords=("data", "axes fraction"), xytext=(0, 3), textcoords="offset points",
@@ -242,7 +236,7 @@ def _mark(axes: Any, page: _Page, x: float, name: str) -> None:
 
 def _legend(figure: Any, axes: Any, page: _Page) -> None:
     handles, labels = axes.get_legend_handles_labels()
-    columns = max(1, int(95 / (max(map(len, labels)) + 10)))  # as many as fit into the width
+    columns = max(1, int(95 / (max(map(len, labels)) + 10)))  # as many as fit the width of the picture
     figure.legend(
         handles, labels, loc="outside lower center", ncols=min(columns, len(labels)), fontsize=8,
         frameon=False, labelcolor=page.ink, handlelength=3.2,

@@ -1,14 +1,14 @@
-"""What a stream remembers: facts told some distance ago, asked for later.
+"""Which facts a stream recalls, by distance: a fact is stated, and a question asks for it later.
 
-StreamEval is built as section 4.4 of Xiao et al. (arXiv 2309.17453) describes it: numbered facts, one per
-line, and every 10 lines a question whose answer was told 20 lines before, or further. A passkey test hides
-one fact in filler. What has left the window is gone: sinks keep a stream fluent, they remember nothing of it.
-A score that stayed up past the window would be a fault.
+StreamEval is built as section 4.4 of Xiao et al. (arXiv 2309.17453) describes it: facts, one per line, and
+every 10 lines a question about the fact 20 lines before. A passkey test hides one fact in filler. A fact that
+has left the window cannot be recalled: sinks keep a stream fluent, but they store nothing of it. A score that
+stayed high beyond the window would be a fault.
 
-Answers are scored without generating: if each of an answer's tokens is the likeliest after the ones before
-it, then greedy decoding says the answer, and the other way round. So one pass in exact chunks scores a whole
-stream, and the right answers stand in the text that follows. Pieces of text are made into tokens apart from
-each other, so that an answer consists of the same tokens where it is told and where it is asked for.
+Answers are scored without generating. Greedy decoding gives an answer exactly if each of its tokens is the
+most likely one after those before it. So the text contains the right answers, and one pass in exact chunks
+scores a whole stream. Pieces of text are tokenized separately, so that an answer has the same tokens in the
+fact and in the question.
 """
 
 from __future__ import annotations
@@ -18,17 +18,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from streamllm.evaluate.scoring import new_cache, predictions
+from streamllm.evaluate.predictions import new_cache, nll_of, stream_logits
 from streamllm.evaluate.texts import beginning
 from streamllm.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
 class Wording:
-    """How facts are told and asked for. {key} and {answer} are filled in; a question ends with its answer."""
+    """How facts are stated and asked for. {key} and {answer} are filled in; a question ends with its answer."""
 
     fact: str
     question: str
@@ -41,7 +40,7 @@ WORDINGS = {
         question="What does the register hold in line {key}? line {key}: the register holds <{answer}>\n",
         filler="The {a} {b} stands behind the {c} {d}.\n",
     ),
-    "code": Wording(  # the question is the fact's own line again: the most that a very small model can do
+    "code": Wording(  # the question repeats the line of the fact: a very small model can do no more
         fact="    self.{key} = {answer}\n",
         question="    self.{key} = {answer}\n",
         filler="    self.{a}_{b} = {c}_{d}\n",
@@ -57,29 +56,29 @@ anchor apple arrow badge barrel basket beacon bell bottle bridge button cabin ca
 cloud corner crown desert dragon engine feather field forest garden hammer harbor island jacket
 kettle ladder lantern marble meadow mirror needle orchard paper pebble river
 """
-_FIRST, _SECOND = (half.split() for half in _WORDS.split("\n\n"))
+_ADJECTIVES, _NOUNS = (half.split() for half in _WORDS.split("\n\n"))
 
 
 @dataclass(frozen=True, eq=False)
 class Script:
-    """A stream with answers in it: token ids [N], where each answer stands, how long ago it was told."""
+    """A stream with questions and their answers."""
 
-    tokens: Tensor
-    answers: tuple[tuple[int, int], ...]  # first token, and behind the last
-    distances: tuple[int, ...]  # tokens between an answer's first token and the same where it was told
+    tokens: Tensor  # int64 [N]
+    answers: tuple[tuple[int, int], ...]  # start and stop of each answer
+    distances: tuple[int, ...]  # tokens from the fact to its question, measured at the answer's first token
 
 
 @dataclass(frozen=True)
 class Recall:
-    """Answers at one distance."""
+    """The answers at one distance."""
 
     distance: float  # tokens back, the mean
     lines: int | None  # lines back (StreamEval)
     questions: int
     correct: int  # answers that greedy decoding gives in full
-    nll: float  # nats, summed over the answers' tokens
+    nll: float  # nats, summed over the tokens of the answers
     tokens: int
-    tokens_correct: int  # those of them that are the likeliest after what stands before
+    tokens_correct: int  # tokens of answers that are the most likely after what precedes them
 
     @property
     def accuracy(self) -> float:
@@ -91,7 +90,7 @@ class Recall:
 
     @property
     def mean(self) -> float:
-        """Nats per token of the answers: falls where a fact is remembered, even if not well enough."""
+        """Nats per token of the answers: lower where a fact is recalled, even if not well enough to be right."""
         return self.nll / self.tokens
 
 
@@ -105,30 +104,33 @@ def stream_eval_script(
     wording: str = "lines",
     seed: int = 0,
 ) -> Script:
-    """A stream of `lines` facts, and behind every `every`-th a question for what stood `back` lines before.
+    """A stream of `lines` facts, and after every `every`-th a question about the fact `back` lines before.
 
-    Raises ValueError for an unknown wording, and for more lines than there are names (1,600).
+    Raises ValueError for an unknown wording, for more lines than there are names (1,600), and where no
+    question has a fact so far back.
     """
-    said, rng, pieces = _wording(wording), random.Random(seed), _Pieces(tokenizer)
-    if not 1 <= lines <= len(_FIRST) * len(_SECOND):
-        raise ValueError(f"lines must be in 1 … {len(_FIRST) * len(_SECOND)}, not {lines}")
+    phrases, rng, pieces = _wording(wording), random.Random(seed), _Pieces(tokenizer)
+    if not 1 <= lines <= len(_ADJECTIVES) * len(_NOUNS):
+        raise ValueError(f"lines must be in 1 … {len(_ADJECTIVES) * len(_NOUNS)}, not {lines}")
     if every < 1 or not 1 <= back < lines:
         raise ValueError(f"every must be at least 1 and back in 1 … {lines - 1}, not {every} and {back}")
-    keys = [f"{first}_{second}" for first in _FIRST for second in _SECOND]
+    keys = _keys()
     rng.shuffle(keys)
     facts: list[tuple[str, str, int]] = []
     answers, distances = [], []
     for line, key in enumerate(keys[:lines]):
         answer = _number(rng, digits)
-        told, _ = pieces.fill(said.fact, key, answer)
-        facts.append((key, answer, told))
+        stated, _ = pieces.add(phrases.fact, key, answer)
+        facts.append((key, answer, stated))
         if line % every == every - 1 and line >= back:
-            key, answer, told = facts[line - back]
-            begin, end = pieces.fill(said.question, key, answer)
-            answers.append((begin, end))
-            distances.append(begin - told)
+            key, answer, stated = facts[line - back]
+            start, stop = pieces.add(phrases.question, key, answer)
+            answers.append((start, stop))
+            distances.append(start - stated)
     if not answers:
-        raise ValueError(f"{lines} lines have no question {back} lines back every {every} lines: give more")
+        raise ValueError(
+            f"{lines} lines with a question every {every} have none about a fact {back} lines back: give more lines"
+        )
     return Script(torch.tensor(pieces.ids), tuple(answers), tuple(distances))
 
 
@@ -141,25 +143,28 @@ def passkey_script(
     wording: str = "lines",
     seed: int = 0,
 ) -> Script:
-    """Filler, a fact, filler, and the question, its answer exactly `distance` tokens behind the fact's.
+    """Filler, a fact, filler and the question; its answer starts exactly `distance` tokens after the fact's.
 
-    At least `lead` tokens of filler come first, so that the fact is no sink.
+    At least `lead` tokens of filler come first, so that the fact is not among the sinks.
 
     Raises ValueError for an unknown wording, and for a distance too short for fact and question.
     """
-    said, rng, pieces = _wording(wording), random.Random(seed), _Pieces(tokenizer)
+    phrases, rng, pieces = _wording(wording), random.Random(seed), _Pieces(tokenizer)
 
-    first, second, answer = rng.choice(_FIRST), rng.choice(_SECOND), _number(rng, digits)
-    key, others = f"{first}_{second}", [word for word in _FIRST if word != first]  # nobody else has that key
+    adjective, noun, answer = rng.choice(_ADJECTIVES), rng.choice(_NOUNS), _number(rng, digits)
+    key = f"{adjective}_{noun}"
+    others = [word for word in _ADJECTIVES if word != adjective]  # so that no filler contains the key
 
     def filler() -> list[int]:
-        words = {"a": others, "b": _SECOND, "c": others, "d": _SECOND}
-        return pieces.encode(said.filler.format(**{name: rng.choice(some) for name, some in words.items()}))
+        words = {"a": others, "b": _NOUNS, "c": others, "d": _NOUNS}
+        return pieces.encode(
+            phrases.filler.format(**{name: rng.choice(some) for name, some in words.items()})
+        )
 
     while len(pieces.ids) < lead:
         pieces.ids += filler()
-    told, _ = pieces.fill(said.fact, key, answer)
-    room = told + distance - len(pieces.ids) - len(pieces.parts(said.question, key, answer)[0])
+    stated, _ = pieces.add(phrases.fact, key, answer)
+    room = stated + distance - len(pieces.ids) - len(pieces.parts(phrases.question, key, answer)[0])
     if room < 0:
         raise ValueError(
             f"a distance of {distance} is too short for fact and question: give {distance - room}"
@@ -167,10 +172,10 @@ def passkey_script(
     between: list[int] = []
     while len(between) < room:
         between += filler()
-    pieces.ids += between[len(between) - room :]  # cut where it is least strange: behind the fact
-    begin, end = pieces.fill(said.question, key, answer)
-    assert begin - told == distance
-    return Script(torch.tensor(pieces.ids), ((begin, end),), (distance,))
+    pieces.ids += between[len(between) - room :]  # cut right after the fact, far from the question
+    start, stop = pieces.add(phrases.question, key, answer)
+    assert start - stated == distance
+    return Script(torch.tensor(pieces.ids), ((start, stop),), (distance,))
 
 
 def stream_eval(
@@ -189,24 +194,20 @@ def stream_eval(
     chunk: int = 256,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[Recall, ...]:
-    """StreamEval with the answer `back` lines before the question: one stream, and one Recall, for each.
+    """StreamEval with the fact `back` lines before the question: one stream, and one Recall, for each number.
 
-    back=None: from a quarter of the window to twice the window, in lines; the paper's own is (20,).
+    back=None: from a quarter of the window to twice the window, in lines; the paper has (20,).
     `mode`, `sinks`, `window` and `chunk` as for `perplexity` (not "recompute"). `progress` is called with
     (done, total) streams. Raises ValueError as `stream_eval_script` does.
     """
     if back is None:
-        held = new_cache(model, mode, sinks, window, chunk).window
+        kept = new_cache(model, mode, sinks, window, chunk).window
         some = min(lines, 100)
-        line = (
-            len(
-                stream_eval_script(
-                    tokenizer, lines=some, every=min(every, some), back=1, digits=digits, wording=wording
-                ).tokens
-            )
-            / some
+        sample = stream_eval_script(
+            tokenizer, lines=some, every=min(every, some), back=1, digits=digits, wording=wording
         )
-        swept = (round(held * part / 8 / line) for part in (2, 4, 6, 8, 12, 16))
+        tokens_per_line = len(sample.tokens) / some
+        swept = (round(kept * part / 8 / tokens_per_line) for part in (2, 4, 6, 8, 12, 16))
         back = sorted({distance for distance in swept if 1 <= distance < lines})
     scores = []
     for done, distance in enumerate(back):
@@ -235,15 +236,15 @@ def passkey(
     chunk: int = 256,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[Recall, ...]:
-    """One hidden fact, asked for `distances` tokens later: `samples` streams, and one Recall, for each.
+    """One hidden fact, asked for `distances` tokens later: `samples` streams, and one Recall, for each distance.
 
-    distances=None: from a quarter of the window, or as near as the words allow, to twice the window. Else
-    as `stream_eval`.
+    distances=None: from a quarter of the window, or as near as the wording allows, to twice the window. The
+    other arguments are as for `stream_eval`.
     """
     if distances is None:
-        held = new_cache(model, mode, sinks, window, chunk).window
+        kept = new_cache(model, mode, sinks, window, chunk).window
         shortest = _shortest_passkey(tokenizer, wording, digits)
-        eighths = (held * part // 8 for part in (2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 16))
+        eighths = (kept * part // 8 for part in (2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 16))
         distances = [distance for distance in eighths if distance >= shortest]
     if samples < 1:
         raise ValueError(f"samples must be at least 1, not {samples}")
@@ -262,13 +263,13 @@ def passkey(
 
 
 def _shortest_passkey(tokenizer: Tokenizer, wording: str, digits: int) -> int:
-    """A distance at which every fact and question find room."""
-    said, pieces = _wording(wording), _Pieces(tokenizer)
+    """A distance that is long enough for every fact and question."""
+    phrases, pieces = _wording(wording), _Pieces(tokenizer)
     longest = 0
-    for key in (f"{first}_{second}" for first in _FIRST for second in _SECOND):
-        asked, told = (pieces.parts(text, key, "8") for text in (said.question, said.fact))
-        longest = max(longest, len(asked[0]) + len(told[2]))
-    return longest + 2 * digits + 2  # the answer's own tokens are fewer
+    for key in _keys():
+        question, fact = (pieces.parts(text, key, "8") for text in (phrases.question, phrases.fact))
+        longest = max(longest, len(question[0]) + len(fact[2]))
+    return longest + 2 * digits + 2  # leaves room for the tokens of the answer
 
 
 def _score(
@@ -286,15 +287,15 @@ def _score(
     for script in scripts:
         keys = len(script.tokens) if mode == "dense" else window
         cache = new_cache(model, mode, sinks if mode == "sinks" else 0, keys, chunk)
-        lost, hit = [], []
-        for _, logits, targets in predictions(model, script.tokens, cache, chunk):
-            lost.append(F.cross_entropy(logits.float(), targets, reduction="none").cpu().double())
-            hit.append((logits.argmax(-1) == targets).cpu())
-        nats, hits = torch.cat(lost), torch.cat(hit)  # [N - 1], of the tokens 1 … N-1
+        nll_of_chunks, hits_of_chunks = [], []
+        for _, logits, targets in stream_logits(model, script.tokens, cache, chunk):
+            nll_of_chunks.append(nll_of(logits, targets))
+            hits_of_chunks.append((logits.argmax(-1) == targets).cpu())
+        nats, hits = torch.cat(nll_of_chunks), torch.cat(hits_of_chunks)  # [N - 1], of the tokens 1 … N-1
         for start, stop in script.answers:
-            said = hits[start - 1 : stop - 1]
-            correct += bool(said.all())
-            tokens_correct += int(said.sum())
+            answer_hits = hits[start - 1 : stop - 1]
+            correct += bool(answer_hits.all())
+            tokens_correct += int(answer_hits.sum())
             nll += float(nats[start - 1 : stop - 1].sum())
             tokens += stop - start
         distances += sum(script.distances)
@@ -313,18 +314,22 @@ class _Pieces:
         return self._tokenizer.encode(text, add_special_tokens=False) if text else []
 
     def parts(self, template: str, key: str, answer: str) -> tuple[list[int], list[int], list[int]]:
-        """What stands before the answer, the answer, and what stands behind it."""
-        before, _, behind = template.replace("{key}", key).partition("{answer}")
-        if before.endswith(" "):  # a blank is part of the token behind it in almost every vocabulary
+        """The tokens before the answer, of the answer, and after it."""
+        before, _, after = template.replace("{key}", key).partition("{answer}")
+        if before.endswith(" "):  # in almost every vocabulary, a space belongs to the token after it
             before, answer = before[:-1], f" {answer}"
-        return self.encode(before), self.encode(answer), self.encode(behind)
+        return self.encode(before), self.encode(answer), self.encode(after)
 
-    def fill(self, template: str, key: str, answer: str) -> tuple[int, int]:
-        """Add a template; returns where its answer begins and ends."""
-        before, middle, behind = self.parts(template, key, answer)
-        begin = len(self.ids) + len(before)
-        self.ids += [*before, *middle, *behind]
-        return begin, begin + len(middle)
+    def add(self, template: str, key: str, answer: str) -> tuple[int, int]:
+        """Add a filled-in template. Returns the start and stop of its answer."""
+        before, middle, after = self.parts(template, key, answer)
+        start = len(self.ids) + len(before)
+        self.ids += [*before, *middle, *after]
+        return start, start + len(middle)
+
+
+def _keys() -> list[str]:
+    return [f"{adjective}_{noun}" for adjective in _ADJECTIVES for noun in _NOUNS]
 
 
 def _number(rng: random.Random, digits: int) -> str:

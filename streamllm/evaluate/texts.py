@@ -1,4 +1,4 @@
-"""Texts as the token ids that a model knows them by."""
+"""Texts as token ids."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from streamllm.tokenizer import Tokenizer
 
 
 def beginning(tokenizer: Tokenizer) -> list[int]:
-    """The ids that the tokenizer puts in front of every text (BOS, or nothing)."""
+    """The ids that the tokenizer adds in front of every text (BOS, or none)."""
     whole, plain = tokenizer.encode("a"), tokenizer.encode("a", add_special_tokens=False)
     return next((whole[:i] for i in range(len(whole)) if whole[i : i + len(plain)] == plain), [])
 
 
 def as_stream(tokenizer: Tokenizer, texts: Sequence[str]) -> Tensor:
-    """One stream, int64 [N]: BOS once at its start, EOS behind every text, where the tokenizer has them."""
+    """One stream, int64 [N]: BOS once at its start, EOS after every text, where the tokenizer has them."""
     ids, end = beginning(tokenizer), tokenizer.eos_token_id
     for text in texts:
         ids += tokenizer.encode(text, add_special_tokens=False)
@@ -26,12 +26,22 @@ def as_stream(tokenizer: Tokenizer, texts: Sequence[str]) -> Tensor:
 
 
 def as_texts(tokenizer: Tokenizer, texts: Sequence[str]) -> list[Tensor]:
-    """Each text for itself, with its own BOS; left out are those of fewer than two tokens."""
+    """Each text alone, with its own BOS. Texts of fewer than two tokens are left out."""
     return [tokens for text in texts if len(tokens := as_stream(tokenizer, [text])) > 1]
 
 
+def first_tokens(texts: Sequence[Tensor], count: int) -> list[Tensor]:
+    """The first `count` tokens of all texts together, without a last piece of a single token."""
+    kept, left = [], count
+    for text in texts:
+        if left > 1:
+            kept.append(text[:left])
+        left -= len(text)
+    return kept
+
+
 def samples(tokenizer: Tokenizer, stream: Tensor, count: int, length: int, seed: int = 0) -> Tensor:
-    """`count` random stretches of a stream [N], each behind a BOS of its own: int64 [count, length].
+    """`count` random parts of a stream [N], each with its own BOS in front: int64 [count, length].
 
     Raises ValueError for a stream shorter than `length`.
     """

@@ -16,8 +16,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import streamllm
-from streamllm import aot, inductor
 from streamllm.cache import SinkCache
+from streamllm.compiled import cpu_loops, library
 from streamllm.models import layers
 from tests.laws import test_families as families
 from tests.laws.scenarios import TOLERANCE, defined, error, feed, text, tiny
@@ -45,18 +45,18 @@ def uncompiled(monkeypatch):
     products = []
 
     def compiled(module, given):
-        inductor.as_dots(module, given)
+        cpu_loops.as_sums(module, given)
 
         def run(*given):
             with Counted() as counted:
-                result = module(*given)
+                (logits,) = module(*given)
             products.append(counted.products)
-            return result
+            return logits
 
         return run
 
-    monkeypatch.setattr(aot, "check", lambda: None)
-    monkeypatch.setattr(inductor, "compiled", compiled)
+    monkeypatch.setattr(library, "check", lambda: None)
+    monkeypatch.setattr(cpu_loops, "compiled", compiled)
     return products
 
 
@@ -123,8 +123,8 @@ def test_no_kernel_of_a_matrix_is_left_for_a_row(uncompiled, name, dtype, quanti
 
 
 def test_the_count_notices(uncompiled, monkeypatch):
-    monkeypatch.delitem(inductor._AS_DOTS, torch.nn.functional.linear)
-    monkeypatch.delitem(inductor._AS_DOTS, torch.matmul)
+    monkeypatch.delitem(cpu_loops._AS_SUMS, torch.nn.functional.linear)
+    monkeypatch.delitem(cpu_loops._AS_SUMS, torch.matmul)
     assert law("llama") <= TOLERANCE
     assert min(uncompiled) > 0
 
@@ -135,17 +135,17 @@ def test_what_follows_from_places_is_kept_for_all_layers(monkeypatch, name, leas
     graphs = []
 
     def compiled(module, given):
-        inductor.as_dots(module, given)
+        cpu_loops.as_sums(module, given)
         graphs.append((module.graph, given))
-        return module
+        return lambda *given: module(*given)[0]
 
-    monkeypatch.setattr(aot, "check", lambda: None)
-    monkeypatch.setattr(inductor, "compiled", compiled)
+    monkeypatch.setattr(library, "check", lambda: None)
+    monkeypatch.setattr(cpu_loops, "compiled", compiled)
     for layers_ in (1, 3):
         model = streamllm.compile(fresh(name, layers=layers_), "inductor")
         feed(model, SinkCache(model, S, W), text(13), [12, 1])
     made = [
-        len([node for node in graph.nodes if node.target is inductor._made])
+        len([node for node in graph.nodes if node.target is cpu_loops._stored])
         for graph, given in graphs
         if len(given) > 1
     ]
@@ -162,32 +162,32 @@ def test_what_is_still_written_to_is_not_kept():
     x = graph.call_method("add", (graph.call_method("add", (x, once)), twice))
     graph.output(x)
     module, given = torch.fx.GraphModule({}, graph), [torch.tensor([1]), torch.tensor([10])]
-    inductor.as_dots(module, given)
+    cpu_loops.as_sums(module, given)
     assert module(*given).item() == 1 + 20 + 30 + 30
-    assert [node.args[0] for node in graph.nodes if node.target is inductor._made] == [twice]
+    assert [node.args[0] for node in graph.nodes if node.target is cpu_loops._stored] == [twice]
 
 
 # Would the laws notice?
 
 
 def no_bias(patch):
-    linear = inductor._linear
+    linear = cpu_loops._linear
     patch(torch.nn.functional.linear, lambda x, weight, bias=None, *more: linear(x, weight))
 
 
 def keys_in_another_order(patch):
-    matmul = inductor._matmul
+    matmul = cpu_loops._matmul
     patch(torch.matmul, lambda a, b: matmul(a, b.roll(1, -1)))
 
 
 def parts_joined_in_another_order(patch):
-    linear = inductor._linear
+    linear = cpu_loops._linear
     patch(torch.nn.functional.linear, lambda x, weight, *bias: linear(x, weight.roll(1, 0), *bias))
 
 
 @pytest.mark.parametrize("mutation", [no_bias, keys_in_another_order, parts_joined_in_another_order])
 def test_the_law_notices(uncompiled, monkeypatch, mutation):
-    mutation(lambda target, mutant: monkeypatch.setitem(inductor._AS_DOTS, target, mutant))
+    mutation(lambda target, mutant: monkeypatch.setitem(cpu_loops._AS_SUMS, target, mutant))
     assert law("llama") > 1e-3
 
 
@@ -265,7 +265,7 @@ def test_weights_that_are_moved_are_recorded_anew(uncompiled, backend):
     assert same()
     assert compiled.recordings == 1
     held = SinkCache(compiled, S, W)
-    feed(compiled, held, tokens)
+    feed(compiled, held, tokens, PARTS)
     compiled.to(torch.float64)
     plain.to(torch.float64)
     with pytest.raises(ValueError, match="the cache was made for"):
@@ -292,7 +292,7 @@ def test_weights_that_are_moved_are_recorded_anew(uncompiled, backend):
 def test_a_copy_has_its_own_weights(uncompiled, backend, copied):
     tokens = text(30)
     compiled = streamllm.compile(fresh(layers=1), backend)
-    before = feed(compiled, SinkCache(compiled, S, W), tokens)
+    before = feed(compiled, SinkCache(compiled, S, W), tokens, PARTS)
     other = copied(compiled)
     assert (compiled.recordings, other.recordings) == (1, 0)
     for weight in other.parameters():
@@ -302,12 +302,13 @@ def test_a_copy_has_its_own_weights(uncompiled, backend, copied):
     assert error(feed(compiled, SinkCache(compiled, S, W), tokens), before) <= TOLERANCE
 
 
-def test_gradients_pass_and_nothing_is_compiled_before_a_window_is_full(uncompiled):
+def test_a_prompt_and_gradients_take_the_models_own_way(uncompiled):
     model = fresh(layers=1).requires_grad_(True)
     compiled = streamllm.compile(model, "inductor")
-    feed(compiled, SinkCache(compiled, S, W), text(S + W), [S + W - 2, 1, 1])
+    cache = SinkCache(compiled, S, W)
+    feed(compiled, cache, text(S + W), [S + W - 2, 2])
     assert not uncompiled
-    feed(compiled, SinkCache(compiled, S, W), text(S + W + 2))
+    feed(compiled, cache, text(2))
     assert len(uncompiled) == 2
     compiled(text(1)).sum().backward()
     assert model.head.weight.grad is not None
@@ -316,16 +317,16 @@ def test_gradients_pass_and_nothing_is_compiled_before_a_window_is_full(uncompil
 
 def test_an_interruption_while_it_compiles_leaves_the_stream(uncompiled, monkeypatch):
     compiled, tokens = streamllm.compile(fresh(), "inductor"), text(30)
-    held, whole = SinkCache(compiled, S, W), inductor.compiled
+    held, whole = SinkCache(compiled, S, W), cpu_loops.compiled
     got = feed(compiled, held, tokens[:, :20], [20])
 
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(inductor, "compiled", interrupted)
+    monkeypatch.setattr(cpu_loops, "compiled", interrupted)
     with pytest.raises(KeyboardInterrupt):
         compiled(tokens[:, 20:21], held)
-    monkeypatch.setattr(inductor, "compiled", whole)
+    monkeypatch.setattr(cpu_loops, "compiled", whole)
     got = torch.cat((got, feed(compiled, held, tokens[:, 20:])), 1)
     assert error(got, defined(tiny(), tokens, S, W)) <= TOLERANCE
 
@@ -338,7 +339,7 @@ def test_whoever_goes_on_without_has_weights_as_before(uncompiled, monkeypatch):
     layers.arrange(model)
     before = [weight.is_mkldnn for weight in model.parameters()]
     wanted = feed(model, SinkCache(model, S, W), tokens)
-    monkeypatch.setattr(inductor, "compiled", failing)
+    monkeypatch.setattr(cpu_loops, "compiled", failing)
     compiled = streamllm.compile(model, "inductor")
     with pytest.raises(streamllm.CompileError):
         feed(compiled, SinkCache(compiled, S, W), tokens)

@@ -10,8 +10,7 @@ from contextlib import contextmanager, suppress
 import pytest
 import torch
 
-from streamllm import cache as cache_module
-from streamllm.cache import SinkCache
+from streamllm.cache import SinkCache, rings
 from tests.laws.scenarios import TOLERANCE, Interrupted, Rows, cuts, defined, error, failing, feed, text, tiny
 
 SHAPES = [(0, 1), (0, 5), (4, 6), (4, 1), (8, 3), (1, 100)]
@@ -85,7 +84,7 @@ def test_a_ragged_batch_survives_interruptions_everywhere():
 @contextmanager
 def failing_write(monkeypatch, at, error):
     """The write number `at` into a layer of the cache raises `error`, and so do later ones until the end."""
-    write, writes = cache_module._Ring.write, 0
+    write, writes = rings.Ring.write, 0
 
     def failing(self, *moved):
         nonlocal writes
@@ -95,7 +94,7 @@ def failing_write(monkeypatch, at, error):
         write(self, *moved)
 
     with monkeypatch.context() as patch:
-        patch.setattr(cache_module._Ring, "write", failing)
+        patch.setattr(rings.Ring, "write", failing)
         yield
 
 

@@ -49,14 +49,14 @@ def test_twenty_thousand_tokens_take_no_more_memory_than_two_thousand():
     assert resident() - before <= 2 * MB
 
 
-def test_what_a_prompt_took_is_given_back_before_single_tokens(monkeypatch):
-    given = []
-    monkeypatch.setattr("streamllm.cache.trim_heap", lambda: given.append(cache.seen.item()))
+def test_the_heap_is_trimmed_at_the_first_single_token_after_a_prompt(monkeypatch):
+    trimmed = []
+    monkeypatch.setattr("streamllm.cache.sink_cache.trim_heap", lambda: trimmed.append(cache.seen.item()))
     model = tiny(dtype=torch.float32)
     cache = SinkCache(model, sinks=2, window=10)
     for length in (100, 104, 4, 1, 1, 5, 1, 64, 1, 100):
         model(text(length), cache)
-    assert given == [208, 208 + 1 + 1 + 5 + 1 + 64]
+    assert trimmed == [208 + 1, 208 + 1 + 1 + 5 + 1 + 64 + 1]
 
 
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="the C library cannot")

@@ -9,8 +9,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from streamllm import cache as cache_module
-from streamllm.cache import SinkCache
+from streamllm.cache import SinkCache, plan
 from tests.laws.scenarios import ROPES, TOLERANCE, Rows, cuts, defined, error, feed, text, tiny
 
 SINKS = [0, 1, 4, 8]
@@ -48,7 +47,7 @@ def test_one_long_prompt_is_the_definition_whatever_the_chunk(sinks, window, chu
 @pytest.mark.parametrize("stride", [1, 3, 8])
 def test_a_ring_that_fills_in_steps_is_the_definition(monkeypatch, stride):
     """Whatever of it a token looks at: slots that nothing stands in yet are never seen."""
-    monkeypatch.setattr(cache_module, "STRIDE", stride)
+    monkeypatch.setattr(plan, "READ_STEP_SLOTS", stride)
     model, tokens = tiny(), text(60)
     for sinks, window in [(0, 30), (4, 16), (8, 500)]:
         cache = SinkCache(model, sinks, window, origin=10**9 * (stride % 2))

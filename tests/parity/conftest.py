@@ -1,4 +1,4 @@
-"""One copy of each checkpoint for all tests; and, with --checkpoint NAME_OR_FOLDER, one of your own."""
+"""The checkpoints of the grid, made once for all tests; and the one given by --checkpoint NAME_OR_FOLDER."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.fixture
 def checkpoint(request: pytest.FixtureRequest) -> str:
-    # pytest reads the options of this file only where its folder is named on the command line
+    # pytest knows this option only where the folder of this file is named on the command line.
     name = request.config.getoption("--checkpoint", default=None)
     if name is None:
         pytest.skip("no --checkpoint given")
@@ -26,7 +26,7 @@ def checkpoint(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="session")
 def cases(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Case]:
-    """A case of the grid by its name."""
+    """Returns a case of the grid by its name."""
     variants = {variant.name: variant for variant in VARIANTS}
     assert len(variants) == len(VARIANTS)
     return cache(lambda name: Case(variants[name], tmp_path_factory.mktemp(name)))

@@ -1,4 +1,4 @@
-"""streamllm parity: what is right passes, and what is broken is found where it was broken."""
+"""streamllm parity: correct checkpoints pass, and a fault is found in the module that has it."""
 
 from __future__ import annotations
 
@@ -14,10 +14,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import streamllm
-import streamllm.parity
+import streamllm.cache
+from streamllm.cache import sink_cache
 from streamllm.cli import main
 from streamllm.models.step import Plan
-from streamllm.parity import compare, compare_streaming
+from streamllm.parity import compare, compare_streaming, logits
+from streamllm.parity.hooks import hooked
 from tests.checkpoints import Tensors, Variant, make, respell
 from tests.parity.cases import Case
 from tests.parity.grid import LLAMA
@@ -37,12 +39,12 @@ TOKENS = 70
 
 @pytest.fixture
 def made(cases: Callable[[str], Case]) -> Callable[[str], Path]:
-    """The checkpoint of a variant of the grid."""
+    """Returns the folder of a variant of the grid."""
     return lambda name: cases(name).theirs
 
 
 def broken(good: Path, folder: Path, change: Callable[[Tensors], None]) -> Path:
-    """A copy whose tensors were changed: the one that is read here."""
+    """A copy with changed tensors, which this library reads."""
     shutil.copytree(good, folder)
     tensors = load_file(folder / "model.safetensors")
     change(tensors)
@@ -73,14 +75,14 @@ def run(capsys, *args: object) -> tuple[int, str, str]:
     return end.value.code, *capsys.readouterr()
 
 
-def test_what_is_the_same_passes(made, capsys) -> None:
+def test_a_correct_checkpoint_passes(made, capsys) -> None:
     code, out, err = run(capsys, made("llama-gqa"), "--tokens", TOKENS, "--streaming")
     assert code == 0
     assert re.search(r"^against +transformers [\d.]+ \(sdpa\), float32, cpu$", out, re.MULTILINE)
     assert len(re.findall(r"max ≤ 5.0e-05 +ok$", out, re.MULTILINE)) == 3
     assert len(re.findall(r"max ≤ 1.0e-09 +ok$", out, re.MULTILINE)) == 4
     assert "DIFFERS" not in out
-    assert out.endswith("the same: this checkpoint can be trusted here\n")
+    assert out.endswith("the same: you can trust this checkpoint here\n")
     assert max(map(len, out.splitlines())) <= 100
     assert "running it in transformers" in err
 
@@ -92,13 +94,13 @@ def test_every_family_passes(made, name: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_half_types_are_measured_by_their_own_rounding(made, dtype: str) -> None:
+def test_the_limit_of_a_half_type_is_its_own_rounding(made, dtype: str) -> None:
     report = compare(made("llama-gqa"), tokens=TOKENS, dtype=dtype)
     assert report.passed
     assert all(row.by_mean and 1e-4 < row.limit < 1e-1 for row in report.rows if row.limit is not None)
 
 
-def test_models_that_change_with_their_length_are_asked_anew(made) -> None:
+def test_frequencies_that_depend_on_the_length_are_compared_at_each_length(made) -> None:
     assert compare(made("llama-dynamic-grown"), tokens=300).passed
 
 
@@ -150,7 +152,7 @@ BROKEN = {
         ("layers.2.attention", "transformer.blocks.2.attn"), ["layers.2.attention.k"],
         ["transformer.blocks.2.attn.Wqkv.weight"],
     ),
-    "a norm of two that read the same": (
+    "one of two norms with the same input": (
         "falcon-40b-biased", scale("transformer.h.1.ln_mlp.weight"), ("layers.1", "transformer.h.1"),
         ["layers.1.mlp_norm"], ["transformer.h.1.ln_mlp.bias", "transformer.h.1.ln_mlp.weight"],
     ),
@@ -158,7 +160,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("what", BROKEN)
-def test_a_broken_tensor_is_found(made, tmp_path: Path, what: str) -> None:
+def test_a_changed_tensor_is_found(made, tmp_path: Path, what: str) -> None:
     name, change, module, parts, tensors = BROKEN[what]
     report = compare(broken(made(name), tmp_path / "broken", change), made(name), tokens=TOKENS)
     assert not report.passed
@@ -177,7 +179,9 @@ MISREAD = {
 
 
 @pytest.mark.parametrize("what", MISREAD)
-def test_a_wrong_reading_of_the_config_is_found_where_it_acts(made, tmp_path: Path, what: str) -> None:
+def test_a_wrong_reading_of_the_config_is_found_in_the_module_that_it_changes(
+    made, tmp_path: Path, what: str
+) -> None:
     changes, where = MISREAD[what]
     shutil.copytree(made("llama-gqa"), tmp_path / "misread")
     respell(tmp_path / "misread", changes)
@@ -186,11 +190,11 @@ def test_a_wrong_reading_of_the_config_is_found_where_it_acts(made, tmp_path: Pa
     assert report.difference.ours == where
 
 
-def test_what_differs_is_printed_and_the_exit_code_is_1(made, tmp_path: Path, capsys, monkeypatch) -> None:
+def test_the_difference_is_printed_and_the_exit_code_is_1(made, tmp_path: Path, capsys, monkeypatch) -> None:
     good, change = made("llama-gqa"), BROKEN["swapped k and v"][1]
     folder = broken(good, tmp_path / "broken", change)
-    honest = streamllm.parity._theirs_name
-    monkeypatch.setattr(streamllm.parity, "_theirs_name", lambda source, theirs: honest(source, good))
+    arguments = logits.transformers_arguments
+    monkeypatch.setattr(logits, "transformers_arguments", lambda source, _: arguments(source, good))
     code, out, _ = run(capsys, folder, "--tokens", TOKENS)
     assert code == 1
     assert out.count("DIFFERS") == 3
@@ -204,7 +208,7 @@ def test_what_differs_is_printed_and_the_exit_code_is_1(made, tmp_path: Path, ca
         assert re.search(f"^{line}$", out, re.MULTILINE)
 
 
-def test_where_transformers_reads_a_config_in_its_own_way_both_are_shown(made) -> None:
+def test_where_transformers_ignores_a_key_both_readings_are_shown(made) -> None:
     report = compare(made("mpt-storywriter"), tokens=TOKENS)
     assert report.passed
     assert any("bias_max is 16" in note and "8.0 in transformers" in note for note in report.notes)
@@ -212,25 +216,24 @@ def test_where_transformers_reads_a_config_in_its_own_way_both_are_shown(made) -
     assert report.rows[2].maximum > 1e-2
 
 
-def test_what_is_refused_here_does_not_pass(made, capsys) -> None:
+def test_a_config_that_is_refused_here_does_not_pass(made, capsys) -> None:
     code, out, _ = run(capsys, made("mpt-no-alibi"), "--tokens", TOKENS, "--streaming")
     assert code == 1
     assert re.search(r"as the config says: refused, .*alibi is False", out)
     assert out.count(" ok\n") == 2
-    assert "refused: what transformers ignores in this config cannot be done here" in out
+    assert "refused: this library does not support what transformers ignores in this config" in out
 
 
-# Streaming: each mutation breaks the definition, and is found
+# Streaming: each of these faults is found
 
 
-def test_streaming_that_evicts_too_early_or_too_late_is_found(made, monkeypatch) -> None:
-    one, chunk = streamllm.cache._plan_one, streamllm.cache._plan_chunk
+def test_eviction_one_token_too_early_is_found(made, monkeypatch) -> None:
     for name in ("llama-gqa", "mpt-7b"):
-        for plan in (one, chunk):
+        for plan in (sink_cache.plan_token, sink_cache.plan_chunk):
             monkeypatch.setattr(
-                streamllm.cache,
+                sink_cache,
                 plan.__name__,
-                lambda sinks, window, *rest, p=plan: p(sinks, window - 1, *rest),
+                lambda layout, *rest, p=plan: p(replace(layout, window=layout.window - 1), *rest),
             )
             report = compare_streaming(made(name))
             assert not report.passed
@@ -239,21 +242,24 @@ def test_streaming_that_evicts_too_early_or_too_late_is_found(made, monkeypatch)
             monkeypatch.undo()
 
 
-def test_streaming_whose_sinks_stay_behind_is_found(made, monkeypatch) -> None:
-    honest = streamllm.SinkCache.plan
+def test_sinks_that_do_not_move_with_the_window_are_found(made, monkeypatch) -> None:
+    plan_of_cache = streamllm.SinkCache.plan
 
-    def left_behind(*args: object) -> Plan:
-        plan = honest(*args)
-        return replace(plan, steps={own: replace(step, far=step.near) for own, step in plan.steps.items()})
+    def plan_with_fixed_sinks(*args: object) -> Plan:
+        plan = plan_of_cache(*args)
+        return replace(
+            plan,
+            steps={own: replace(step, sink_query_place=step.query_place) for own, step in plan.steps.items()},
+        )
 
-    monkeypatch.setattr(streamllm.SinkCache, "plan", left_behind)
+    monkeypatch.setattr(streamllm.SinkCache, "plan", plan_with_fixed_sinks)
     for name in ("llama-gqa", "falcon-7b", "mpt-7b"):
         report = compare_streaming(made(name))
         assert not report.passed
         assert "token by token: the first token that differs is 32," in report.notes[0]
 
 
-# Texts, and what a user can get wrong
+# Texts, and errors that a user can cause
 
 
 def test_a_checkpoint_with_a_tokenizer_is_compared_on_a_text(tmp_path: Path, capsys) -> None:
@@ -273,7 +279,9 @@ def test_a_checkpoint_with_a_tokenizer_is_compared_on_a_text(tmp_path: Path, cap
     assert (code, err) == (2, "Error: the text has 1 tokens; at least 2 are needed\n")
 
 
-def test_what_cannot_be_compared_is_one_sentence_and_exit_code_2(made, tmp_path: Path, capsys) -> None:
+def test_a_checkpoint_that_cannot_be_compared_is_an_error_of_one_sentence(
+    made, tmp_path: Path, capsys
+) -> None:
     code, out, err = run(capsys, tmp_path / "nowhere")
     assert (code, out) == (2, "")
     assert re.fullmatch(r"Error: there is no folder .*\n", err)
@@ -285,25 +293,25 @@ def test_what_cannot_be_compared_is_one_sentence_and_exit_code_2(made, tmp_path:
         compare(made("llama-gqa"), dtype="int8")
 
 
-def test_without_transformers_it_says_how_to_get_it(made, capsys, monkeypatch) -> None:
+def test_without_transformers_the_error_says_how_to_install_it(made, capsys, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
     code, out, err = run(capsys, made("llama-gqa"))
     assert (code, out) == (2, "")
     assert "Error: " in err
     assert "pip install 'streamllm[parity]'" in err
-    assert compare_streaming(made("llama-gqa")).passed  # which needs none
+    assert compare_streaming(made("llama-gqa")).passed  # does not need transformers
 
 
-def test_the_same_as_tests_of_a_checkpoint(made, capsys, monkeypatch) -> None:
+def test_the_tests_of_one_checkpoint_run_the_same_comparison(made, capsys, monkeypatch) -> None:
     monkeypatch.chdir(Path(__file__).resolve().parents[2])
     options = ["--checkpoint", str(made("llama-gqa")), "-k", "float32 or eviction", "-p", "no:cacheprovider"]
     assert pytest.main(["tests/parity/test_checkpoint.py", *options]) == 0
     assert "2 passed" in capsys.readouterr().out
 
 
-def test_models_are_left_without_hooks(made) -> None:
+def test_hooks_are_removed_afterwards(made) -> None:
     model = streamllm.load_model(made("llama-gqa"), device="cpu")
-    with streamllm.parity._hooked(model, ["layers.0", ""], lambda *_: None):
+    with hooked(model, ["layers.0", ""], lambda *_: None):
         assert len(model._forward_hooks) == 1
         model(torch.zeros(1, 2, dtype=torch.int64))
     assert not any(module._forward_hooks for module in model.modules())

@@ -1,4 +1,4 @@
-"""Our logits are transformers' logits, over the whole grid (semantics: no eviction)."""
+"""Logits without eviction are those of transformers, for every checkpoint of the grid."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import streamllm
 from tests.parity.cases import TOLERANCE, Case
 
 
-def test_float32_as_transformers_rounds(case: Case) -> None:
+def test_float32_with_match_transformers(case: Case) -> None:
     assert case.distance(match_transformers=True) <= TOLERANCE
 
 
-def test_float32_as_the_config_says(case: Case) -> None:
+def test_float32_in_the_default_reading(case: Case) -> None:
     if case.variant.refused:
         with pytest.raises(streamllm.UnsupportedConfig, match=case.variant.refused):
             streamllm.load_model(case.folder)
@@ -21,7 +21,7 @@ def test_float32_as_the_config_says(case: Case) -> None:
         assert case.distance(match_transformers=False) <= TOLERANCE
 
 
-def test_bfloat16_is_no_further_than_transformers_is_from_itself(case: Case) -> None:
+def test_bfloat16_differs_no_more_than_transformers_does_from_its_float32(case: Case) -> None:
     length = case.variant.length
     exact = case.reference(length, torch.float32)
     theirs = case.reference(length, torch.bfloat16).float()

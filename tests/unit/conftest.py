@@ -1,4 +1,4 @@
-"""A checkpoint that is small, loud and whole: a Llama with a byte-level tokenizer, without transformers."""
+"""A small, complete checkpoint with loud weights: a Llama with a byte-level tokenizer, made without transformers."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ BOS, EOS = "<s>", "</s>"
 
 
 def write_tokenizer(folder: Path, bos: bool) -> int:
-    """tokenizer.json in `folder`; with `bos`, every text begins with it. Returns the number of ids."""
+    """Write tokenizer.json into `folder`; with `bos`, it adds BOS to every text. Returns the number of ids."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -46,7 +46,7 @@ def write_tokenizer(folder: Path, bos: bool) -> int:
 
 
 def write_llama(folder: Path, vocab_size: int, **changes: object) -> Path:
-    """config.json and model.safetensors of a two-layer Llama with loud random weights."""
+    """Write config.json and model.safetensors of a two-layer Llama with large random weights."""
     config = {
         "model_type": "llama",
         "vocab_size": vocab_size,
@@ -92,7 +92,7 @@ def write_llama(folder: Path, vocab_size: int, **changes: object) -> Path:
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint whose tokenizer begins every text with a BOS token. Not to be changed: see `copy`."""
+    """A checkpoint whose tokenizer adds BOS to every text. Tests must not change it: see `copy`."""
     folder = tmp_path_factory.mktemp("tiny")
     return write_llama(folder, write_tokenizer(folder, bos=True))
 
@@ -105,7 +105,7 @@ def checkpoint_without_bos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def copy(checkpoint: Path, tmp_path: Path) -> Path:
-    """A copy of `checkpoint` that a test may break."""
+    """A copy of `checkpoint` that a test may change."""
     folder = tmp_path / "copy"
     shutil.copytree(checkpoint, folder)
     return folder
@@ -128,13 +128,13 @@ def tokenizer(loaded) -> streamllm.Tokenizer:
 
 @pytest.fixture
 def interrupt(model) -> Callable[..., None]:
-    """interrupt(module, error, at): `error` is raised after forward number `at` (from 0) of `module`, once.
+    """interrupt(name, error, call) raises `error` once, after forward number `call` (from 0) of a module.
 
-    `module` is a name within the model, "" for the model itself.
+    `name` is that of a module within the model, "" for the model itself.
     """
     hooks = []
 
-    def at(name: str, error: BaseException, call: int) -> None:
+    def raise_after(name: str, error: BaseException, call: int) -> None:
         left = [call]
 
         def hook(*_: object) -> None:
@@ -144,6 +144,6 @@ def interrupt(model) -> Callable[..., None]:
 
         hooks.append(model.get_submodule(name).register_forward_hook(hook))
 
-    yield at
+    yield raise_after
     for hook in hooks:
         hook.remove()

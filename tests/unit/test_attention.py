@@ -1,13 +1,16 @@
-"""attend(): its kernels against the softmax written out, in every type, and against each other."""
+"""attend(): which kernel serves, and each kernel against the softmax written out, in every type."""
 
 from __future__ import annotations
+
+import itertools
+from dataclasses import replace
 
 import pytest
 import torch
 
 from streamllm.models import attention
 from streamllm.models.attention import attend
-from streamllm.models.step import Step
+from streamllm.models.step import Band, Step
 
 HEADS = [(4, 4), (4, 2), (4, 1)]
 B, D, S = 2, 16, 3
@@ -15,36 +18,37 @@ B, D, S = 2, 16, 3
 
 @pytest.fixture(autouse=True, params=[False, True], ids=["others", "intel"])
 def of_each_maker(request, monkeypatch):
-    monkeypatch.setattr(attention, "INTEL", request.param)
+    monkeypatch.setattr(attention, "IS_INTEL", request.param)
 
 
-def case(H, G, T, K, dtype=torch.float64, rows=1, holes=True, far=False, seed=0):
+def case(H, G, T, K, dtype=torch.float64, rows=1, holes=True, apart=False, seed=0):
     """Queries, keys and values, and a step in which each query sees itself and a random half of the keys."""
     torch.manual_seed(seed)
-    near, apart = torch.randn(2, B, H, T, D, dtype=torch.float64).mul(1.5).to(dtype)
+    query, sink_query = torch.randn(2, B, H, T, D, dtype=torch.float64).mul(1.5).to(dtype)
     keys, values = torch.randn(2, B, G, K, D, dtype=torch.float64).to(dtype)
     visible = (torch.rand(rows, T, K) < 0.5) | (torch.arange(K) == K - 1) if holes else None
     places = torch.arange(T).expand(rows, T)
     keys_at = torch.arange(K).expand(rows, K)
-    step = Step(places, places, places, places, keys_at, visible, S if far else 0, K)
-    return near, apart if far else near, keys, values, step
+    step = Step(places, places, places, places, keys_at, visible, S if apart else 0, K)
+    return query, sink_query if apart else None, keys, values, step
 
 
-def written_out(near, far, keys, values, step, scale, bias=None):
+def written_out(query, sink_query, keys, values, step, scale, bias=None):
     """The same in float64, head by head and query by query."""
-    near, far, keys, values = (x.double() for x in (near, far, keys, values))
+    sink_query = query if sink_query is None else sink_query
+    query, sink_query, keys, values = (x.double() for x in (query, sink_query, keys, values))
     mask = step.mask()
-    B, H, T, _ = near.shape
+    B, H, T, _ = query.shape
     G, K = keys.shape[1:3]
-    out = torch.empty_like(near)
+    out = torch.empty_like(query)
     for b in range(B):
         for h in range(H):
             g = h // (H // G)
             for t in range(T):
-                row = b if step.near.shape[0] > 1 else 0
+                row = b if step.query_place.shape[0] > 1 else 0
                 scores = torch.stack(
                     [
-                        (far if k < step.sinks else near)[b, h, t] @ keys[b, g, k] * scale
+                        (sink_query if k < step.sinks else query)[b, h, t] @ keys[b, g, k] * scale
                         + (0 if bias is None else bias[row, h, t, k].double())
                         for k in range(K)
                     ]
@@ -61,7 +65,7 @@ ROUNDING = {torch.float64: 1e-14, torch.float32: 2e-6, torch.float16: 4e-3, torc
 
 @pytest.mark.parametrize("dtype", ROUNDING, ids=str)
 @pytest.mark.parametrize(("H", "G"), HEADS)
-@pytest.mark.parametrize(("T", "holes", "far", "rows", "biased"), [
+@pytest.mark.parametrize(("T", "holes", "apart", "rows", "biased"), [
     (1, False, False, 1, False),
     (1, False, True, 1, False),
     (1, True, True, B, False),
@@ -73,14 +77,12 @@ ROUNDING = {torch.float64: 1e-14, torch.float32: 2e-6, torch.float16: 4e-3, torc
     (5, True, False, B, True),
     (5, False, False, 1, True),
 ])  # fmt: skip
-def test_every_kernel_is_the_softmax_written_out(H, G, T, holes, far, rows, biased, dtype):
-    near, apart, keys, values, step = case(H, G, T, 9, dtype, rows, holes, far)
+def test_every_kernel_is_the_softmax_written_out(H, G, T, holes, apart, rows, biased, dtype):
+    given = case(H, G, T, 9, dtype, rows, holes, apart)
     bias = torch.randn(rows, H, T, 9) if biased else None
-    wanted = written_out(near, apart, keys, values, step, 0.25, bias)
-    kernels = [attend, attention._by_matmul]
-    got = [kernel(near, apart, keys, values, step, 0.25, bias) for kernel in kernels]
-    if not far:
-        got.append(attention._fused(near, keys, values, step, 0.25, bias))
+    wanted = written_out(*given, 0.25, bias)
+    kernels = [attend, attention.one_softmax, *([] if apart else [attention.fused])]
+    got = [kernel(*given, 0.25, bias) for kernel in kernels]
     for read in got:
         assert read.dtype == dtype
         assert read.shape == (B, H, T, D)
@@ -89,54 +91,130 @@ def test_every_kernel_is_the_softmax_written_out(H, G, T, holes, far, rows, bias
 
 @pytest.mark.parametrize("dtype", ROUNDING, ids=str)
 @pytest.mark.parametrize("window", [None, 4])
-def test_dense_texts_by_both_kernels(dtype, window):
-    near, far, keys, values, _ = case(4, 2, 12, 12, dtype)
-    step = Step.dense(12, window)
-    wanted = written_out(near, far, keys, values, step, 0.25)
-    for read in (
-        attention._by_matmul(near, far, keys, values, step, 0.25, None),
-        attention._fused(near, keys, values, step, 0.25, None),
-    ):
-        assert (read.double() - wanted).abs().max() <= ROUNDING[dtype]
+def test_dense_texts_by_every_kernel(dtype, window):
+    given = *case(4, 2, 12, 12, dtype)[:4], Step.dense(12, window)
+    wanted = written_out(*given, 0.25)
+    for name, kernel in attention.KERNELS.items():
+        read = kernel(*given, 0.25, None)
+        assert (read.double() - wanted).abs().max() <= ROUNDING[dtype], name
 
 
-def test_nothing_that_is_given_is_written_to():
-    for far in (False, True):
-        given = case(4, 2, 5, 9, far=far)
-        before = [x.clone() for x in given[:4]]
+def test_arguments_are_not_written_to():
+    for apart in (False, True):
+        given = case(4, 2, 5, 9, apart=apart)
+        tensors = [x for x in given[:4] if x is not None]
+        before = [x.clone() for x in tensors]
         bias = torch.zeros(1, 4, 5, 9)
-        for kernel in (attend, attention._by_matmul):
+        for kernel in (attend, attention.one_softmax):
             kernel(*given, 0.25, bias)
-        assert all(torch.equal(x, y) for x, y in zip(given[:4], before, strict=True))
+        assert all(torch.equal(x, y) for x, y in zip(tensors, before, strict=True))
         assert torch.equal(bias, torch.zeros_like(bias))
 
 
 def test_tensors_need_not_be_contiguous():
-    near, far, keys, values, step = case(4, 2, 5, 9, far=True)
-    strided = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (near, far, keys, values)]
+    *given, step = case(4, 2, 5, 9, apart=True)
+    strided = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in given]
     roomy = [torch.cat((x, x + 1), 2)[:, :, : x.shape[2]] for x in strided[2:]]
-    wanted = attend(near, far, keys, values, step, 0.25)
+    wanted = attend(*given, step, 0.25)
     assert torch.allclose(attend(*strided, step, 0.25), wanted, atol=1e-14)
     assert torch.allclose(attend(*strided[:2], *roomy, step, 0.25), wanted, atol=1e-14)
 
 
 def test_gradients_flow_through_both_kernels():
-    for kernel in (attention._by_matmul, lambda near, far, *rest: attention._fused(near, *rest)):
-        near, _, keys, values, step = case(4, 2, 5, 9)
-        near, keys, values = (x.requires_grad_() for x in (near, keys, values))
+    for kernel in (attention.one_softmax, attention.fused):
+        query, _, keys, values, step = case(4, 2, 5, 9)
+        given = tuple(x.requires_grad_() for x in (query, keys, values))
         assert torch.autograd.gradcheck(
-            lambda q, k, v, step=step, kernel=kernel: kernel(q, q, k, v, step, 0.25, None),
-            (near, keys, values),
+            lambda q, k, v, step=step, kernel=kernel: kernel(q, None, k, v, step, 0.25, None), given
         )
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_scores_of_half_types_do_not_overflow(dtype):
-    """Some models' keys are so large that q·k passes 65,504, the end of float16, before it is scaled."""
-    for far in (False, True):
-        near, apart, keys, values, step = case(4, 2, 1, 9, dtype, holes=False, far=far)
-        for x in (near, apart, keys):
-            x.fill_(80)  # 16 · 80² is 102,400, for all keys alike
-        wanted = values.float().mean(2, keepdim=True).repeat_interleave(2, 1)
-        for kernel in (attend, attention._by_matmul):
-            assert (kernel(near, apart, keys, values, step, D**-0.5, None) - wanted).abs().max() < 0.01
+    """Some models' keys are so large that q·k passes 65,504, the largest float16, before it is scaled."""
+    for apart in (False, True):
+        given = case(4, 2, 1, 9, dtype, holes=False, apart=apart)
+        for x in given[:3]:
+            if x is not None:
+                x.fill_(80)  # 16 · 80² is 102,400, for all keys alike
+        wanted = given[3].float().mean(2, keepdim=True).repeat_interleave(2, 1)
+        for kernel in (attend, attention.one_softmax):
+            assert (kernel(*given, D**-0.5, None) - wanted).abs().max() < 0.01
+
+
+# Which kernel serves: the rows of the table in `kernel_for`
+
+BANDED, CAUSAL, BY_PLACES = "banded", "causal", "by places"
+
+
+@pytest.mark.parametrize(("queries", "visibility", "apart", "dtype", "biased", "kernel"), [
+    (1, BY_PLACES, True, torch.float32, False, "one_softmax"),
+    (1, BY_PLACES, True, torch.bfloat16, True, "one_softmax"),
+    (5, BANDED, True, torch.float32, False, "tiles"),
+    (5, BANDED, True, torch.float64, True, "tiles"),
+    (5, BANDED, True, torch.bfloat16, True, "tiles"),
+    (5, BY_PLACES, True, torch.float32, False, "one_softmax"),
+    (5, BANDED, False, torch.bfloat16, True, "tiles"),
+    (5, CAUSAL, False, torch.float16, True, "tiles"),
+    (5, BY_PLACES, False, torch.bfloat16, True, "one_softmax"),
+    (1, BY_PLACES, False, torch.bfloat16, True, "one_softmax"),
+    (1, BY_PLACES, False, torch.float32, False, "one_softmax"),
+    (1, BY_PLACES, False, torch.float32, True, "one_softmax"),
+    (5, BANDED, False, torch.float32, False, "tiles"),
+    (5, BANDED, False, torch.bfloat16, False, "tiles"),
+    (5, CAUSAL, False, torch.float32, False, "fused"),
+    (5, CAUSAL, False, torch.bfloat16, False, "fused"),
+    (5, CAUSAL, False, torch.float32, True, "fused"),
+    (5, BY_PLACES, False, torch.float32, False, "fused"),
+])  # fmt: skip
+def test_the_kernel_that_serves(monkeypatch, queries, visibility, apart, dtype, biased, kernel):
+    step = case(2, 1, queries, 9, dtype, apart=apart)[4]
+    if visibility == BANDED:
+        step = replace(step, band=Band(4, 3, S, S, 5), visible=None)
+    elif visibility == CAUSAL:
+        step = Step.dense(queries)
+    keys = step.key_place.shape[1]
+    query, sink_query = torch.ones(2, 1, 2, queries, D, dtype=dtype)
+    stored = torch.ones(1, 1, keys, D, dtype=dtype)
+    bias = torch.zeros(1, 2, queries, keys) if biased else None
+    served = []
+    for name, plain in attention.KERNELS.items():
+        spy = lambda *given, name=name, plain=plain: served.append(name) or plain(*given)  # noqa: E731
+        monkeypatch.setitem(attention.KERNELS, name, spy)
+    attend(query, sink_query if apart else None, stored, stored, step, 0.25, bias)
+    assert served == [kernel]
+
+
+@pytest.mark.parametrize(
+    ("queries", "band", "kernel"), [(1, None, "fused"), (5, Band(4, 0, 0, 0, 5), "fused")]
+)
+def test_the_kernel_that_serves_on_an_accelerator(queries, band, kernel):
+    step = replace(case(2, 1, queries, 9)[4], band=band)
+    query = torch.empty(1, 2, queries, D, device="meta")
+    assert attention.kernel_for(query, None, step, None) == kernel
+    assert attention.kernel_for(query, query, step, None) == ("tiles" if band else "one_softmax")
+
+
+def test_parts_are_merged_as_one_softmax():
+    """Any split of the keys, with a part that some queries do not see at all."""
+    query, _, keys, values, _ = case(4, 2, 5, 9)
+    bias = torch.zeros(5, 9, dtype=torch.float64)
+    bias[2:, 6:] = -torch.inf
+    ((whole, _),) = [attention._by_matmul(query, keys, values, 0.25, bias)]
+    for cuts in ([0, 9], [0, 3, 9], [0, 6, 9], [0, 1, 6, 9], [0, 0, 9]):
+        parts = [
+            attention._by_matmul(query, keys[:, :, a:b], values[:, :, a:b], 0.25, bias[:, a:b])
+            for a, b in itertools.pairwise(cuts)
+        ]
+        assert (attention.merge(parts) - whole).abs().max() < 1e-14
+
+
+def test_parts_of_both_kernels_have_the_same_sum():
+    query, _, keys, values, _ = case(4, 4, 5, 9, torch.float32)
+    for bias in (None, torch.randn(5, 9)):
+        for got, wanted in zip(
+            attention._by_flash(query, keys, values, 0.25, bias),
+            attention._by_matmul(query, keys, values, 0.25, bias),
+            strict=True,
+        ):
+            assert (got - wanted).abs().max() < 2e-6

@@ -12,7 +12,6 @@ import torch
 
 from streamllm.cache import SinkCache
 from streamllm.models import llama
-from streamllm.models.step import Geometry
 from tests.laws import reference
 from tests.laws.scenarios import (
     TOLERANCE,
@@ -272,9 +271,9 @@ class Layered(llama.Model):
 
     windows = (None, 3, 8)
 
-    @property
-    def geometry(self) -> Geometry:
-        return replace(super().geometry, windows=self.windows)
+    def __init__(self, config) -> None:
+        super().__init__(config)
+        self.geometry = replace(self.geometry, windows=self.windows)
 
     def hidden(self, tokens, plan):
         x = self.embed(tokens)

@@ -1,4 +1,4 @@
-"""The command line as a user meets it: where a prompt comes from, what wrong input says, how it ends."""
+"""The command line in use: sources of the prompt, messages about wrong input, exit codes."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Result(NamedTuple):
 @pytest.fixture
 def run(capsys, monkeypatch) -> Callable[..., Result]:
     def run(*args: object, typed: bytes | None = None) -> Result:
-        """The command line in this process; `typed` is standard input, None for a terminal."""
+        """Run the command line in this process. `typed` is standard input; None: a terminal."""
         stdin = io.TextIOWrapper(io.BytesIO(typed or b""), encoding="utf-8")
         monkeypatch.setattr(stdin, "isatty", lambda: typed is None, raising=False)
         monkeypatch.setattr(sys, "stdin", stdin)
@@ -41,10 +41,12 @@ def run(capsys, monkeypatch) -> Callable[..., Result]:
     return run
 
 
-def test_help_names_every_command_and_every_option_explains_itself(run) -> None:
+def test_help_lists_every_command_and_every_command_has_a_help_text(run) -> None:
     result = run("--help")
     assert result.code == 0
-    assert all(re.search(rf"^ +{name} +\w", result.out, re.MULTILINE) for name in COMMANDS)
+    listed = result.out.partition("Commands:\n")[2]
+    assert re.findall(r"^  (\w+) +\w.*$", listed, re.MULTILINE) == list(COMMANDS)
+    assert "..." not in listed  # no first sentence is cut off
     for name in COMMANDS:
         result = run(name, "-h")
         assert result.code == 0
@@ -53,10 +55,10 @@ def test_help_names_every_command_and_every_option_explains_itself(run) -> None:
     assert run("unknown").code == 2
 
 
-def test_the_prompt_and_what_follows_it_go_to_standard_output(run, checkpoint, loaded) -> None:
-    said = "".join(streamllm.Stream(*loaded).generate("one two", max_new_tokens=20, eos=[]))
+def test_the_prompt_and_the_generated_text_go_to_standard_output(run, checkpoint, loaded) -> None:
+    text = "".join(streamllm.Stream(*loaded).generate("one two", max_new_tokens=20, eos=[]))
     result = run("generate", "one two", "-m", checkpoint, "-n", 20, "--ignore-eos", "--device", "cpu")
-    assert (result.code, result.out) == (0, f"one two{said}\n")
+    assert (result.code, result.out) == (0, f"one two{text}\n")
     assert re.fullmatch(r"20 tokens · [\d.,]+ tokens/s · place \d+ · cache [\d.]+ MB.*\n", result.err)
     assert run("generate", "a", "-m", checkpoint, "-n", 2, "--quiet").err == ""
 
@@ -73,9 +75,9 @@ def test_the_prompt_may_come_from_a_file_or_from_standard_input(run, checkpoint,
     assert run("generate", *options).code == 0  # a terminal, and a tokenizer with BOS
 
 
-def test_numbers_reach_the_stream(run, checkpoint, loaded) -> None:
+def test_options_reach_the_stream(run, checkpoint, loaded) -> None:
     stream = streamllm.Stream(*loaded, sinks=1, window=7, chunk=3)
-    said = stream.generate(
+    pieces = stream.generate(
         "one", max_new_tokens=40, temperature=1.3, top_k=9, top_p=0.9, min_p=0.01, repetition_penalty=1.2,
         seed=5, eos=[],
     )  # fmt: skip
@@ -83,37 +85,37 @@ def test_numbers_reach_the_stream(run, checkpoint, loaded) -> None:
                "--repetition-penalty", 1.2, "--seed", 5, "--sinks", 1, "--window", 7, "--chunk", 3,
                "--ignore-eos")  # fmt: skip
     result = run("generate", "one", *options)
-    assert result.out == "one" + "".join(said) + "\n"
+    assert result.out == "one" + "".join(pieces) + "\n"
     stop = result.out[6:9]
     again = run("generate", "one", *options, "--stop", stop)
     assert again.out == result.out[: result.out.index(stop, 3)] + "\n"
 
 
-def test_a_cache_may_be_in_int8(run, checkpoint, loaded) -> None:
+def test_the_cache_can_be_stored_in_int8(run, checkpoint, loaded) -> None:
     stream = streamllm.Stream(*loaded, window=9, quantize="int8")
-    said = stream.generate("one", max_new_tokens=40, temperature=0.0, eos=[])
+    pieces = stream.generate("one", max_new_tokens=40, temperature=0.0, eos=[])
     options = ("-m", checkpoint, "-n", 40, "-t", 0, "--window", 9, "--ignore-eos")
     result = run("generate", "one", *options, "--quantize-cache", "int8")
-    assert result.out == "one" + "".join(said) + "\n"
+    assert result.out == "one" + "".join(pieces) + "\n"
     wrong = run("generate", "one", *options, "--quantize-cache", "int4")
     assert wrong.code == 2
     assert "'int4' is not 'int8'" in wrong.err
 
 
-def test_weights_in_int8_and_a_compiled_step(run, checkpoint) -> None:
+def test_weights_in_int8_with_a_compiled_step(run, checkpoint) -> None:
     model = streamllm.load_model(checkpoint, quantize="int8")
     stream = streamllm.Stream(
         streamllm.compile(model, "flat"), streamllm.load_tokenizer(checkpoint), window=9
     )
-    said = stream.generate("one", max_new_tokens=40, temperature=0.0, eos=[])
+    pieces = stream.generate("one", max_new_tokens=40, temperature=0.0, eos=[])
     options = ("-m", checkpoint, "-n", 40, "-t", 0, "--window", 9, "--ignore-eos", "--quantize", "int8")
-    assert run("generate", "one", *options, "--compile", "flat").out == "one" + "".join(said) + "\n"
+    assert run("generate", "one", *options, "--compile", "flat").out == "one" + "".join(pieces) + "\n"
     wrong = run("generate", "one", *options, "--compile", "llvm")
     assert wrong.code == 2
     assert "'llvm' is not one of" in wrong.err
 
 
-def test_what_cannot_be_compiled_here_is_one_sentence(run, checkpoint, monkeypatch) -> None:
+def test_a_backend_that_does_not_work_here_is_an_error_of_one_sentence(run, checkpoint, monkeypatch) -> None:
     options = ("generate", "one", "-m", checkpoint, "-n", 1, "--device", "cpu", "--compile")
     wrong = run(*options, "cudagraphs")
     assert wrong.code == 2
@@ -131,7 +133,7 @@ def test_a_window_beyond_the_trained_length_is_a_warning(run, checkpoint) -> Non
     assert result.err.startswith("Warning: sinks + window = 304 is longer than the 256 tokens")
 
 
-# What a user can get wrong: one sentence, exit code 2
+# Errors that a user can cause: one sentence, exit code 2
 
 
 def config(folder: Path, **changes: object) -> None:
@@ -145,14 +147,14 @@ def tensors(folder: Path, **changes: torch.Tensor | None) -> None:
     save_file({name: tensor for name, tensor in changed.items() if tensor is not None}, path)
 
 
-def lose_a_shard(folder: Path) -> None:
+def remove_a_shard(folder: Path) -> None:
     everything = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
     index = {"weight_map": dict.fromkeys(everything, "model-00001-of-00001.safetensors")}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
-def a_small_vocabulary(folder: Path) -> None:
+def shrink_vocabulary(folder: Path) -> None:
     config(folder, vocab_size=50)
     weights = load_file(folder / "model.safetensors")
     names = ("model.embed_tokens.weight", "lm_head.weight")
@@ -166,7 +168,7 @@ BROKEN = {
     "quantised": (lambda folder: config(folder, quantization_config={"bits": 4}), "quantised checkpoints"),
     "bad-value": (lambda folder: config(folder, hidden_size="wide"), "hidden_size is 'wide'"),
     "no-weights": (lambda folder: (folder / "model.safetensors").unlink(), "has no weights"),
-    "lost-shard": (lose_a_shard, "model-00001-of-00001.safetensors"),
+    "lost-shard": (remove_a_shard, "model-00001-of-00001.safetensors"),
     "cut-off": (
         lambda folder: os.truncate(folder / "model.safetensors", 9999),
         "not an intact safetensors file",
@@ -179,7 +181,7 @@ BROKEN = {
     "extra-tensor": (lambda folder: tensors(folder, mystery=torch.ones(3)), "no place for mystery"),
     "no-tokenizer": (lambda folder: (folder / "tokenizer.json").unlink(), "copy has no tokenizer"),
     "bad-tokenizer": (lambda folder: (folder / "tokenizer.json").write_text("{}"), "tokenizer.json"),
-    "small-vocabulary": (a_small_vocabulary, r"token id \d+ is outside the model's vocabulary of 0 … 49"),
+    "small-vocabulary": (shrink_vocabulary, r"token id \d+ is outside the model's vocabulary of 0 … 49"),
     "bad-settings": (
         lambda folder: (folder / "generation_config.json").write_text('{"num_beams": 4}'),
         "num_beams=4, which is not done here",
@@ -192,14 +194,14 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("what", BROKEN)
-def test_a_broken_checkpoint_is_named_in_one_sentence(run, copy: Path, what: str) -> None:
-    change, said = BROKEN[what]
+def test_a_broken_checkpoint_is_an_error_of_one_sentence(run, copy: Path, what: str) -> None:
+    change, message = BROKEN[what]
     change(copy)
     result = run("generate", "one", "-m", copy, "-q", "-n", 3)
     assert result.code == 2
     sentence = [line for line in result.err.splitlines() if not line.startswith("Warning: ")]
     assert len(sentence) == 1
-    assert re.match(f"Error: .*{said}", sentence[0])
+    assert re.match(f"Error: .*{message}", sentence[0])
 
 
 WRONG = {
@@ -224,18 +226,20 @@ WRONG = {
 
 
 @pytest.mark.parametrize("what", WRONG)
-def test_a_wrong_option_is_named_in_one_sentence(run, checkpoint: Path, what: str) -> None:
-    options, said = WRONG[what]
+def test_a_wrong_option_is_an_error_of_one_sentence(run, checkpoint: Path, what: str) -> None:
+    options, message = WRONG[what]
     model = [] if "-m" in options else ["-m", checkpoint]
     result = run("generate", "one", *model, *options)
     assert result.code == 2
     sentence = [line for line in result.err.splitlines() if line.startswith("Error: ")]
     assert len(sentence) == 1
-    assert re.search(said, sentence[0])
+    assert re.search(message, sentence[0])
     assert result.out == ""
 
 
-def test_a_wrong_prompt_is_named_in_one_sentence(run, checkpoint, checkpoint_without_bos, tmp_path) -> None:
+def test_a_wrong_prompt_is_an_error_of_one_sentence(
+    run, checkpoint, checkpoint_without_bos, tmp_path
+) -> None:
     for prompt in ((), ("",)):
         result = run("generate", *prompt, "-m", checkpoint_without_bos, "-q")
         assert (result.code, result.out) == (2, "")
@@ -254,29 +258,29 @@ def test_a_wrong_prompt_is_named_in_one_sentence(run, checkpoint, checkpoint_wit
         assert re.match(r"Error: the prompt is not UTF-8.*\n$", result.err)
 
 
-# How it ends, in a process of its own
+# Interruption, in a process of its own
 
 
 def start(*args: object, **options: object) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "streamllm", *map(str, args)]
-    one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}  # two would wait for each other on a busy machine
+    one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}  # on a busy machine two threads wait for each other
     return subprocess.Popen(
         command,
         stdin=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         env=one_thread,
-        preexec_fn=listening,
+        preexec_fn=react_to_ctrl_c,
         **options,
     )
 
 
-def listening() -> None:
-    """A process that a shell started in the background ignores Ctrl-C, and so do its children: not here."""
+def react_to_ctrl_c() -> None:
+    """A process that a shell starts in the background ignores Ctrl-C, and so do its children: undo that."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-@pytest.mark.skipif(os.name != "posix", reason="signals and pipes of POSIX")
-def test_a_reader_that_goes_away_and_ctrl_c_end_it_without_a_traceback(checkpoint: Path) -> None:
+@pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals and pipes")
+def test_a_closed_pipe_and_ctrl_c_end_generation_without_a_traceback(checkpoint: Path) -> None:
     args = ("generate", "one", "-m", checkpoint, "-n", "forever", "--ignore-eos")
     piped = start(*args, stdout=subprocess.PIPE)
     stopped = start(*args, stdout=subprocess.PIPE)
@@ -286,6 +290,6 @@ def test_a_reader_that_goes_away_and_ctrl_c_end_it_without_a_traceback(checkpoin
     stopped.send_signal(signal.SIGINT)
     stopped.stdout.read()
     assert (piped.stderr.read(), piped.wait(120)) == (b"", 141)
-    said = stopped.stderr.read().decode()
+    status = stopped.stderr.read().decode()
     assert stopped.wait(120) == 130
-    assert re.fullmatch(r"[\d,]+ tokens · .*\n\n?", said)
+    assert re.fullmatch(r"[\d,]+ tokens · .*\n\n?", status)

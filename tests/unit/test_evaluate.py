@@ -1,4 +1,4 @@
-"""The scores of `streamllm.evaluate`, against loops that are too plain to be wrong."""
+"""The scores of `streamllm.evaluate`, compared with simple loops."""
 
 import json
 import math
@@ -17,7 +17,7 @@ VOCABULARY = 61
 
 
 def build(dtype=torch.float64, seed=0):
-    """A tiny Llama with loud weights: a token that is seen or not moves the logits."""
+    """A tiny Llama with weights so large that every visible token changes the logits."""
     torch.manual_seed(seed)
     model = Model(
         Config(
@@ -84,14 +84,14 @@ def test_a_stream_scores_as_token_by_token(model, text, mode, chunk):
     assert result.beyond(64).nll == approx(sum(expected[63:]))
 
 
-def test_window_is_sinks_with_none(model, text):
+def test_window_mode_is_sinks_mode_with_no_sinks(model, text):
     window = perplexity(model, text, mode="window", sinks=S, window=W)
     assert window.nll == perplexity(model, text, mode="sinks", sinks=0, window=W).nll
     assert window.nll != approx(perplexity(model, text, sinks=S, window=W).nll)
 
 
 @torch.no_grad()
-def test_dense_is_one_forward(model, text):
+def test_dense_mode_is_one_forward(model, text):
     expected = F.cross_entropy(model(text[None])[0, :-1], text[1:], reduction="sum")
     assert perplexity(model, text, mode="dense", chunk=37).nll == approx(float(expected))
 
@@ -120,7 +120,7 @@ def test_the_same_positions_are_drawn_in_every_mode(model, text):
     assert stream.nll == approx(perplexity(model, text, chunk=3, **settings).nll)
 
 
-def test_several_texts_start_from_nothing(model, text):
+def test_each_of_several_texts_starts_with_an_empty_cache(model, text):
     parts = [text[:100], text[100:102], text[102:]]
     alone = [perplexity(model, part, sinks=S, window=W) for part in parts]
     together = perplexity(model, parts, sinks=S, window=W, chunk=9)
@@ -137,7 +137,7 @@ class Interruption(Exception):
 @pytest.mark.parametrize("stop", [0, 1, 5])
 @pytest.mark.parametrize("through_a_file", [False, True])
 @pytest.mark.parametrize("quantize", [None, "int8"])
-def test_an_interrupted_run_goes_on(model, text, mode, stop, through_a_file, quantize, tmp_path):
+def test_an_interrupted_run_can_be_continued(model, text, mode, stop, through_a_file, quantize, tmp_path):
     texts = [text[:120], text[120:]]
     arguments = {"mode": mode, "sinks": S, "window": W, "chunk": 40, "batch": 16, "quantize": quantize}
     whole = perplexity(model, texts, **arguments)
@@ -158,7 +158,7 @@ def test_an_interrupted_run_goes_on(model, text, mode, stop, through_a_file, qua
     assert perplexity(model, texts, **arguments, resume=last) == whole
 
 
-def test_a_run_goes_on_only_as_it_was(model, text, tmp_path):
+def test_a_run_is_continued_with_the_same_settings_and_cache_only(model, text, tmp_path):
     seen = []
     perplexity(model, text, sinks=S, window=W, chunk=40, progress=seen.append)
     assert [result.tokens for result in seen] == [40, 80, 120, 160, 200, 240, 280, 299]
@@ -172,7 +172,7 @@ def test_a_run_goes_on_only_as_it_was(model, text, tmp_path):
         save(seen[0], tmp_path / "run")
 
 
-def test_a_file_of_another_model_is_refused(model, text, tmp_path):
+def test_a_saved_run_of_another_model_is_refused(model, text, tmp_path):
     kept = []
 
     def progress(result):
@@ -190,28 +190,28 @@ def test_compare_scores_the_same_predictions_twice(model, text):
     comparison = compare(model, text, sinks=S, window=W, positions=120, seed=3, batch=11)
     places = S + W + torch.randperm(299 - S - W, generator=torch.Generator().manual_seed(3))[:120]
     stream = one_by_one(model, text, SinkCache(model, sinks=S, window=W))
-    apart, fresh = [], []
+    differences, fresh = [], []
     for t in places.tolist():
         read = torch.cat((text[:S], text[t - W + 1 : t + 1]))
         fresh.append(nll(model(read[None])[0, -1], text[t + 1]))
-        apart.append(stream[t] - fresh[-1])
+        differences.append(stream[t] - fresh[-1])
     assert comparison.tokens == 120
     assert comparison.recompute == approx(sum(fresh) / 120)
-    assert comparison.difference == approx(sum(apart) / 120)
+    assert comparison.difference == approx(sum(differences) / 120)
     assert comparison.difference == pytest.approx(comparison.streaming - comparison.recompute, abs=1e-12)
-    assert comparison.spread == approx(float(torch.tensor(apart, dtype=torch.float64).std()))
-    assert comparison.ratio == approx(math.exp(sum(apart) / 120))
+    assert comparison.spread == approx(float(torch.tensor(differences, dtype=torch.float64).std()))
+    assert comparison.ratio == approx(math.exp(sum(differences) / 120))
     assert len(comparison.eighths) == 8
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_other_types_score_alike(model, text, dtype):
+def test_other_types_give_almost_the_same_score(model, text, dtype):
     exact = perplexity(model, text, sinks=S, window=W)
     rounded = perplexity(build(dtype), text, sinks=S, window=W, chunk=50)
     assert rounded.mean == pytest.approx(exact.mean, rel=1e-5 if dtype == torch.float32 else 0.05)
 
 
-def test_dense_scores_as_transformers(model, text):
+def test_dense_and_recomputed_scores_are_those_of_transformers(model, text):
     transformers = pytest.importorskip("transformers")
     config = transformers.LlamaConfig(
         vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
@@ -236,7 +236,7 @@ def test_dense_scores_as_transformers(model, text):
     assert fresh.nll - first.nll == pytest.approx(expected, rel=1e-6)
 
 
-def test_results_travel_as_json(model, text):
+def test_results_can_be_written_as_json(model, text):
     result = perplexity(model, text, sinks=S, window=W, positions=3)
     plain = json.loads(json.dumps(result.to_dict(), allow_nan=False))
     assert plain["perplexity"] == result.perplexity

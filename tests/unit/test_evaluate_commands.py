@@ -8,10 +8,14 @@ import pytest
 from click.testing import CliRunner
 
 from streamllm import load_model
-from streamllm.evaluate import commands, scoring
+from streamllm.commands import resumable
+from streamllm.commands.inspect import inspect
+from streamllm.commands.perplexity import perplexity
+from streamllm.commands.recall import recall
+from streamllm.evaluate import scoring
 from streamllm.evaluate.texts import as_stream, as_texts, beginning, samples
 
-DRAWS = importlib.util.find_spec("matplotlib") is not None
+MATPLOTLIB = importlib.util.find_spec("matplotlib") is not None
 WORDS = "one two three four five six seven eight nine ten eleven twelve, and so on without end.\n"
 
 
@@ -31,8 +35,8 @@ def run(checkpoint):
     return run
 
 
-def drawn(file):
-    return ["--plot", str(file)] if DRAWS else []
+def plot_option(file):
+    return ["--plot", str(file)] if MATPLOTLIB else []
 
 
 def cells(output, first):
@@ -40,9 +44,9 @@ def cells(output, first):
     return line.split()
 
 
-def test_perplexity_is_what_the_library_says(run, text, tmp_path, model, tokenizer):
+def test_perplexity_is_that_of_the_library(run, text, tmp_path, model, tokenizer):
     output = run(
-        commands.perplexity, text, "--mode", "all", "--sinks", "0,2", "--window", "30", "--positions", "20",
+        perplexity, text, "--mode", "all", "--sinks", "0,2", "--window", "30", "--positions", "20",
         "--dense-tokens", "100", "--json", str(tmp_path / "out.json"),
     )  # fmt: skip
     ids = as_stream(tokenizer, [WORDS * 30])
@@ -65,7 +69,7 @@ def test_perplexity_is_what_the_library_says(run, text, tmp_path, model, tokeniz
 def test_perplexity_with_a_cache_in_int8(run, text, tmp_path, model, tokenizer):
     file = tmp_path / "out.json"
     output = run(
-        commands.perplexity, text, "--mode", "all", "--sinks", "2", "--window", "30", "--positions", "20",
+        perplexity, text, "--mode", "all", "--sinks", "2", "--window", "30", "--positions", "20",
         "--quantize-cache", "int8", "--json", str(file),
     )  # fmt: skip
     results = json.loads(file.read_text())["results"]
@@ -80,7 +84,7 @@ def test_perplexity_with_a_cache_in_int8(run, text, tmp_path, model, tokenizer):
 def test_perplexity_with_weights_in_int8(run, text, tmp_path, checkpoint, tokenizer):
     file, state = tmp_path / "out.json", str(tmp_path / "state")
     arguments = [text, "--window", "30", "--dtype", "float32", "--resume", state, "--json", str(file)]
-    run(commands.perplexity, *arguments, "--quantize", "int8")
+    run(perplexity, *arguments, "--quantize", "int8")
     found = json.loads(file.read_text())
     ids = as_stream(tokenizer, [WORDS * 30])
     models = (load_model(checkpoint, dtype="float32", device="cpu", quantize=q) for q in (None, "int8"))
@@ -88,26 +92,26 @@ def test_perplexity_with_weights_in_int8(run, text, tmp_path, checkpoint, tokeni
     assert found["results"][0]["nll"] == pytest.approx(rounded.nll, rel=1e-6)
     assert found["dtype"] == "float32, int8 weights"
     assert rounded.nll != pytest.approx(exact.nll, rel=1e-6)
-    assert "another model, text or setting" in run(commands.perplexity, *arguments, code=2)
+    assert "another model, text or setting" in run(perplexity, *arguments, code=2)
 
 
-def test_texts_are_one_stream_or_apart(run, text, tmp_path, tokenizer):
+def test_texts_are_one_stream_or_separate(run, text, tmp_path, tokenizer):
     (tmp_path / "other").write_text("café")
     counts = []
     for arguments in ([], ["--reset-between-texts"], ["--tokens", "50"]):
         file = tmp_path / "out.json"
-        run(commands.perplexity, text, str(tmp_path / "other"), *arguments, "--json", str(file))
+        run(perplexity, text, str(tmp_path / "other"), *arguments, "--json", str(file))
         counts.append(json.loads(file.read_text())["results"][0]["tokens"])
     words, other = (len(tokenizer.encode(text)) for text in (WORDS * 30, "café"))
     assert counts == [words + 1 + other - 1 + 1 - 1, words + other, 49]
 
 
-def test_an_interrupted_run_is_finished_by_the_next(run, text, tmp_path, tokenizer, monkeypatch):
+def test_an_interrupted_run_is_finished_by_the_next_one(run, text, tmp_path, tokenizer, monkeypatch):
     arguments = [text, "--sinks", "0,2", "--window", "30", "--chunk", "64"]
-    whole = run(commands.perplexity, *arguments)
+    whole = run(perplexity, *arguments)
     state = str(tmp_path / "state")
-    monkeypatch.setattr(commands, "SAVE_EVERY", 0.0)
-    original, calls = scoring.streamed, []
+    monkeypatch.setattr(resumable, "SAVE_EVERY", 0.0)
+    original, calls = scoring.stream_nll, []
 
     def interrupted(*given):
         for piece in original(*given):
@@ -116,25 +120,25 @@ def test_an_interrupted_run_is_finished_by_the_next(run, text, tmp_path, tokeniz
                 raise KeyboardInterrupt
             yield piece
 
-    monkeypatch.setattr(scoring, "streamed", interrupted)
-    run(commands.perplexity, *arguments, "--resume", state, code=1)
+    monkeypatch.setattr(scoring, "stream_nll", interrupted)
+    run(perplexity, *arguments, "--resume", state, code=1)
     assert (tmp_path / "state.cache").exists()
     scored = len(calls)
-    assert run(commands.perplexity, *arguments, "--resume", state) == whole
+    assert run(perplexity, *arguments, "--resume", state) == whole
     pieces = -(-(len(as_stream(tokenizer, [WORDS * 30])) - 1) // 64)
-    assert len(calls) - scored == 2 * pieces - 11  # the piece that was lost, and what came after
+    assert len(calls) - scored == 2 * pieces - 11  # the interrupted piece, and the pieces after it
     assert not (tmp_path / "state.cache").exists()
-    assert run(commands.perplexity, *arguments, "--resume", state) == whole
-    assert len(calls) - scored == 2 * pieces - 11  # nothing was left to do
-    output = run(commands.perplexity, *arguments[:-1], "32", "--resume", state, code=2)
+    assert run(perplexity, *arguments, "--resume", state) == whole
+    assert len(calls) - scored == 2 * pieces - 11  # no piece was scored again
+    output = run(perplexity, *arguments[:-1], "32", "--resume", state, code=2)
     assert "another model, text or setting" in output
 
 
 def test_inspect_recommends(run, text, tmp_path):
     file, picture = tmp_path / "out.json", tmp_path / "out.png"
     output = run(
-        commands.inspect, text, "--samples", "3", "--length", "20", "--span", "16", "--sinks", "0,1,2",
-        "--json", str(file), *drawn(picture),
+        inspect, text, "--samples", "3", "--length", "20", "--span", "16", "--sinks", "0,1,2",
+        "--json", str(file), *plot_option(picture),
     )  # fmt: skip
     found = json.loads(file.read_text())
     assert cells(output, "token") == ["token", *map(str, range(8))]
@@ -143,25 +147,25 @@ def test_inspect_recommends(run, text, tmp_path):
     assert cells(output, "sinks") == ["sinks", "0", "1", "2"]
     assert re.search(r"This model needs (no|1|2) sinks?: ", output)
     assert [result["window"] for result in found["sweep"]] == [16, 15, 14]
-    assert not DRAWS or picture.stat().st_size > 10_000
+    assert not MATPLOTLIB or picture.stat().st_size > 10_000
 
 
 def test_recall_by_distance(run, tmp_path):
     file = tmp_path / "out.json"
     output = run(
-        commands.recall, "--lines", "30", "--back", "1,20", "--distances", "120,300", "--samples", "2",
-        "--window", "100", "--json", str(file), *drawn(tmp_path / "out.svg"),
+        recall, "--lines", "30", "--back", "1,20", "--distances", "120,300", "--samples", "2",
+        "--window", "100", "--json", str(file), *plot_option(tmp_path / "out.svg"),
     )  # fmt: skip
     found = json.loads(file.read_text())
     assert [score["lines"] for score in found["StreamEval"]] == [1, 20]
     assert [score["distance"] for score in found["passkey"]] == [120, 300]
     assert "more than 100 tokens back has left the window" in output
-    assert not DRAWS or (tmp_path / "out.svg").read_text().startswith("<?xml")
+    assert not MATPLOTLIB or (tmp_path / "out.svg").read_text().startswith("<?xml")
 
 
-@pytest.mark.skipif(not DRAWS, reason="matplotlib is not installed")
+@pytest.mark.skipif(not MATPLOTLIB, reason="matplotlib is not installed")
 @pytest.mark.parametrize("dark", [False, True])
-def test_every_result_is_drawn(model, tokenizer, tmp_path, dark):
+def test_every_mode_is_drawn(model, tokenizer, tmp_path, dark):
     from streamllm.evaluate import plots
 
     ids = as_stream(tokenizer, [WORDS * 20])
@@ -183,16 +187,16 @@ def test_every_result_is_drawn(model, tokenizer, tmp_path, dark):
     ],
 )
 def test_wrong_arguments_are_named(run, arguments, message):
-    assert message in run(commands.perplexity, *arguments, code=2)
+    assert message in run(perplexity, *arguments, code=2)
 
 
-@pytest.mark.skipif(not DRAWS, reason="matplotlib is not installed")
-def test_a_picture_of_no_kind_is_refused_at_once(checkpoint):
-    with pytest.raises(ValueError, match="ending of no picture"):
-        commands.perplexity.main(["--plot", "out.txt", "--model", str(checkpoint)], standalone_mode=False)
+@pytest.mark.skipif(not MATPLOTLIB, reason="matplotlib is not installed")
+def test_an_unknown_picture_format_is_refused_before_the_run(checkpoint):
+    with pytest.raises(ValueError, match="does not have the extension of a picture"):
+        perplexity.main(["--plot", "out.txt", "--model", str(checkpoint)], standalone_mode=False)
 
 
-def test_texts_begin_as_the_model_knows(tokenizer):
+def test_texts_start_with_the_bos_token(tokenizer):
     begin = tokenizer.bos_token_id
     assert beginning(tokenizer) == [begin]
     end = tokenizer.eos_token_id

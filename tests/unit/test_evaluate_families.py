@@ -1,4 +1,4 @@
-"""Attention weights read by `streamllm.evaluate` against those that transformers shows, family by family."""
+"""Attention weights and scores of `streamllm.evaluate`, compared with transformers, family by family."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ def folder(request, tmp_path_factory):
 
 
 @torch.no_grad()
-def test_attention_is_what_transformers_shows(folder):
+def test_attention_weights_are_those_of_transformers(folder):
     from transformers import AutoModelForCausalLM
 
     theirs = AutoModelForCausalLM.from_pretrained(
@@ -34,7 +34,7 @@ def test_attention_is_what_transformers_shows(folder):
 
 
 @torch.no_grad()
-def test_dense_scores_as_transformers(folder):
+def test_dense_scores_are_those_of_transformers(folder):
     from transformers import AutoModelForCausalLM
 
     theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()

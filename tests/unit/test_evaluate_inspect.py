@@ -1,4 +1,4 @@
-"""Attention as `streamllm.evaluate` reads it, against the formula and a model whose attention is known."""
+"""Attention weights read by `streamllm.evaluate`, compared with the formula and a model of known attention."""
 
 import math
 
@@ -10,7 +10,7 @@ from streamllm.models.llama import Config, Model
 from streamllm.models.rotary import Rope
 
 VOCABULARY, SPAN = 48, 16
-MARK = 0  # the token that one head of the constructed model always looks at
+MARK = 0  # the token that one head of the constructed model attends to most
 
 
 def config(**changes):
@@ -33,17 +33,18 @@ def random_model(dtype=torch.float64):
 
 @torch.no_grad()
 def constructed(pull):
-    """One layer, two heads. Head 0 gives the mark exp(pull) times what it gives any other token; head 1 gives
-    every token the same.
+    """One layer, two heads. Head 0 gives the mark exp(pull) times the weight of any other token; head 1 gives
+    every token the same weight.
 
-    A token's state is one-hot, with a constant beside it: the head that reads it says "the next number". What
-    head 0 reads is zero for the mark and loud noise for all others, so that it pays to look at the mark.
+    A token's state is a one-hot vector and a constant. The output head predicts the next number from it. The
+    value that head 0 reads is zero for the mark and large noise for every other token, so that attention to the
+    mark lowers the loss.
     """
     width = VOCABULARY + 2
     model = Model(
         config(
             width=width, layers=1, heads=2, kv_heads=2, trained_length=SPAN, norm_eps=1e-12,
-            rope=Rope(1e40, 8),  # the last pair of dimensions does not turn
+            rope=Rope(1e40, 8),  # theta is so large that the last pair of dimensions is not rotated
         )
     ).double()  # fmt: skip
     for parameter in model.parameters():
@@ -92,7 +93,7 @@ def test_weights_are_the_softmax_of_the_first_layer(length):
     torch.testing.assert_close(seen.weights.sum(-1), torch.ones(2, 4, length, dtype=torch.float64))
 
 
-def test_the_known_attention_is_seen():
+def test_the_known_attention_is_found():
     length = 24
     text = torch.arange(length) % VOCABULARY
     weights = attention(constructed(pull=5.0), text[None]).weights[0]
@@ -112,7 +113,7 @@ def test_shares_are_means_over_the_later_queries():
     assert share[0, 0, 0].item() == pytest.approx(expected, rel=1e-6)
 
 
-def test_the_model_is_left_as_it_was():
+def test_the_model_is_unchanged_afterwards():
     model = random_model(torch.float32)
     text = torch.randint(VOCABULARY, (1, 30))
     with torch.no_grad():
@@ -123,10 +124,10 @@ def test_the_model_is_left_as_it_was():
 
 
 @pytest.mark.parametrize(("place", "pull", "needed"), [(0, 9.0, 1), (1, 9.0, 2), (3, 9.0, 4), (0, -99.0, 0)])
-def test_the_recommendation_is_the_mark_and_no_more(place, pull, needed):
-    """The stream needs the mark, and it stands at `place`; where no head looks at it, nothing is needed."""
+def test_the_recommended_sinks_are_those_up_to_the_mark(place, pull, needed):
+    """The stream needs the mark, which is at `place`. Where no head attends to it, no sink is needed."""
     model = constructed(pull)
-    text = torch.arange(1, 5 * SPAN) % (VOCABULARY - 1) + 1  # counts, and never says the mark
+    text = torch.arange(1, 5 * SPAN) % (VOCABULARY - 1) + 1  # counts up, without the mark
     text[place] = MARK
     found = recommend(model, text, sinks=(0, 1, 2, 4), span=SPAN)
     assert found.sinks == needed

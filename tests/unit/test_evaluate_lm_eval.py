@@ -1,4 +1,4 @@
-"""The adapter for lm-evaluation-harness: each request against one plain forward, and a task of its own."""
+"""The adapter for lm-evaluation-harness: each kind of request compared with one forward, and a small task."""
 
 import json
 from types import SimpleNamespace
@@ -12,7 +12,7 @@ from streamllm.evaluate.lm_eval import Requests, harness_model
 TEXT = "def once(upon, a_time):\n    return [there + was for there, was in enumerate(a_time) if upon]\n"
 
 
-def asked(*args):
+def request(*args):
     return SimpleNamespace(args=args)
 
 
@@ -29,7 +29,7 @@ def test_a_continuation_scores_as_in_one_forward(model, tokenizer, mode, batch):
     pairs = [("def once(upon", ", a_time)"), ("for name ", "in names"), ("", "one two three"), (TEXT, " 🙂")]
     requests = Requests(model, tokenizer, mode=mode, sinks=2, window=20, batch=batch, chunk=7)
     for (context, continuation), (nll, greedy) in zip(
-        pairs, requests.loglikelihood([asked(*pair) for pair in pairs]), strict=True
+        pairs, requests.loglikelihood([request(*pair) for pair in pairs]), strict=True
     ):
         whole = tokenizer.encode(context + continuation)
         scored = len(whole) - len(tokenizer.encode(context.rstrip()))
@@ -39,7 +39,7 @@ def test_a_continuation_scores_as_in_one_forward(model, tokenizer, mode, batch):
         assert greedy == sure
 
 
-def test_what_greedy_decoding_says_is_greedy(model, tokenizer):
+def test_what_greedy_decoding_generates_counts_as_greedy(model, tokenizer):
     requests = Requests(model, tokenizer, mode="sinks", sinks=2, window=20)
     ids = tokenizer.encode("for name")
     following = list(
@@ -51,10 +51,10 @@ def test_what_greedy_decoding_says_is_greedy(model, tokenizer):
     assert wrong[-3:].tolist() == [True, True, False]
 
 
-def test_a_rolling_stream_is_one_text(model, tokenizer):
+def test_a_rolling_text_is_one_stream(model, tokenizer):
     requests = Requests(model, tokenizer, sinks=2, window=20, chunk=16)
     texts = [TEXT * 3, "", "for"]
-    values = requests.loglikelihood_rolling([asked(text) for text in texts])
+    values = requests.loglikelihood_rolling([request(text) for text in texts])
     ids = tokenizer.encode(texts[0])
     value, _ = expected(model, ids, len(ids) - 1, streamllm.SinkCache(model, 2, 20))
     assert values[0] == pytest.approx(value, rel=1e-4)
@@ -77,12 +77,15 @@ def test_a_rolling_dense_text_is_cut_as_the_harness_cuts(model, tokenizer):
 
 
 @pytest.mark.parametrize("mode", ["dense", "sinks"])
-def test_generation_stops_where_the_task_says(model, tokenizer, mode):
+def test_generation_stops_at_the_strings_of_the_task(model, tokenizer, mode):
     requests = Requests(model, tokenizer, mode=mode, sinks=2, window=40)
-    (whole,) = requests.generate_until([asked("def once", {"until": [], "max_gen_toks": 20})])
+    (whole,) = requests.generate_until([request("def once", {"until": [], "max_gen_toks": 20})])
     stop = whole[len(whole) // 2 :][:2]
     cut, again = requests.generate_until(
-        [asked("def once", {"until": [stop], "max_gen_toks": 20}), asked("def once", {"max_gen_toks": 20})]
+        [
+            request("def once", {"until": [stop], "max_gen_toks": 20}),
+            request("def once", {"max_gen_toks": 20}),
+        ]
     )
     assert cut == whole[: whole.index(stop)]
     assert again == whole

@@ -1,11 +1,12 @@
-"""Recall by distance, of a model that copies whatever its window still holds."""
+"""Recall by distance, of a model that copies what is still in its window."""
 
 import pytest
 import torch
 from torch import nn
 
 from streamllm.evaluate import WORDINGS, passkey, passkey_script, stream_eval, stream_eval_script
-from streamllm.models.step import Geometry, forward_in_chunks
+from streamllm.models.causal_lm import CausalLM
+from streamllm.models.step import Geometry
 from streamllm.tokenizer import load_tokenizer_files
 from tests import tiny
 
@@ -17,62 +18,59 @@ def tokenizer(tmp_path_factory):
     return load_tokenizer_files(tiny.write(tmp_path_factory.mktemp("bytes"), tiny.tokenizer()))
 
 
-class Copier(nn.Module):
-    """Says what followed the longest repetition of the latest tokens, among the tokens that it may see.
+class Copier(CausalLM):
+    """Predicts the token after the longest earlier match of the latest tokens, among the visible tokens.
 
-    Its keys are the tokens themselves, so it remembers through the cache, and nothing else.
+    Its keys are the tokens themselves, so the cache is its only memory.
     """
 
     geometry = Geometry(1, 1, 258, (None,), None)
 
     def __init__(self):
-        super().__init__()
+        nn.Module.__init__(self)
         self.weight = nn.Parameter(torch.zeros(1))
-
-    def forward(self, tokens, cache=None):
-        return forward_in_chunks(self, tokens, cache, None, None)
 
     def hidden(self, tokens, plan):
         step = plan.steps[None]
         ids = tokens[:, None, :, None].to(self.weight.dtype)
         keys, _ = plan.stores[0].append(ids, ids)
-        keys, places, mask = keys[0, 0, :, 0].long().tolist(), step.keys[0].tolist(), step.mask()
-        said = torch.zeros(1, tokens.shape[1], 258)
+        keys, places, mask = keys[0, 0, :, 0].long().tolist(), step.key_place[0].tolist(), step.mask()
+        logits = torch.zeros(1, tokens.shape[1], 258)
         for t in range(tokens.shape[1]):
             visible = range(len(keys)) if mask is None else mask[0, t].nonzero()[:, 0].tolist()
             held = {places[j]: keys[j] for j in visible}
-            now, best, choice = int(step.near[0, t]), 0, 0
+            now, best, choice = int(step.query_place[0, t]), 0, 0
             for place in held:
                 length = 0
                 while held.get(place - length, -1) == held.get(now - length, -2) and place < now:
                     length += 1
                 if length > best:
                     best, choice = length, held.get(place + 1, 0)
-            said[0, t, choice] = 9.0
-        return said
+            logits[0, t, choice] = 9.0
+        return logits
 
     def project(self, x):
         return x
 
 
-def told(tokenizer, script):
-    """Every answer as (the same tokens where it was told, where it was asked for)."""
+def answers_twice(script):
+    """The tokens of every answer, as (in the fact, in the question)."""
     for (start, stop), distance in zip(script.answers, script.distances, strict=True):
         yield script.tokens[start - distance : stop - distance].tolist(), script.tokens[start:stop].tolist()
 
 
 @pytest.mark.parametrize("wording", WORDINGS)
-def test_every_question_has_its_answer_before(tokenizer, wording):
+def test_every_question_asks_for_an_earlier_fact(tokenizer, wording):
     script = stream_eval_script(tokenizer, lines=100, every=10, back=20, wording=wording, seed=3)
-    pairs = list(told(tokenizer, script))
-    assert len(pairs) == 8  # the first question comes behind line 20 + 9
+    pairs = list(answers_twice(script))
+    assert len(pairs) == 8  # the first question comes after line 20 + 9
     assert all(before == asked for before, asked in pairs)
     assert len({tuple(asked) for _, asked in pairs}) == 8
     text = tokenizer.decode(script.tokens.tolist()).splitlines()
     assert len(text) == 108
     answer = tokenizer.decode(script.tokens[slice(*script.answers[0])].tolist()).strip()
     lines = [n for n, line in enumerate(text) if answer in line]
-    assert lines == [9, 30]  # asked behind line 29, for the line 20 above it
+    assert lines == [9, 30]  # asked after line 29, about the line 20 before it
     assert torch.equal(
         script.tokens, stream_eval_script(tokenizer, lines=100, wording=wording, seed=3).tokens
     )
@@ -81,9 +79,9 @@ def test_every_question_has_its_answer_before(tokenizer, wording):
 
 @pytest.mark.parametrize("wording", WORDINGS)
 @pytest.mark.parametrize("distance", [150, 151, 400])
-def test_a_passkey_is_as_far_as_it_says(tokenizer, wording, distance):
+def test_a_passkey_is_at_the_given_distance(tokenizer, wording, distance):
     script = passkey_script(tokenizer, distance=distance, lead=60, wording=wording, seed=1)
-    ((before, asked),) = told(tokenizer, script)
+    ((before, asked),) = answers_twice(script)
     assert before == asked
     assert script.distances == (distance,)
     assert script.answers[0][0] - distance >= 60
@@ -91,7 +89,7 @@ def test_a_passkey_is_as_far_as_it_says(tokenizer, wording, distance):
     assert text.count(tokenizer.decode(asked).strip()) == 2
 
 
-def test_what_the_window_holds_is_recalled_and_the_rest_is_not(tokenizer):
+def test_facts_in_the_window_are_recalled_and_others_are_not(tokenizer):
     near, far, gone = passkey(
         Copier(), tokenizer, distances=(150, W - 10, W + 1), samples=3, sinks=S, window=W, chunk=100
     )
@@ -100,7 +98,7 @@ def test_what_the_window_holds_is_recalled_and_the_rest_is_not(tokenizer):
     assert (near.distance, near.questions, near.lines) == (150, 3, None)
 
 
-def test_stream_eval_falls_to_zero_past_the_window(tokenizer):
+def test_stream_eval_falls_to_zero_beyond_the_window(tokenizer):
     scores = stream_eval(
         Copier(), tokenizer, back=(2, 4, 10), lines=40, every=5, sinks=S, window=400, chunk=64
     )

@@ -1,4 +1,4 @@
-"""tools/report.py, a fiftieth of it, on a tiny checkpoint."""
+"""tools/report.py with a fiftieth of its texts, on a tiny checkpoint."""
 
 import importlib.util
 import json
@@ -11,7 +11,7 @@ pytest.importorskip("matplotlib")
 TOOL = Path(__file__).parents[2] / "tools" / "report.py"
 
 
-def test_every_table_and_picture_is_made(checkpoint, tmp_path):
+def test_every_table_and_picture_is_written(checkpoint, tmp_path):
     spec = importlib.util.spec_from_file_location("report", TOOL)
     tool = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(tool)

@@ -10,11 +10,11 @@ import torch
 
 import streamllm
 from streamllm.cache import SinkCache
+from streamllm.compiled import api, cuda, fusion
 from tests.laws.scenarios import TOLERANCE, cuts, defined, error, feed, mixed, text, tiny
 from tests.laws.test_families import CONFIGS
 from tests.laws.test_families import tiny as of_family
 
-COMPILE = importlib.import_module("streamllm.compile")  # `streamllm.compile` is the function
 SHAPES = [(0, 1), (0, 5), (4, 1), (4, 6), (8, 3), (1, 30)]
 
 
@@ -35,8 +35,8 @@ def replays(monkeypatch) -> list[int]:
 
         return replay
 
-    monkeypatch.setattr(COMPILE, "_captured", captured)
-    monkeypatch.setattr(COMPILE, "CAPTURING", ("cpu",))
+    monkeypatch.setattr(cuda, "capture", captured)
+    monkeypatch.setattr(api, "CAPTURABLE", ("cpu",))
     return count
 
 
@@ -50,8 +50,8 @@ def test_one_by_one_keeps_the_definition(replays, sinks, window, rows, origin) -
     with torch.inference_mode():
         got = feed(model, cache, tokens)
     assert error(got, defined(tiny(), tokens, sinks, window)) <= TOLERANCE
-    assert model.recordings == 1
-    assert replays == [70 - sinks - window]
+    assert model.recordings == (1 if sinks + window == 1 else 2)  # filling, and full
+    assert replays == [70]
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -62,33 +62,45 @@ def test_every_family_streams_past_eviction(replays, name: str) -> None:
         cache = SinkCache(model, sinks, window, origin=origin)
         got = feed(model, cache, tokens)
         assert error(got, feed(plain, SinkCache(plain, sinks, window, origin=origin), tokens)) <= TOLERANCE
-    assert replays[0] == 3 * 45 - 3 - 9 - 5 - 2 - 4
+    assert replays[0] == 3 * 45
 
 
-def test_what_is_planned_from_a_number_is_what_is_planned_with_it() -> None:
+@pytest.mark.parametrize("for_any_place", [False, True])
+def test_a_recorded_plan_gives_what_the_plan_of_a_forward_gives(for_any_place) -> None:
+    """Places, and what is visible; it may read more slots, of which the rest is hidden."""
     for model in (tiny(), of_family("qwen2, three windows")):
         for sinks, window, origin in [(0, 1, 0), (0, 5, 7), (4, 1, 0), (4, 6, 10**9), (1, 30, 0)]:
-            cache = SinkCache(model, sinks, window, origin=origin, chunk=1000)
-            model(text(sinks + window), cache)
-            for t in range(sinks + window, sinks + window + 40):
-                plan, other = cache.plan(1), cache.planned(torch.tensor([t]))
-                assert cache.plan(1, counted=True).t == t
+            cache = SinkCache(model, sinks, window, origin=origin)
+            for t in range(sinks + window + 30):
+                kinds = cache.token_kinds(recorded=True, for_any_place=for_any_place)
+                plan = cache.plan(1)
+                other = cache.plan_token(torch.tensor([t]), kinds, torch.tensor([origin]))
                 for own, step in plan.steps.items():
-                    for field in ("slots", "near", "far", "own", "keys", "visible", "sinks", "span"):
-                        wanted, got = getattr(step, field), getattr(other.steps[own], field)
+                    got = other.steps[own]
+                    for field in ("slots", "query_place", "sink_query_place", "new_key_place", "rope_length"):
+                        wanted = getattr(step, field)
                         same = torch.equal if isinstance(wanted, torch.Tensor) else lambda a, b: a == b
-                        assert same(wanted, got), (field, wanted, got)
+                        assert same(wanted, getattr(got, field)), field
+                    assert seen_distances(got) == seen_distances(step)
                 model(text(1, seed=t), cache)
 
 
-def test_nothing_of_it_is_looked_at() -> None:
-    """A tensor on "meta" has no values: who asks for one gets an error."""
+def seen_distances(step) -> list[int]:
+    mask = step.mask()
+    distance = step.distance()
+    return sorted((distance if mask is None else distance[mask]).flatten().tolist())
+
+
+def test_a_recorded_plan_reads_no_values() -> None:
+    """A tensor on "meta" has no values: reading one raises."""
     for model in (tiny.__wrapped__(dtype=torch.float32), of_family.__wrapped__("mpt").float()):
         model = model.to("meta")
-        cache = SinkCache(model, 2, 6)
-        token = torch.zeros(1, 1, dtype=torch.int64, device="meta")
-        x = model.hidden(token, cache.planned(torch.zeros(1, dtype=torch.int64, device="meta")))
-        assert x.shape[:2] == (1, 1)
+        for rows in (1, 3):
+            cache = SinkCache(model, 2, 6, rows)
+            tokens = torch.zeros(rows, 1, dtype=torch.int64, device="meta")
+            places = torch.zeros(rows, dtype=torch.int64, device="meta")
+            x = model.hidden(tokens, cache.plan_token(places, cache.token_kinds(recorded=True)))
+            assert x.shape[:2] == (rows, 1)
 
 
 def test_single_tokens_between_chunks_and_ragged_rows() -> None:
@@ -99,7 +111,7 @@ def test_single_tokens_between_chunks_and_ragged_rows() -> None:
     rows.feed(text(1, 3, seed=8))
     rows.model = tiny()  # whose weights the reference reads
     assert rows.error() <= TOLERANCE
-    assert model.recordings == 1
+    assert model.recordings == 3  # rows in lockstep, rows at different places, rows of which one fills again
 
 
 def test_a_graph_is_of_one_cache_and_goes_with_it() -> None:
@@ -112,10 +124,11 @@ def test_a_graph_is_of_one_cache_and_goes_with_it() -> None:
     for cache, logits in zip(caches, got, strict=True):
         wanted = defined(tiny(), tokens[:1], cache.sinks, cache.window)
         assert error(torch.cat(logits, 1), wanted) <= TOLERANCE
-    assert model.recordings == len(model._numbered) == 3
+    assert model.recordings == 4  # two sizes, filling and full
+    assert len(model._bound) == 3
     del cache, caches[1:]
     gc.collect()
-    assert len(model._numbered) == 1
+    assert len(model._bound) == 1
 
 
 def test_an_interrupted_replay_leaves_the_stream_where_it_stood(monkeypatch) -> None:
@@ -125,7 +138,8 @@ def test_an_interrupted_replay_leaves_the_stream_where_it_stood(monkeypatch) -> 
     for at in (20, 21, 25):
         model(tokens[:, int(cache.seen[0]) : at], cache) if at > 20 else None
         with monkeypatch.context() as patch:
-            patch.setattr(model, "project", lambda x: 1 / 0)
+            patch.setattr(cuda, "capture", lambda *_: 1 / 0)
+            model._bound.clear()
             with pytest.raises(ZeroDivisionError):
                 model(text(1, seed=at), cache)
         assert cache.seen.tolist() == [at]
@@ -135,13 +149,13 @@ def test_an_interrupted_replay_leaves_the_stream_where_it_stood(monkeypatch) -> 
     assert error(got, defined(tiny(), tokens, 2, 5)[:, 25:]) <= TOLERANCE
 
 
-def test_only_what_somebody_reads_is_captured(monkeypatch) -> None:
+def test_places_of_keys_are_captured_only_where_a_bias_needs_them(monkeypatch) -> None:
     graphs = []
-    bare = COMPILE._bare
-    monkeypatch.setattr(COMPILE, "_bare", lambda module: graphs.append(module.graph) or bare(module))
+    flat = fusion.flat_function
+    monkeypatch.setattr(fusion, "flat_function", lambda module: graphs.append(module.graph) or flat(module))
     for model, asked in ((tiny(), False), (of_family("mpt"), True)):
         compiled = streamllm.compile(model, "cudagraphs")
-        feed(compiled, SinkCache(compiled, 2, 5), text(9))
+        feed(compiled, SinkCache(compiled, 2, 5), text(9), [8, 1])
         nodes = graphs.pop().nodes
         assert any(node.target is torch.where for node in nodes) == asked  # the places of keys
         copies = [node for node in nodes if node.target == "index_copy_"]
@@ -161,17 +175,17 @@ def test_a_stream_that_runs_ahead_on_graphs_says_the_same(monkeypatch, replays, 
         assert cache.seen.tolist() == plain.seen.tolist()
         prompt = said[-1:]
     assert replays[0] >= 27
-    assert model.recordings == 1
+    assert model.recordings == 1  # the prompt fills the window
 
 
 def test_what_torch_compile_makes_of_it_is_captured_too(monkeypatch, replays) -> None:
     """As "inductor" does on CUDA; here with a backend that compiles nothing, but takes the same apart."""
     monkeypatch.setattr(
-        COMPILE, "_fused", lambda module: torch.compile(module, fullgraph=True, backend="aot_eager")
+        api, "_by_inductor", lambda module: torch.compile(module, fullgraph=True, backend="aot_eager")
     )
     torch._dynamo.reset()
     model, tokens = streamllm.compile(tiny(), "inductor"), text(30)
-    model._captures, model._by_dots = lambda tokens: True, lambda tokens: False
+    model._is_captured, model._uses_loops = lambda device: True, lambda device: False
     try:
         for inference in (True, False):
             with torch.inference_mode(inference):
@@ -179,4 +193,4 @@ def test_what_torch_compile_makes_of_it_is_captured_too(monkeypatch, replays) ->
             assert error(got, defined(tiny(), tokens, 2, 5)) <= TOLERANCE
     finally:
         torch._dynamo.reset()
-    assert replays == [2 * (30 - 7 - 5)]
+    assert replays == [2 * (30 - 5)]

@@ -1,7 +1,8 @@
-"""info and models: what is said about a checkpoint, and that no weight is read for it."""
+"""The commands info and models: the description of a checkpoint, for which no weight is read."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -11,9 +12,9 @@ import torch
 
 import streamllm
 from streamllm.cli import main
-from streamllm.info import KNOWN, describe
+from streamllm.info import describe
 from streamllm.load import open_source
-from streamllm.weights import FAMILIES
+from streamllm.weights import MODEL_TYPES
 from streamllm.weights.checkpoint import Checkpoint, TensorReader
 from tests import tiny
 from tests.hub import client, serve
@@ -28,7 +29,7 @@ def no_weight_is_read(monkeypatch) -> None:
 
 
 def about(folder: Path, config: dict[str, object] | None = None, **numbers: object) -> dict[str, str]:
-    """The lines about a checkpoint by what they are about, joined; with `config`, of one without weights."""
+    """The description of a checkpoint: name -> its lines, joined. With `config`, of one without weights."""
     if config is not None:
         (folder / "config.json").write_text(json.dumps(config))
     found: dict[str, str] = {}
@@ -58,12 +59,13 @@ LLAMA_31 = {
 def test_a_llama_by_its_config_alone(tmp_path: Path) -> None:
     found = about(tmp_path, LLAMA_31)
     assert found["architecture"] == (
-        "llama: 32 layers, width 4,096, MLP 14,336, vocabulary 128,256; the head is apart from the embedding"
+        "llama: 32 layers, width 4,096, MLP 14,336, vocabulary 128,256; "
+        "the head has its own weights (not tied)"
     )
     assert found["parameters"] == "8,030,261,248: 16.1 GB in bfloat16 (as the config says)"
     assert found["heads"] == "32 for queries, 8 for keys and values, of 128 dimensions"
     assert found["positions"] == (
-        "rotary, llama3: theta 500,000, all dimensions turn; "
+        "rotary, llama3: theta 500,000, all dimensions rotated; "
         "factor 8, low_freq_factor 1, high_freq_factor 4, original 8192"
     )
     assert found["trained for"] == "131,072 tokens"
@@ -73,7 +75,7 @@ def test_a_llama_by_its_config_alone(tmp_path: Path) -> None:
         "4 sinks and 1,020 recent tokens: 134.2 MB, however long the stream"
     )
     assert found["no effect"] == "architectures, use_cache"
-    assert "own window" not in found
+    assert "window" not in found
 
 
 def test_the_cache_follows_the_options(tmp_path: Path) -> None:
@@ -92,7 +94,7 @@ OTHERS: dict[str, tuple[dict[str, object], dict[str, str]]] = {
          "vocab_size": 50304, "alibi": True, "bias": True, "multi_query": False, "parallel_attn": False},
         {"positions": "ALiBi: slopes from 0.840896 to 0.00390625", "trained for": "any length",
          "architecture": "the head is the embedding", "heads": "32 for queries, 32 for keys",
-         "parameters": "1,311,625,216: 5.2 GB in float32 (the config does not say)"},
+         "parameters": "1,311,625,216: 5.2 GB in float32 (the config names no dtype)"},
     ),
     "falcon-40b": (
         {"model_type": "RefinedWeb", "hidden_size": 8192, "n_layer": 60, "n_head": 128, "n_head_kv": 8,
@@ -103,12 +105,12 @@ OTHERS: dict[str, tuple[dict[str, object], dict[str, str]]] = {
         {"model_type": "gpt_neox", "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12,
          "num_attention_heads": 12, "vocab_size": 50304, "max_position_embeddings": 2048,
          "torch_dtype": "float16", "rotary_pct": 0.25},
-        {"positions": "rotary: theta 10,000, 16 of 64 dimensions turn", "trained for": "2,048 tokens",
+        {"positions": "rotary: theta 10,000, 16 of 64 dimensions rotated", "trained for": "2,048 tokens",
          "parameters": "162,322,944: 324.6 MB in float16"},
     ),
     "mistral": (
         {"model_type": "mistral", "sliding_window": 4096},
-        {"own window": "4,096 tokens, in 32 of 32 layers", "heads": "32 for queries, 8 for keys"},
+        {"window": "sliding, 4,096 tokens, in 32 of 32 layers", "heads": "32 for queries, 8 for keys"},
     ),
     "longrope": (
         {**LLAMA_31, "rope_scaling": {"rope_type": "longrope", "factor": 4.0, "short_factor": [1.0] * 64,
@@ -126,7 +128,7 @@ def test_other_families_by_their_configs(tmp_path: Path, name: str) -> None:
         assert part in found[what]
 
 
-def test_what_is_said_is_what_loads(checkpoint: Path, capsys, monkeypatch) -> None:
+def test_the_description_agrees_with_the_loaded_model(checkpoint: Path, capsys, monkeypatch) -> None:
     code, out, err = run(capsys, "info", checkpoint, "--window", 50)
     assert (code, err) == (0, "")
     assert max(map(len, out.splitlines()), default=0) <= 110
@@ -147,7 +149,7 @@ def test_a_window_beyond_the_trained_length_is_a_warning(checkpoint: Path, capsy
     assert err.startswith("Warning: sinks + window = 5004 is longer than the 256 tokens")
 
 
-def test_shards_are_listed_with_their_sizes_and_a_lost_one_is_shown(tmp_path: Path) -> None:
+def test_shards_are_listed_with_their_sizes_and_a_missing_one_is_shown(tmp_path: Path) -> None:
     folder = tiny.write(tmp_path, tiny.checkpoint(shards=3))
     files = about(folder)["files"]
     assert files.count("model-0000") == 3
@@ -167,9 +169,11 @@ def test_from_the_hub_no_weights_are_fetched(tmp_path: Path, capsys) -> None:
         assert not [file for file in hub.fetched if file.endswith(".safetensors")]
 
 
-def test_what_cannot_be_described_is_one_sentence(checkpoint: Path, tmp_path: Path, capsys) -> None:
+def test_a_checkpoint_that_cannot_be_described_is_an_error_of_one_sentence(
+    checkpoint: Path, tmp_path: Path, capsys
+) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "gptj"}')
-    for args, said in (
+    for args, message in (
         ((tmp_path,), "model_type is 'gptj'; supported: "),
         ((tmp_path / "nothing",), "there is no folder"),
         ((checkpoint, "--sinks", 300), "300 sinks leave no room"),
@@ -178,23 +182,21 @@ def test_what_cannot_be_described_is_one_sentence(checkpoint: Path, tmp_path: Pa
         code, out, err = run(capsys, "info", *args)
         assert (code, out) == (2, "")
         assert len(err.splitlines()) == 1
-        assert said in err
+        assert message in err
 
 
 def test_the_table_of_families(capsys) -> None:
     code, out, _ = run(capsys, "models")
     assert code == 0
-    for model_type in FAMILIES:
+    for model_type in MODEL_TYPES:
         assert re.search(rf"^{model_type} ", out, re.M)
-    assert set(KNOWN) <= set(FAMILIES)
-    names = [name for variants in KNOWN.values() for _, hub in variants for name in hub]
-    assert len(set(names)) == len(names)
-    assert all(re.fullmatch(r"[\w.-]+/[\w.-]+", name) and name in out for name in names)
+    examples = [name for row in MODEL_TYPES.values() for variant in row.variants for name in variant.examples]
+    assert all(name in out for name in examples)
     assert max(map(len, out.splitlines())) <= 100
 
 
-def test_a_family_without_a_row_is_listed_all_the_same(capsys, monkeypatch) -> None:
-    monkeypatch.delitem(KNOWN, "mpt")
+def test_a_family_without_examples_is_listed_too(capsys, monkeypatch) -> None:
+    monkeypatch.setitem(MODEL_TYPES, "mpt", dataclasses.replace(MODEL_TYPES["mpt"], variants=()))
     assert re.search(r"^mpt$", run(capsys, "models")[1], re.M)
 
 

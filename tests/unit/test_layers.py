@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from streamllm.models import layers
+from streamllm.models import cpu_layouts
 from streamllm.models.layers import Embedding, Linear, arrange, quantize
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -15,7 +15,7 @@ DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 @pytest.fixture(autouse=True, params=[False, True], ids=["others", "intel"])
 def of_each_maker(request, monkeypatch):
-    monkeypatch.setattr(layers, "INTEL", request.param)
+    monkeypatch.setattr(cpu_layouts, "IS_INTEL", request.param)
 
 
 def filled(dtype: torch.dtype, bias: bool = True, wide: int = 72, high: int = 40) -> Linear:
@@ -86,7 +86,7 @@ def test_a_frozen_arranged_weight_lets_gradients_through():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_where_torch_has_no_such_kernel_plain_ones_serve(dtype, monkeypatch):
-    monkeypatch.setattr(layers, "_ONEDNN", False)
+    monkeypatch.setattr(cpu_layouts, "linear_pointwise", None)
     linear, plain = filled(dtype), filled(dtype)
     arrange(linear)
     x = torch.randn(2, 9, 72).to(dtype)
@@ -138,5 +138,5 @@ def test_large_float32_weights_lie_as_their_kernel_reads_them(threaded, high, th
     wanted = linear(x)
     arrange(linear)
     torch.testing.assert_close(linear(x), wanted, atol=1e-4, rtol=1e-5)
-    by_columns = high > 300 and (threads == 1 or not layers._ONEDNN)
+    by_columns = high > 300 and (threads == 1 or cpu_layouts.linear_pointwise is None)
     assert linear.weight.stride() == ((1, high) if by_columns else (300, 1))

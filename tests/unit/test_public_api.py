@@ -14,6 +14,18 @@ import click
 import streamllm
 from streamllm.cli import cli
 
+# What a cache offers to models and to compiled steps, not to users.
+CONTRACT = {
+    "plan",
+    "commit",
+    "finish_commit",
+    "plan_token",
+    "commit_token",
+    "token_kinds",
+    "write_places",
+    "sizes",
+    "tensors",
+}
 LIST = Path(__file__).with_name("public_api.txt")
 
 
@@ -40,7 +52,7 @@ def public_api() -> list[str]:
 def _members(owner: type) -> list[str]:
     found = []
     for name, value in sorted(vars(owner).items()):
-        if name.startswith("_"):
+        if name.startswith("_") or (owner is streamllm.SinkCache and name in CONTRACT):
             continue
         if isinstance(value, property):
             found.append(f"{name} (property)")

@@ -10,7 +10,7 @@ import mpmath
 import pytest
 import torch
 
-from streamllm.models.rotary import LongRope, Rope, _tables, _turn, rotation
+from streamllm.models.rotary import LongRope, Rope, _rotate, _table, rotation
 from streamllm.models.step import Step
 from tests.laws.scenarios import ROPES
 
@@ -36,7 +36,7 @@ PLACES = [
 def test_angles_are_exact_past_a_million_million_tokens(rope):
     """Against arithmetic with 60 digits. Observed: 2.5e-16."""
     frequencies = rope.frequencies(100)
-    cos, sin = _tables(rope, torch.tensor([PLACES]), 100, torch.float64)
+    cos, sin = _table(rope, torch.tensor([PLACES]), 100, torch.float64)
     half = len(frequencies)
     assert cos.shape == sin.shape == (1, 1, len(PLACES), 2 * half)
     with mpmath.workdps(60):
@@ -56,8 +56,8 @@ def test_angles_are_exact_past_a_million_million_tokens(rope):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_smaller_types_get_the_exact_values_rounded_once(dtype):
     places = torch.tensor([PLACES])
-    exact = _tables(Rope(10000.0, 64), places, 1, torch.float64)
-    for got, wanted in zip(_tables(Rope(10000.0, 64), places, 1, dtype), exact, strict=True):
+    exact = _table(Rope(10000.0, 64), places, 1, torch.float64)
+    for got, wanted in zip(_table(Rope(10000.0, 64), places, 1, dtype), exact, strict=True):
         assert got.dtype == dtype
         assert torch.equal(got, wanted.to(dtype))
 
@@ -65,8 +65,8 @@ def test_smaller_types_get_the_exact_values_rounded_once(dtype):
 def test_float32_angles_are_what_transformers_computes_and_are_wrong_far_away():
     rope = Rope(10000.0, 128)
     places = torch.tensor([[0, 1, 100, 4095, 10**6]])
-    exact, _ = _tables(rope, places, 1, torch.float64)
-    rounded, _ = _tables(replace(rope, float32_angles=True), places, 1, torch.float32)
+    exact, _ = _table(rope, places, 1, torch.float64)
+    rounded, _ = _table(replace(rope, float32_angles=True), places, 1, torch.float32)
     angles = places.float()[0, :, None] * rope.frequencies(1)
     assert torch.equal(rounded[0, 0, :, :64], angles.cos())
     worst = (rounded - exact).abs().amax((0, 1, 3))
@@ -78,7 +78,7 @@ def test_float32_angles_are_what_transformers_computes_and_are_wrong_far_away():
 def test_dimension_i_turns_with_dimension_i_plus_half_and_the_rest_passes():
     x = torch.arange(1.0, 9.0, dtype=torch.float64).view(1, 1, 1, 8)
     quarter = torch.tensor([[1]]), Rope(1.0, 6)  # every pair turns by one radian per place
-    turned = _turn(x, *_tables(quarter[1], quarter[0], 1, torch.float64)).flatten()
+    turned = _rotate(x, _table(quarter[1], quarter[0], 1, torch.float64)).flatten()
     c, s = math.cos(1), math.sin(1)
     expected = [
         1 * c - 4 * s,
@@ -96,7 +96,7 @@ def test_dimension_i_turns_with_dimension_i_plus_half_and_the_rest_passes():
 def test_an_odd_number_of_dimensions_turns_one_more():
     rope = Rope(10000.0, 5)
     assert len(rope.frequencies(1)) == 3
-    cos, _ = _tables(rope, torch.tensor([[7]]), 1, torch.float64)
+    cos, _ = _table(rope, torch.tensor([[7]]), 1, torch.float64)
     assert cos.shape[-1] == 6
 
 
@@ -106,22 +106,23 @@ def test_only_differences_of_places_matter():
     rope = Rope(10000.0, 64)
 
     def score(query, key):
-        tables = [_tables(rope, torch.tensor([[place]]), 1, torch.float64) for place in (query, key)]
-        return (_turn(q, *tables[0]) * _turn(k, *tables[1])).sum().item()
+        tables = [_table(rope, torch.tensor([[place]]), 1, torch.float64) for place in (query, key)]
+        return (_rotate(q, tables[0]) * _rotate(k, tables[1])).sum().item()
 
     wanted = score(1000, 17)
     for shift in (1, 10**6, 10**12, 2**48 - 2000):
         assert score(1000 + shift, 17 + shift) == pytest.approx(wanted, abs=1e-12)
 
 
-def test_the_far_query_is_made_only_where_it_differs():
-    near = torch.tensor([[5, 6]])
-    step = Step(near, near, near, near, near, None, sinks=0, span=8)
+def test_the_sink_query_is_made_only_where_it_differs():
+    places = torch.tensor([[5, 6]])
+    step = Step(places, places, places, places, places, None, sinks=0, rope_length=8)
     one = rotation(Rope(10000.0, 8), step, torch.float64)
     q = torch.randn(1, 2, 2, 8, dtype=torch.float64)
-    near_q, far_q = one.queries(q)
-    assert near_q is far_q
-    other = rotation(Rope(10000.0, 8), replace(step, sinks=1, far=torch.tensor([[3, 3]])), torch.float64)
+    assert one.queries(q)[1] is None
+    other = rotation(
+        Rope(10000.0, 8), replace(step, sinks=1, sink_query_place=torch.tensor([[3, 3]])), torch.float64
+    )
     assert torch.equal(other.queries(q)[0], one.queries(q)[0])
     assert not torch.equal(other.queries(q)[1], other.queries(q)[0])
     assert torch.equal(other.keys(q), one.keys(q))

@@ -1,4 +1,4 @@
-"""The status line: what it counts, where it stands, and that it leaves the terminal as it was."""
+"""The status line: what it counts, on which row it is, and that it leaves the terminal as it was."""
 
 from __future__ import annotations
 
@@ -30,36 +30,37 @@ def terminal_of_60_by_10(monkeypatch) -> None:
     monkeypatch.setattr("streamllm.status.INTERVAL", 0.0)
 
 
-def say(stream: Stream, status: Status, **options: object) -> int:
+def run(stream: Stream, status: Status, **options: object) -> int:
+    """Generates text with the status line, and returns the number of pieces."""
     return sum(status.tick() is None for _ in stream.generate("one", eos=[], **options))
 
 
-def test_tokens_are_counted_and_not_pieces(stream) -> None:
+def test_the_line_counts_tokens_not_pieces(stream) -> None:
     whole = "".join(stream.generate("one", max_new_tokens=20, eos=[]))
     stream.reset()
     with Status(stream, out := io.StringIO(), io.StringIO()) as status:
-        pieces = say(stream, status, max_new_tokens=20, stop=whole[-3:] + "never")
-    assert pieces == 21  # the last is what was held back
+        pieces = run(stream, status, max_new_tokens=20, stop=whole[-3:] + "never")
+    assert pieces == 21  # the last one is the text that a stop string could have started with
     assert out.getvalue().startswith("20 tokens · ")
     with Status(stream, out := io.StringIO(), io.StringIO()) as status:
-        say(stream, status, max_new_tokens=3)
+        run(stream, status, max_new_tokens=3)
     assert out.getvalue().startswith("3 tokens · ")
     assert f"place {stream.seen}" in out.getvalue()
 
 
-def test_where_there_is_no_terminal_one_line_comes_at_the_end(stream, monkeypatch) -> None:
+def test_without_a_terminal_one_line_comes_at_the_end(stream, monkeypatch) -> None:
     with Status(stream, out := io.StringIO(), Terminal()) as status:
-        say(stream, status, max_new_tokens=3)
+        run(stream, status, max_new_tokens=3)
     assert re.fullmatch(r"3 tokens · .*\n", out.getvalue())
     monkeypatch.setenv("TERM", "dumb")
     with Status(stream, out := Terminal(), Terminal()) as status:
-        say(stream, status, max_new_tokens=3)
+        run(stream, status, max_new_tokens=3)
     assert "\x1b" not in out.getvalue()
 
 
-def test_a_terminal_of_its_own_has_the_line_in_place(stream) -> None:
+def test_a_terminal_without_the_text_has_the_line_in_place(stream) -> None:
     with Status(stream, out := Terminal(), io.StringIO()) as status:
-        say(stream, status, max_new_tokens=3)
+        run(stream, status, max_new_tokens=3)
     lines = out.getvalue().split("\r\x1b[2K")[1:]
     assert len(lines) == 4
     assert all(len(line) < 60 for line in lines[:-1])
@@ -71,7 +72,7 @@ def test_a_shared_terminal_gets_its_bottom_row_back(stream, error: type[BaseExce
     out = Terminal()
     try:
         with Status(stream, out, out) as status:
-            say(stream, status, max_new_tokens=3)
+            run(stream, status, max_new_tokens=3)
             if error is not None:
                 raise error
     except (KeyboardInterrupt, BrokenPipeError):
@@ -82,24 +83,24 @@ def test_a_shared_terminal_gets_its_bottom_row_back(stream, error: type[BaseExce
 
 
 @pytest.mark.parametrize("rows", ["1", "2"])
-def test_a_terminal_of_a_row_or_two_is_not_divided(stream, monkeypatch, rows: str) -> None:
+def test_a_terminal_of_one_or_two_rows_is_not_divided(stream, monkeypatch, rows: str) -> None:
     monkeypatch.setenv("LINES", rows)
     out = Terminal()
     with Status(stream, out, out) as status:
-        say(stream, status, max_new_tokens=3)
+        run(stream, status, max_new_tokens=3)
     assert not re.search(r"\x1b\[\d+;\d+r", out.getvalue())
 
 
-def test_the_size_is_that_of_the_terminal_which_has_the_line(stream, monkeypatch) -> None:
+def test_the_size_is_that_of_the_terminal_with_the_line(stream, monkeypatch) -> None:
     out = Terminal()
     monkeypatch.setattr(out, "fileno", lambda: 77, raising=False)
     monkeypatch.setattr(os, "get_terminal_size", lambda fd: os.terminal_size((30 if fd == 77 else 90, 10)))
     with Status(stream, out, io.StringIO()) as status:
-        say(stream, status, max_new_tokens=2)
+        run(stream, status, max_new_tokens=2)
     assert max(map(len, out.getvalue().split("\r\x1b[2K")[:-1])) == 29
 
 
-def test_quiet_says_nothing(stream) -> None:
+def test_quiet_writes_nothing(stream) -> None:
     with Status(stream, out := Terminal(), Terminal(), quiet=True) as status:
-        say(stream, status, max_new_tokens=2)
+        run(stream, status, max_new_tokens=2)
     assert out.getvalue() == ""

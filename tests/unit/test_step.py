@@ -25,17 +25,17 @@ def test_the_worked_example_of_step():
     tiny()(text(9), cache)
     step = cache.plan(1).steps[None]
     assert step.slots.tolist() == [[3]]
-    assert step.keys.tolist() == [[0, 1, 8, 9, 7]]
+    assert step.key_place.tolist() == [[0, 1, 8, 9, 7]]
     assert step.visible is None
-    assert (step.near.item(), step.far.item(), step.sinks) == (9, 4, 2)
+    assert (step.query_place.item(), step.sink_query_place.item(), step.sinks) == (9, 4, 2)
     assert sorted(step.distance().flatten().tolist()) == [0, 1, 2, 3, 4]
 
 
 def test_the_worked_example_of_a_chunk():
     step = SinkCache(tiny(), sinks=2, window=3).plan(4).steps[None]
-    assert step.keys.tolist() == [[0, 1, 0, 1, 2, 3]]  # the sinks, and the run, in which they are hidden
+    assert step.key_place.tolist() == [[0, 1, 0, 1, 2, 3]]  # the sinks, and the run, in which they are hidden
     assert not step.mask()[0, :, 2:4].any()
-    seen = [step.keys[0, visible].tolist() for visible in step.mask()[0]]
+    seen = [step.key_place[0, visible].tolist() for visible in step.mask()[0]]
     assert seen == [[0], [0, 1], [0, 1, 2], [0, 1, 2, 3]]
 
 
@@ -46,7 +46,7 @@ def test_distances_are_ranks_behind_the_query():
         for length in (1, 1, 2, 9, 1, 30, 1, 1):
             step = cache.plan(length).steps[None]
             mask = step.mask()
-            visible = torch.ones(1, length, step.keys.shape[1]).bool() if mask is None else mask
+            visible = torch.ones(1, length, step.key_place.shape[1]).bool() if mask is None else mask
             for row, seen in zip(step.distance()[0], visible[0], strict=True):
                 assert sorted(row[seen].tolist()) == list(range(int(seen.sum())))
             tiny()(text(length), cache)

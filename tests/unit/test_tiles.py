@@ -1,4 +1,4 @@
-"""Every kernel of attend() computes the same: tiles of any size, with and without bias, past eviction."""
+"""Tiles of any size compute the softmax over all keys, with and without bias, past eviction."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.laws.scenarios import TOLERANCE, cuts, defined, error, feed, text, ti
 @pytest.mark.parametrize("origin", [0, 10**9])
 @pytest.mark.parametrize(("sinks", "window"), [(0, 1), (0, 5), (4, 1), (4, 6), (8, 3), (1, 30), (3, 200)])
 def test_tiles_of_any_size_keep_the_definition(monkeypatch, sinks, window, origin, tile):
-    monkeypatch.setattr(attention, "TILE", tile)
+    monkeypatch.setattr(attention, "TILE_QUERIES", tile)
     model, tokens = tiny(), text(70, rows=2)
     wanted = defined(model, tokens, sinks, window)
     for parts in ([70], [1, 2, 67], [5, 30, 1, 34], cuts(70, seed=2)):
@@ -26,7 +26,7 @@ def test_tiles_of_any_size_keep_the_definition(monkeypatch, sinks, window, origi
 @pytest.mark.parametrize("tile", [1, 7, 64])
 @pytest.mark.parametrize("window", [1, 6, 25, 100])
 def test_tiles_of_a_text_without_a_cache(monkeypatch, window, tile):
-    monkeypatch.setattr(attention, "TILE", tile)
+    monkeypatch.setattr(attention, "TILE_QUERIES", tile)
     check(Step.dense(40, window), bias=False)
     check(Step.dense(40, window), bias=True)
 
@@ -34,7 +34,7 @@ def test_tiles_of_a_text_without_a_cache(monkeypatch, window, tile):
 @pytest.mark.parametrize("tile", [1, 7, 64])
 @pytest.mark.parametrize("seen", [0, 2, 9, 40])
 def test_tiles_with_a_bias(monkeypatch, seen, tile):
-    monkeypatch.setattr(attention, "TILE", tile)
+    monkeypatch.setattr(attention, "TILE_QUERIES", tile)
     model = tiny()
     for sinks, window in [(4, 6), (0, 7), (3, 90)]:
         cache = SinkCache(model, sinks, window)
@@ -45,7 +45,7 @@ def test_tiles_with_a_bias(monkeypatch, seen, tile):
 
 @pytest.mark.parametrize("kv_heads", [4, 1])
 def test_gradients_pass_through_tiles(monkeypatch, kv_heads):
-    """Also where inference has been there before, and has left its masks."""
+    """Also where a forward in inference mode has filled the cache of masks before."""
     tokens = text(40, rows=2)
 
     def gradients():
@@ -53,29 +53,27 @@ def test_gradients_pass_through_tiles(monkeypatch, kv_heads):
         model(tokens).square().mean().backward()
         return torch.cat([weight.grad.flatten() for weight in model.parameters()])
 
-    monkeypatch.setattr(attention, "TILE", 16)
+    monkeypatch.setattr(attention, "TILE_QUERIES", 16)
     with torch.inference_mode():
-        attention._shut.cache_clear()
+        attention._run_bias.cache_clear()
         tiny.__wrapped__(windows=(7, 7, 7))(tokens)
     got = gradients()
-    monkeypatch.setattr(attention, "_FLASH", None)
+    monkeypatch.setattr(attention, "flash_attention_cpu", None)
     wanted = gradients()
     assert (got - wanted).abs().max() <= TOLERANCE * wanted.abs().max()
 
 
 def check(step: Step, bias: bool) -> None:
-    """attend() against the plain softmax over all keys, under the mask that the places say."""
+    """attend() against the plain softmax over all keys, with the mask that follows from the places."""
     generator = torch.Generator().manual_seed(5)
     draw = lambda *shape: torch.randn(*shape, dtype=torch.float64, generator=generator)  # noqa: E731
-    T, K = step.near.shape[1], step.keys.shape[1]
-    near, far, keys, values = draw(2, 4, T, 8), draw(2, 4, T, 8), draw(2, 2, K, 8), draw(2, 2, K, 8)
-    if not step.sinks:
-        far = near
+    T, K, S = step.query_place.shape[1], step.key_place.shape[1], step.sinks
+    query, sink_query, keys, values = draw(2, 4, T, 8), draw(2, 4, T, 8), draw(2, 2, K, 8), draw(2, 2, K, 8)
     added = draw(1, 4, T, K) if bias else None
-    got = attention.attend(near, far, keys, values, step, 0.3, added)
-    scores = near @ keys.repeat_interleave(2, 1).transpose(2, 3)
-    if step.sinks:
-        scores[..., : step.sinks] = far @ keys[:, :, : step.sinks].repeat_interleave(2, 1).transpose(2, 3)
+    got = attention.attend(query, sink_query if S else None, keys, values, step, 0.3, added)
+    scores = query @ keys.repeat_interleave(2, 1).transpose(2, 3)
+    if S:
+        scores[..., :S] = sink_query @ keys[:, :, :S].repeat_interleave(2, 1).transpose(2, 3)
     scores = scores * 0.3 if added is None else scores * 0.3 + added
     mask = step.mask()
     if mask is not None:

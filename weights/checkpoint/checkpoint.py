@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from streamllm.models.layers import is_copied, to_arrange
+from streamllm.models.cpu_layouts import is_copied
+from streamllm.models.layers import linears_to_arrange
 from streamllm.weights.catalogue import FAMILIES
 from streamllm.weights.checkpoint.placement import (
     LoadJob,
@@ -133,7 +134,7 @@ class Checkpoint:
         dtype, device = self.dtype(dtype), torch.device(device)
         jobs, config, model = self.plan()
         parameters = find_parameters(model)
-        linears = {id(linear.weight): linear for linear in to_arrange(model, dtype, device)}
+        linears = {id(linear.weight): linear for linear in linears_to_arrange(model, dtype, device)}
         reader = TensorReader()
         not_finite: set[str] = set()
         for stored, names, split in jobs:
@@ -142,7 +143,7 @@ class Checkpoint:
             # A mapped tensor keeps its whole map in memory, so a tensor that is copied must not be mapped.
             is_copy = split is not None or stored.nbytes < MIN_MAPPED_BYTES
             stays = not is_copy and SAFETENSORS_DTYPES[stored.dtype] == dtype and device.type == "cpu"
-            stays = stays and not any(is_copied(linear, dtype) for linear in to_lay_out)
+            stays = stays and not any(is_copied(linear.weight, dtype) for linear in to_lay_out)
             whole = reader.read(stored, keep=stays)
             parts = (whole,) if split is None else split(whole, config)
             del whole

@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 import streamllm
-from streamllm import aot, inductor
+from streamllm.compiled import cpu_loops, library
 
 
 def graph(factor=2.0, function=operator.mul) -> fx.GraphModule:
@@ -32,52 +32,53 @@ def inputs() -> list[torch.Tensor]:
 
 
 @pytest.fixture
-def compiled(compiling, monkeypatch, tmp_path) -> list[aot._Request]:
+def compiled(compiling, monkeypatch, tmp_path) -> list[library._Request]:
     """What had to be compiled, in an empty folder of one's own."""
-    requests, compile_elsewhere = [], aot._compile_elsewhere
+    requests, compile_elsewhere = [], library._compile_elsewhere
 
-    def counted(request, library):
+    def counted(request, path):
         requests.append(request)
-        compile_elsewhere(request, library)
+        compile_elsewhere(request, path)
 
-    monkeypatch.setattr(aot, "_compile_elsewhere", counted)
+    monkeypatch.setattr(library, "_compile_elsewhere", counted)
     monkeypatch.setenv("STREAMLLM_CACHE", str(tmp_path / "kept"))
     return requests
 
 
 @pytest.fixture
-def quick(monkeypatch, tmp_path) -> list[aot._Request]:
+def quick(monkeypatch, tmp_path) -> list[library._Request]:
     """As `compiled`, without a compiler: a library is a text."""
     requests = []
 
-    def written(request, library):
+    def written(request, path):
         requests.append(request)
-        library.write_text("compiled")
+        path.write_text("compiled")
 
-    monkeypatch.setattr(aot, "_compile_elsewhere", written)
-    monkeypatch.setattr(aot, "Library", lambda path: path.read_text())
-    monkeypatch.setattr(aot, "check", lambda: None)
+    monkeypatch.setattr(library, "_compile_elsewhere", written)
+    monkeypatch.setattr(library, "Library", lambda path: path.read_text())
+    monkeypatch.setattr(library, "check", lambda: None)
     monkeypatch.setenv("STREAMLLM_CACHE", str(tmp_path / "kept"))
     return requests
 
 
 def test_a_graph_that_is_compiled_is_the_graph_and_is_kept(compiled):
-    """And a process that finds it needs no compiler, nor anything of inductor."""
+    """And a process that finds it needs no compiler, nor anything of cpu_loops."""
     results = []
     for more in (0.0, 5.0):
         given, weight = inputs()
         given += more
         wanted = graph()(*(tensor.clone() for tensor in (given, weight)))
-        got = aot.library(graph(), inputs(), inductor.OPTIONS)([given, weight])
+        got = library.library(graph(), inputs(), cpu_loops.OPTIONS)([given, weight])
         assert given.tolist() == [[-1.0] * 3, [3.0 + more, 4.0 + more, 5.0 + more]]
         results.append((got, wanted))
     for got, wanted in results:  # the first one, too, is still what it was
         assert [tensor.tolist() for tensor in got] == [tensor.tolist() for tensor in wanted]
     assert len(compiled) == 1
     script = (
-        "import sys; from streamllm import aot, inductor; from tests.unit.test_aot import graph, inputs\n"
+        "import sys; from streamllm.compiled import cpu_loops, library\n"
+        "from tests.unit.test_library import graph, inputs\n"
         "before = set(sys.modules)\n"
-        "print(aot.library(graph(), inputs(), inductor.OPTIONS)(inputs())[0].tolist())\n"
+        "print(library.library(graph(), inputs(), cpu_loops.OPTIONS)(inputs())[0].tolist())\n"
         "print([name for name in sys.modules if name not in before and name.startswith('torch')])\n"
     )
     done = subprocess.run(
@@ -108,19 +109,19 @@ def test_a_step_is_found_again_and_for_as_many_threads_only(quick, threaded, row
 
 
 def test_what_differs_is_compiled_by_itself(quick, monkeypatch):
-    def ask(*args, options=inductor.OPTIONS, like=inputs) -> int:
-        aot.library(graph(*args), like(), options)
+    def ask(*args, options=cpu_loops.OPTIONS, like=inputs) -> int:
+        library.library(graph(*args), like(), options)
         return len(quick)
 
     assert [ask(), ask()] == [1, 1]
     assert ask(3.0) == 2
     assert ask(2.0, operator.truediv) == 3
-    assert ask(options={**inductor.OPTIONS, "size_asserts": True}) == 4
+    assert ask(options={**cpu_loops.OPTIONS, "size_asserts": True}) == 4
     assert ask(like=lambda: [tensor.double() for tensor in inputs()]) == 5
     assert ask(like=lambda: [tensor.contiguous() for tensor in inputs()]) == 6
     changes = [
-        lambda patch: patch.setattr(aot, "_machine", lambda: "another one"),
-        lambda patch: patch.setattr(aot, "_source", lambda name: b"rewritten"),
+        lambda patch: patch.setattr(library, "_machine", lambda: "another one"),
+        lambda patch: patch.setattr(library, "_source", lambda name: b"rewritten"),
         lambda patch: patch.setattr(torch, "__version__", "9.9"),
         lambda patch: patch.setenv("ATEN_CPU_CAPABILITY", "default"),
         lambda patch: patch.setenv("TORCHINDUCTOR_CPP_MARCH", "native"),
@@ -136,26 +137,26 @@ def test_what_differs_is_compiled_by_itself(quick, monkeypatch):
 def test_strides_of_a_single_one_do_not_differ(quick):
     """A token cut from a text is as good as one that was made alone."""
     for token in (torch.zeros(1, 7)[:, 2:3], torch.zeros(1, 1), torch.zeros(5, 1)[:1]):
-        aot.library(graph(), [token, token], {})
+        library.library(graph(), [token, token], {})
     assert len(quick) == 1
 
 
 def test_the_text_that_counts_is_that_of_the_functions():
-    request = aot._Request.of(graph(2.0, inductor._matmul), inputs(), {})
-    names, source = [], aot._source
+    request = library._Request.of(graph(2.0, cpu_loops._matmul), inputs(), {})
+    names, source = [], library._source
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(aot, "_source", lambda name: names.append(name) or source(name))
+        patch.setattr(library, "_source", lambda name: names.append(name) or source(name))
         request.key()
-    assert names == ["streamllm.aot", "streamllm.inductor"]
-    assert b"def _matmul" in source("streamllm.inductor")
+    assert names == ["streamllm.compiled.library", "streamllm.compiled.cpu_loops"]
+    assert b"def _matmul" in source("streamllm.compiled.cpu_loops")
     assert source("streamllm.nowhere") is None
 
 
-@pytest.mark.parametrize("name", [aot.NAME, aot.SEAL])
+@pytest.mark.parametrize("name", [library.LIBRARY_FILE, library.DIGEST_FILE])
 @pytest.mark.parametrize("spoilt", [lambda path: path.unlink(), lambda path: path.write_bytes(b"\xff\0")])
 def test_what_is_not_whole_is_made_anew(quick, tmp_path, name, spoilt):
     for wanted in (1, 2, 2):
-        aot.library(graph(), inputs(), {})
+        library.library(graph(), inputs(), {})
         assert len(quick) == wanted
         if wanted == 1:
             (kept,) = (tmp_path / "kept").iterdir()
@@ -166,24 +167,24 @@ def test_where_nothing_can_be_kept_it_is_compiled_each_time(quick, monkeypatch, 
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("STREAMLLM_CACHE", str(tmp_path / "file"))
     for _ in range(2):
-        aot.library(graph(), inputs(), {})
+        library.library(graph(), inputs(), {})
     assert len(quick) == 2
 
 
 def test_whoever_comes_second_is_as_good(quick, monkeypatch, tmp_path):
-    compile_elsewhere = aot._compile_elsewhere
+    compile_elsewhere = library._compile_elsewhere
 
-    def overtaken(request, library):
+    def overtaken(request, path):
         with monkeypatch.context() as patch:
-            patch.setattr(aot, "_compile_elsewhere", compile_elsewhere)
-            aot.library(graph(), inputs(), {})
-        compile_elsewhere(request, library)
+            patch.setattr(library, "_compile_elsewhere", compile_elsewhere)
+            library.library(graph(), inputs(), {})
+        compile_elsewhere(request, path)
 
     with monkeypatch.context() as patch:
-        patch.setattr(aot, "_compile_elsewhere", overtaken)
-        assert aot.library(graph(), inputs(), {}) == "compiled"
+        patch.setattr(library, "_compile_elsewhere", overtaken)
+        assert library.library(graph(), inputs(), {}) == "compiled"
     assert len(quick) == 2
-    assert aot.library(graph(), inputs(), {}) == "compiled"
+    assert library.library(graph(), inputs(), {}) == "compiled"
     assert len(quick) == 2
     assert len(list((tmp_path / "kept").iterdir())) == 1
 
@@ -196,19 +197,19 @@ def test_what_cannot_be_loaded_where_it_is_kept_is_made_anew(quick, monkeypatch,
             raise RuntimeError("Error in dlopen")
         return path.read_text()
 
-    aot.library(graph(), inputs(), {})
-    monkeypatch.setattr(aot, "Library", picky)
-    assert aot.library(graph(), inputs(), {}) == "compiled"
+    library.library(graph(), inputs(), {})
+    monkeypatch.setattr(library, "Library", picky)
+    assert library.library(graph(), inputs(), {}) == "compiled"
     assert len(quick) == 2
 
     def broken(path):
         raise RuntimeError("Error in dlopen")
 
-    monkeypatch.setattr(aot, "Library", broken)
+    monkeypatch.setattr(library, "Library", broken)
     with pytest.raises(
         streamllm.CompileError, match=r"was compiled, but cannot be loaded: neither from .*kept"
     ):
-        aot.library(graph(), inputs(), {})
+        library.library(graph(), inputs(), {})
 
 
 @pytest.mark.parametrize(
@@ -224,7 +225,7 @@ def test_where_libraries_are_kept(monkeypatch, variables, wanted):
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    assert aot._folder().as_posix() == wanted
+    assert library._folder().as_posix() == wanted
 
 
 def test_without_a_home_nothing_is_kept(quick, monkeypatch):
@@ -233,17 +234,17 @@ def test_without_a_home_nothing_is_kept(quick, monkeypatch):
 
     for name in ("STREAMLLM_CACHE", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(aot.Path, "home", homeless)
+    monkeypatch.setattr(library.Path, "home", homeless)
     for count in (1, 2):
-        assert aot.library(graph(), inputs(), {}) == "compiled"
+        assert library.library(graph(), inputs(), {}) == "compiled"
         assert len(quick) == count
 
 
 def test_what_a_compiler_says_is_said(compiled, monkeypatch, tmp_path):
     monkeypatch.setenv("CXX", "/bin/false")
-    aot.check()  # it is there
+    library.check()  # it is there
     with pytest.raises(streamllm.CompileError) as raised:
-        aot.library(graph(), inputs(), {})
+        library.library(graph(), inputs(), {})
     said = str(raised.value)
     assert said.startswith("the step could not be compiled (")
     assert "/bin/false" in said
@@ -268,7 +269,7 @@ def test_a_process_that_fails(monkeypatch, tmp_path, does, said):
     monkeypatch.setattr(sys, "executable", str(program))
     monkeypatch.setenv("STREAMLLM_CACHE", str(tmp_path / "kept"))
     with pytest.raises(streamllm.CompileError) as raised:
-        aot.library(graph(), inputs(), {})
+        library.library(graph(), inputs(), {})
     assert f"could not be compiled ({said})" in str(raised.value)
 
 
@@ -276,7 +277,7 @@ def test_no_process_at_all(monkeypatch, tmp_path):
     monkeypatch.setenv("STREAMLLM_CACHE", str(tmp_path))
     monkeypatch.setattr(sys, "executable", "/nonexistent")
     with pytest.raises(streamllm.CompileError, match="no process could be started to compile the step"):
-        aot.library(graph(), inputs(), {})
+        library.library(graph(), inputs(), {})
 
 
 def test_an_interruption_ends_the_process_and_those_that_it_has_started(monkeypatch, tmp_path):
@@ -294,7 +295,7 @@ def test_an_interruption_ends_the_process_and_those_that_it_has_started(monkeypa
 
     monkeypatch.setattr(subprocess.Popen, "communicate", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        aot.library(graph(), inputs(), {})
+        library.library(graph(), inputs(), {})
     child = int(started.read_text())
     for _ in range(500):  # until the system has taken notice
         if not Path(f"/proc/{child}").exists() or "Z" in Path(f"/proc/{child}/stat").read_text().split()[2]:
@@ -309,9 +310,9 @@ def test_it_imports_what_its_parent_does_and_nothing_from_where_it_is_run(compil
     (tmp_path / "types.py").write_text("raise ImportError('from here')")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [path for path in sys.path if path])
-    monkeypatch.setattr(aot, "_CHILD", aot._CHILD.replace("main()", "sys.exit(0)"))
+    monkeypatch.setattr(library, "_CHILD", library._CHILD.replace("main()", "sys.exit(0)"))
     with pytest.raises(FileNotFoundError):  # it had nothing to do
-        aot.library(graph(), inputs(), {})
+        library.library(graph(), inputs(), {})
 
 
 def test_without_a_compiler_it_is_said_at_once(monkeypatch):

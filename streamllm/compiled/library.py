@@ -1,8 +1,8 @@
-"""library(): a graph of calls to torch as a shared library, compiled by another process and kept for the next.
+"""library(): a graph as a shared library, compiled by torch's AOTInductor in another process and kept on disk.
 
-A compiler leaves tens of megabytes behind that Python cannot return, and a stream may run for days. So the graph
-is written down and handed to a process of its own, which compiles it with torch's AOTInductor and ends. What it
-made is found again by whoever asks for the same, and is loaded at once: that takes nothing of torch's compiler.
+A compiler leaves tens of megabytes in its process that Python cannot free, and a stream may run for days. So
+another process compiles the graph and ends. A later request for the same graph loads the library from disk,
+without torch's compiler.
 """
 
 from __future__ import annotations
@@ -27,18 +27,24 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from streamllm.models.cpu import described
+from streamllm.models import processor, torch_private
 
-NAME, SEAL = "step.pyd" if sys.platform == "win32" else "step.so", "sha256"
-STEERS = ("ATEN_CPU_CAPABILITY", "TORCHINDUCTOR_", "AOT_INDUCTOR_")  # variables that a compiler obeys
+LIBRARY_FILE, DIGEST_FILE = "step.pyd" if sys.platform == "win32" else "step.so", "sha256"
+# Environment variables that change what the compiler produces, by their prefixes.
+COMPILER_VARIABLES = ("ATEN_CPU_CAPABILITY", "TORCHINDUCTOR_", "AOT_INDUCTOR_")
 
 
 class CompileError(RuntimeError):
-    """What inductor was to compile cannot be compiled here."""
+    """A step could not be compiled."""
 
 
 def check() -> None:
-    """Raises CompileError where there is no C++ compiler."""
+    """Raises CompileError where there is no C++ compiler, or torch cannot load what it compiles."""
+    if torch_private.aoti_runner_cpu is None:
+        raise CompileError(
+            f'backend="inductor" needs a torch that loads compiled libraries, and {torch.__version__} does not: '
+            f'use backend="flat", or another version of torch'
+        )
     compiler = os.environ.get("CXX") or {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
     if shutil.which(compiler) is None:
         raise CompileError(
@@ -48,22 +54,23 @@ def check() -> None:
 
 
 class Library:
-    """A graph that was compiled: called with a list of tensors like those it was compiled for, as the graph is."""
+    """A compiled graph. Call it with a list of tensors like those that it was compiled for."""
 
     def __init__(self, path: Path) -> None:
-        self._runner = torch._C._aoti.AOTIModelContainerRunnerCpu(str(path), 1)
+        assert torch_private.aoti_runner_cpu is not None  # see `check`
+        self._runner = torch_private.aoti_runner_cpu(str(path), 1)
 
     def __call__(self, inputs: list[Tensor]) -> tuple[Tensor, ...]:
-        # What is small is made on the stack, and handed over where the next call's result will stand.
+        # Small results are on the stack of the library, where the next call overwrites them.
         return tuple(result.clone() for result in self._runner.run(inputs))
 
 
 def library(module: fx.GraphModule, inputs: Sequence[Tensor], options: Mapping[str, Any]) -> Library:
-    """The graph, compiled for inputs of these sizes, strides and types on a CPU: as it lies kept, or new.
+    """The graph, compiled for inputs of these sizes, strides and types on a CPU; from disk where it is kept.
 
-    The graph gives a tuple, has neither constants nor modules, and each function in it can be imported. `options`
-    are inductor's; those that this version of torch does not have are left out. Raises CompileError with the
-    compiler's own words where it fails.
+    The graph returns a tuple, has neither constants nor modules, and each function in it can be imported. `options`
+    are inductor's; those unknown to this version of torch are left out. Raises CompileError with the compiler's
+    own message where compiling fails.
     """
     request = _Request.of(module, inputs, options)
     kept = _folder() / request.key()
@@ -72,78 +79,82 @@ def library(module: fx.GraphModule, inputs: Sequence[Tensor], options: Mapping[s
         return found
     with tempfile.TemporaryDirectory(prefix="streamllm-", ignore_cleanup_errors=True) as making:
         made = Path(making)
-        _compile_elsewhere(request, made / NAME)
-        (made / SEAL).write_text(_digest(made))
+        _compile_elsewhere(request, made / LIBRARY_FILE)
+        (made / DIGEST_FILE).write_text(_digest(made))
         _keep(made, kept)
         found = _loaded(kept) or _loaded(made)
     if found is None:
-        raise CompileError(f"{NAME} was compiled, but cannot be loaded: neither from {kept} nor from {made}")
+        raise CompileError(
+            f"{LIBRARY_FILE} was compiled, but cannot be loaded: neither from {kept} nor from {made}"
+        )
     return found
 
 
 def _loaded(folder: Path) -> Library | None:
-    """The library in a folder, if it is there, as it was made, and for this machine."""
+    """The library in a folder, if it is there, complete, and can be loaded."""
     try:
-        # To load half of one ends the process.
-        return Library(folder / NAME) if (folder / SEAL).read_text() == _digest(folder) else None
+        # Loading a truncated library would end the process.
+        return (
+            Library(folder / LIBRARY_FILE) if (folder / DIGEST_FILE).read_text() == _digest(folder) else None
+        )
     except (OSError, UnicodeDecodeError, RuntimeError):
         return None
 
 
 def _keep(made: Path, kept: Path) -> None:
-    """Put a library where others will find it: whole, or not at all. No room and no permission cost nothing more."""
+    """Store a library for later processes, completely or not at all. A full or read-only disk is no error."""
     try:
         kept.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=kept.parent, prefix=".", ignore_cleanup_errors=True) as copy:
-            for name in (NAME, SEAL):
+            for name in (LIBRARY_FILE, DIGEST_FILE):
                 shutil.copy(made / name, copy)
-            shutil.rmtree(kept, ignore_errors=True)  # what was there could not be loaded
+            shutil.rmtree(kept, ignore_errors=True)  # it could not be loaded
             Path(copy).rename(kept)
-    except OSError:  # or another process was faster
+    except OSError:  # also where another process was faster
         return
 
 
 def _digest(folder: Path) -> str:
-    return hashlib.sha256((folder / NAME).read_bytes()).hexdigest()
+    return hashlib.sha256((folder / LIBRARY_FILE).read_bytes()).hexdigest()
 
 
 def _folder() -> Path:
-    """Where libraries are kept."""
+    """The folder in which libraries are kept."""
     if os.environ.get("STREAMLLM_CACHE"):
         return Path(os.environ["STREAMLLM_CACHE"])
     try:
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "streamllm"
-    except RuntimeError:  # nobody's home: nothing is kept
+    except RuntimeError:  # there is no home directory: keep nothing
         return Path(os.devnull)
 
 
 @dataclass(frozen=True)
-class _At:
-    """In the place of a node of the graph: its number."""
+class _NodeRef:
+    """Stands for a node of the graph: its number."""
 
     number: int
 
 
 @dataclass(frozen=True)
 class _Request:
-    """A graph in a form that can be sent."""
+    """A graph to compile, in a form that can be pickled."""
 
-    code: str  # for whoever compares
+    code: str  # the graph as source text, for the key
     nodes: list[tuple[str, Any, Any, Any]]  # op, target, arguments
     inputs: list[tuple[Any, ...]]  # sizes, strides, type
     options: dict[str, Any]
 
     @staticmethod
     def of(module: fx.GraphModule, inputs: Sequence[Tensor], options: Mapping[str, Any]) -> _Request:
-        numbers = {node: _At(number) for number, node in enumerate(module.graph.nodes)}
+        numbers = {node: _NodeRef(number) for number, node in enumerate(module.graph.nodes)}
 
-        def sent(argument: Any) -> Any:
+        def by_number(argument: Any) -> Any:
             return numbers[argument] if isinstance(argument, fx.Node) else argument
 
         return _Request(
             module.code,
             [
-                (node.op, node.target, *fx.node.map_aggregate((node.args, node.kwargs), sent))
+                (node.op, node.target, *fx.node.map_aggregate((node.args, node.kwargs), by_number))
                 for node in numbers
             ],
             [(tuple(tensor.shape), _strides(tensor), tensor.dtype) for tensor in inputs],
@@ -151,7 +162,7 @@ class _Request:
         )
 
     def key(self) -> str:
-        """A name for all that the library depends on."""
+        """A hash of everything that the library depends on."""
         functions = {target.__module__ for op, target, *_ in self.nodes if op == "call_function"}
         own = sorted(name for name in functions if name and name.startswith("streamllm."))
         parts: list[Any] = [
@@ -165,16 +176,17 @@ class _Request:
         parts += [
             (name, value)
             for name, value in sorted(os.environ.items())
-            if name.startswith(STEERS) and name != "TORCHINDUCTOR_CACHE_DIR"  # which torch sets for itself
+            if name.startswith(COMPILER_VARIABLES)
+            and name != "TORCHINDUCTOR_CACHE_DIR"  # torch sets it itself
         ]
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
 
     def graph(self) -> tuple[fx.GraphModule, tuple[Tensor, ...]]:
-        """The graph again, and tensors like the inputs."""
+        """The graph rebuilt, and fake tensors like the inputs."""
         graph, made = fx.Graph(), list[fx.Node]()
         for op, target, args, kwargs in self.nodes:
             args, kwargs = fx.node.map_aggregate(
-                (args, kwargs), lambda value: made[value.number] if isinstance(value, _At) else value
+                (args, kwargs), lambda value: made[value.number] if isinstance(value, _NodeRef) else value
             )
             if op == "output":
                 graph.output(args[0])
@@ -186,7 +198,7 @@ class _Request:
 
 
 def _strides(tensor: Tensor) -> tuple[int, ...]:
-    """Where there is but one of a kind, nobody strides: any number stands there."""
+    """The strides, with 1 for dimensions of size 1: there, the stride is irrelevant."""
     return tuple(
         stride if size > 1 else 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
     )
@@ -196,21 +208,23 @@ def _source(module: str) -> bytes | None:
     package, _, name = module.rpartition(".")
     try:
         return pkgutil.get_data(package, f"{name}.py")
-    except OSError:  # nobody has the text; then nobody changes it
+    except OSError:  # installed without source, so it does not change either
         return None
 
 
 @cache
 def _machine() -> str:
-    """What is compiled for this processor, and with these system libraries, may not run with others."""
-    lines = described().splitlines()
-    # Of many lines, those that stay as they are: others say how fast it runs just now.
+    """The processor and the C library that a compiled library depends on."""
+    lines = processor.description().splitlines()
+    # Of many lines, take those that do not change over time, as the clock frequency does.
     features = [line for line in lines if len(lines) == 1 or line.startswith(("flags", "Features"))]
     return f"{platform.system()} {platform.machine()} {platform.libc_ver()} {features}"
 
 
-_CHILD = (  # which imports what its parent does, and nothing from where it is run
-    "import sys; sys.path[:] = [path for path in sys.path if path]; from streamllm.aot import main; main()"
+# The child imports from the same places as its parent, but not from the working directory.
+_CHILD = (
+    "import sys; sys.path[:] = [path for path in sys.path if path]\n"
+    "from streamllm.compiled.library import main; main()"
 )
 
 
@@ -226,22 +240,22 @@ def _compile_elsewhere(request: _Request, library: Path) -> None:
         raise CompileError(f"no process could be started to compile the step: {error}") from None
     with process:
         try:
-            said = process.communicate(pickle.dumps(request))[1].decode(errors="replace").strip()
+            output = process.communicate(pickle.dumps(request))[1].decode(errors="replace").strip()
         except BaseException:  # Ctrl-C
             _kill(process)
             raise
     if process.returncode:
-        _, found, reason = said.rpartition("\ntorch._inductor.exc.")  # behind the traceback
+        _, found, reason = output.rpartition("\ntorch._inductor.exc.")  # after the traceback
         if process.returncode < 0:
             reason = f"killed by signal {-process.returncode}"
         elif not found:
-            reason = said.rpartition("\n")[2] or f"exit code {process.returncode}"
+            reason = output.rpartition("\n")[2] or f"exit code {process.returncode}"
         reason = " ".join(reason.split())[:2000]
         raise CompileError(f'the step could not be compiled ({reason}); backend="flat" needs no compiler')
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:
-    """The process, and the compilers that it has started."""
+    """Kill the process and the compilers that it has started."""
     if hasattr(os, "killpg"):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
@@ -249,7 +263,7 @@ def _kill(process: subprocess.Popen[bytes]) -> None:
 
 
 def main() -> None:
-    """What the other process does."""
+    """The other process: compile the request on standard input to the file in argv[1]."""
     from torch._inductor import aot_compile, config
 
     request = pickle.load(sys.stdin.buffer)

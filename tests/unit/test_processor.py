@@ -8,13 +8,13 @@ import io
 import pytest
 import torch
 
-from streamllm.models import cpu
+from streamllm.models import processor
 
 
 @pytest.fixture(autouse=True)
 def as_it_was():
     yield
-    cpu.described.cache_clear()
+    processor.description.cache_clear()
 
 
 INTEL, AMD = (
@@ -29,8 +29,8 @@ INTEL, AMD = (
 def test_it_is_read_from_the_system(monkeypatch, text, mkl, wanted):
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: mkl)
     monkeypatch.setattr(builtins, "open", lambda path: io.StringIO(text))
-    cpu.described.cache_clear()
-    assert cpu._by_intel() is wanted
+    processor.description.cache_clear()
+    assert processor._is_intel() is wanted
 
 
 @pytest.mark.parametrize("name", ["Intel64 Family 6 Model 143 Stepping 8, GenuineIntel", "arm", ""])
@@ -40,6 +40,6 @@ def test_or_from_python_where_there_is_no_such_file(monkeypatch, name):
 
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
     monkeypatch.setattr(builtins, "open", missing)
-    cpu.described.cache_clear()
-    monkeypatch.setattr(cpu.platform, "processor", lambda: name)
-    assert cpu._by_intel() is name.endswith("GenuineIntel")
+    processor.description.cache_clear()
+    monkeypatch.setattr(processor.platform, "processor", lambda: name)
+    assert processor._is_intel() is name.endswith("GenuineIntel")

@@ -1,0 +1,38 @@
+"""The functions of torch that this project calls and that torch does not promise to keep.
+
+Each name is the function, or None where this version or build of torch lacks it. Each has one fallback:
+
+    flash_attention_cpu      attention.py: tiles are computed by two matmuls
+    linear_pointwise         cpu_layouts.py: F.linear, and weights stay as they were read
+    reorder_linear_weight    the same, for bfloat16
+    mkldnn_supports_bf16     the same, for bfloat16
+    int8_matmul              cpu_layouts.py: int8 weights are dequantised before each product
+    aoti_runner_cpu          compiled/library.py: CompileError, which names the backend that works
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+
+def _find(path: str) -> Callable[..., Any] | None:
+    found: Any = torch
+    try:
+        for name in path.split("."):
+            found = getattr(found, name)
+    except (AttributeError, RuntimeError):
+        return None
+    return found  # type: ignore[no-any-return]
+
+
+flash_attention_cpu = _find("ops.aten._scaled_dot_product_flash_attention_for_cpu.default")
+int8_matmul = _find("_weight_int8pack_mm")
+aoti_runner_cpu = _find("_C._aoti.AOTIModelContainerRunnerCpu")
+
+_onednn = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+linear_pointwise = _find("ops.mkldnn._linear_pointwise.default") if _onednn else None
+reorder_linear_weight = _find("ops.mkldnn._reorder_linear_weight") if _onednn else None
+mkldnn_supports_bf16 = _find("ops.mkldnn._is_mkldnn_bf16_supported") if _onednn else None

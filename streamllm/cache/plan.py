@@ -1,0 +1,243 @@
+"""Where new tokens go and what they see: pure functions from token counts to a Step and its Writes.
+
+t counts the tokens of a row from 0. `origin` is the place of the first token in the text: it is added to the
+places of recent tokens at the end. Slots 0 … S-1 hold the sinks, the W slots behind them a ring of recent tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from streamllm.models.step import Band, Step, is_visible
+
+# A ring that fills is read in steps of so many slots, because CPU kernels are prepared anew for each size.
+READ_STEP_SLOTS = 256
+# The steps of what is recorded or compiled are wider, so that few recordings serve a window that fills.
+RECORDED_STEP_FACTOR = 4
+
+Index = TypeVar("Index", int, Tensor)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The sizes of one ring."""
+
+    sinks: int  # S
+    window: int  # W
+
+    @property
+    def slots(self) -> int:
+        return self.sinks + self.window
+
+    def slot_of(self, t: Index) -> Index:
+        """The slot that token t takes. S = 2, W = 3: the tokens 0 … 9 take the slots 0 1 2 3 4 2 3 4 2 3."""
+        ring = self.sinks + (t - self.sinks) % self.window
+        return torch.minimum(t, ring) if isinstance(t, Tensor) else min(t, ring)
+
+    def token_in(self, slot: Tensor, seen: Tensor) -> Tensor:
+        """The token that a slot holds after `seen` tokens; -1 for an empty slot. Broadcasts."""
+        newest = seen - 1
+        recent = newest - (newest - slot) % self.window
+        return torch.where(slot > newest, -1, torch.where(slot < self.sinks, slot, recent))
+
+    def sink_query_place(self, t: Tensor) -> Tensor:
+        """The place of query t for the sinks: they travel with the window."""
+        return t.clamp(max=self.slots - 1)
+
+
+@dataclass(frozen=True, eq=False)
+class Move:
+    """New tokens and the slots that they take: index tensors of equal length."""
+
+    rows: Tensor | None  # None: all rows of the batch move the same tokens to the same slots
+    tokens: Tensor | None  # None: all T tokens
+    slots: Tensor
+    to_sinks: bool  # whether some of the slots may be sinks …
+    to_ring: bool  # … or in the ring
+
+
+@dataclass(frozen=True, eq=False)
+class Writes:
+    """What a layer writes and reads in one forward.
+
+    A single token takes its slot before attention: what it overwrites is out of its own window. So do new
+    sinks of a chunk: nothing was there. The other tokens of a chunk wait for the commit, because earlier
+    queries of the chunk, or a retry after an error, still need what they overwrite.
+    """
+
+    reads: tuple[tuple[int, int], ...]  # ranges of slots that the queries meet, the sinks first
+    now: Move | None
+    on_commit: Move | None  # not None for a chunk: its keys are met behind the slots
+
+
+@dataclass(frozen=True)
+class TokenKind:
+    """What the kernels of a one-token forward depend on, for one ring: the rest is in numbers on the device."""
+
+    rows: int  # R: 1 where all rows of the batch stand at the same place, else B
+    reads: int  # slots that are read
+    full: bool  # each row sees all of them: no mask
+    apart: bool  # the sinks meet a query of their own
+    to_sinks: bool  # some row may take the slot of a sink …
+    to_ring: bool  # … or one in the ring
+
+
+def token_kind(
+    layout: Layout, origin: int, seen: Sequence[int], recorded: bool, for_any_place: bool
+) -> TokenKind:
+    """The kind of the next token of rows that have seen so many tokens; see `SinkCache.token_kinds`."""
+    most, least, slots = max(seen) + 1, min(seen) + 1, layout.slots
+    reads = READ_STEP_SLOTS
+    while reads < most or (recorded and reads <= layout.sinks):
+        reads = reads * RECORDED_STEP_FACTOR if recorded else reads + READ_STEP_SLOTS
+    reads = min(reads, slots)
+    full = not for_any_place and least >= (slots if recorded else reads)
+    return TokenKind(
+        rows=1 if most == least else len(seen),
+        reads=reads,
+        full=full,
+        apart=layout.sinks > 0 and (recorded or origin > 0 or most > slots),
+        to_sinks=layout.sinks > 0 and (not full if recorded else min(seen) < layout.sinks),
+        to_ring=recorded or max(seen) >= layout.sinks,
+    )
+
+
+def plan_token(layout: Layout, origin: int | Tensor, kind: TokenKind, t: Tensor) -> tuple[Step, Writes]:
+    """One token per row: t int64 [R] on the cache's device. Its values are not read here, nor those of `origin`.
+
+    S = 2, W = 3, t = 9: slot 2 + (9 - 2) % 3 = 3, where token 6 was; see `Step`.
+    """
+    t = t[:, None]  # [R, 1]
+    slots = layout.slot_of(t)
+    moved = isinstance(origin, Tensor) or origin > 0
+    query_place = t + origin if moved else t
+    slot = torch.arange(kind.reads, device=t.device)[None]  # [1, K]
+    held = layout.token_in(slot, t + 1)  # [R, K]
+    new_key_place, key_place = query_place, held
+    if moved:
+        key_place = torch.where(slot < layout.sinks, held, held + origin)
+        if kind.to_sinks:
+            new_key_place = torch.where(t < layout.sinks, t, query_place)
+    step = Step(
+        slots=slots,
+        query_place=query_place,
+        sink_query_place=layout.sink_query_place(t),
+        new_key_place=new_key_place,
+        key_place=key_place,
+        visible=None if kind.full else (held >= 0)[:, None],
+        sinks=min(layout.sinks, kind.reads) if kind.apart else 0,
+        rope_length=layout.slots,
+    )
+    rows = None if len(t) == 1 else torch.arange(len(t), device=t.device)
+    tokens = None if rows is None else torch.zeros_like(rows)
+    move = Move(rows, tokens, slots[:, 0], kind.to_sinks, kind.to_ring)
+    return step, Writes(((0, kind.reads),), move, None)
+
+
+def plan_chunk(
+    layout: Layout, origin: int, seen: int, length: int, device: torch.device
+) -> tuple[Step, Writes]:
+    """T tokens, all rows in lockstep. They meet the sinks, the tokens held behind them in order, and each other.
+
+    New sinks are written at once and hidden among the chunk's own keys.
+
+    S = 2, W = 3, 4 tokens after 7: the slots hold 0 1 5 6 4, of which the first query, 7, sees 0 1 and 5 6. So
+    the keys are 0 1, then the run 5 6 7 8 9 10. Tokens 8 9 10 are written on commit.
+    """
+    sinks, window = layout.sinks, layout.window
+    end = seen + length
+    columns = min(sinks, end)
+    held = max(0, min(seen - sinks, window - 1))  # tokens behind the sinks that the first query sees
+    first = seen - held
+    slot = layout.slot_of(max(first, sinks))
+    ahead = min(held, layout.slots - slot)  # of them, those up to the end of the ring
+    reads = (0, columns), (slot, slot + ahead), (sinks, sinks + held - ahead)
+
+    places = torch.arange(seen, end, device=device)[None]
+    slots = layout.slot_of(places)
+    apart = sinks > 0 and (origin > 0 or end > layout.slots)
+    run = torch.arange(origin + first, origin + end, device=device)
+    step = Step(
+        slots=slots,
+        query_place=places + origin,
+        sink_query_place=layout.sink_query_place(places),
+        new_key_place=_key_place(layout, origin, places),
+        key_place=torch.cat((torch.arange(columns, device=device), run))[None],
+        visible=None,
+        sinks=columns if apart else 0,
+        rope_length=layout.slots,
+        band=Band(seen, first, columns, sinks, window),
+    )
+    tokens = torch.arange(length, device=device)
+    new_sinks = max(0, columns - seen)
+    kept = max(0, sinks - seen, length - window)  # earlier tokens are sinks, or gone before the chunk ends
+    return step, Writes(
+        reads=tuple(part for part in reads if part[0] < part[1]),
+        now=Move(None, tokens[:new_sinks], slots[0, :new_sinks], True, False) if new_sinks else None,
+        on_commit=Move(None, tokens[kept:] if kept else None, slots[0, kept:], False, True),
+    )
+
+
+def plan_ragged_chunk(
+    layout: Layout,
+    origin: int,
+    seen: Sequence[int],
+    counts: Sequence[int],
+    length: int,
+    device: torch.device,
+) -> tuple[Step, Writes]:
+    """T tokens per row, of which `counts` are real. They meet the slots in their order, and behind them each other.
+
+    S = 2, W = 3, 4 tokens on an empty row: 2 slots are read, so the keys are the slots 0 1 and the tokens
+    0 1 2 3. Tokens 0 and 1 are written first and hidden behind: token 3 sees keys at the places 0 1 - - 2 3.
+    """
+    sinks, window = layout.sinks, layout.window
+    start = torch.tensor(seen, dtype=torch.int64)[:, None]  # [R, 1]
+    end = start + torch.tensor(counts, dtype=torch.int64)[:, None]
+    reads = max(min(max(seen), layout.slots), min(int(end.max()), sinks))
+    column = torch.arange(length)
+    places = start + column  # [R, T]
+    real = column < end - start
+    is_sink = places < sinks
+    slots = layout.slot_of(places)
+    slot = torch.arange(reads)
+    # A slot holds what it held before the chunk, or a sink that the chunk brings.
+    held = torch.where((slot < sinks) & (slot < end), slot, layout.token_in(slot, start))
+    keys = torch.cat((held, torch.where(real & is_sink, -1, places)), 1)  # [R, reads + T]
+    apart = sinks > 0 and (origin > 0 or int(places.max()) >= layout.slots)
+    columns = min(sinks, reads) if apart else 0
+    shifted = torch.arange(keys.shape[1]) >= columns
+    step = Step(
+        slots=slots.to(device),
+        query_place=(places + origin).to(device),
+        sink_query_place=layout.sink_query_place(places).to(device),
+        new_key_place=_key_place(layout, origin, places).to(device),
+        key_place=torch.where(shifted, keys + origin, keys).to(device),
+        visible=is_visible(keys[:, None, :], places[:, :, None], sinks, window).to(device),
+        sinks=columns,
+        rope_length=layout.slots,
+    )
+    recent = real & ~is_sink & (places >= end - window)
+    new_sinks = real & is_sink
+    return step, Writes(
+        reads=((0, reads),),
+        now=_move(new_sinks, slots, device, to_sinks=True) if bool(new_sinks.any()) else None,
+        on_commit=_move(recent, slots, device, to_sinks=False),
+    )
+
+
+def _key_place(layout: Layout, origin: int, t: Tensor) -> Tensor:
+    """The place where the key of token t is rotated, once."""
+    return torch.where(t < layout.sinks, t, t + origin) if origin else t
+
+
+def _move(chosen: Tensor, slots: Tensor, device: torch.device, to_sinks: bool) -> Move:
+    """The chosen [R, T] tokens and their slots."""
+    rows, tokens = chosen.nonzero(as_tuple=True)
+    taken = slots[rows, tokens].to(device)
+    return Move(rows.to(device), tokens.to(device), taken, to_sinks, not to_sinks)

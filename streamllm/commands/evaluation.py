@@ -1,0 +1,68 @@
+"""What the commands perplexity, inspect and recall share: reading texts, progress bars, writing numbers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from streamllm.evaluate.result import Result
+    from streamllm.tokenizer import Tokenizer
+
+
+def read_texts(
+    tokenizer: Tokenizer, files: Sequence[Path], *, separate: bool = False, limit: int | None = None
+) -> list[Tensor]:
+    """The tokens of `files`, or of the held-out modules of Python's standard library where there are none.
+
+    One stream, int64 [N]; with `separate`, each text alone. At most `limit` tokens in all. Raises UsageError
+    for a file that is not UTF-8, and for fewer than two tokens.
+    """
+    from streamllm.evaluate.corpus import held_out_texts
+    from streamllm.evaluate.texts import as_stream, as_texts, first_tokens
+
+    try:
+        texts = [file.read_text(encoding="utf-8") for file in files] or held_out_texts()
+    except UnicodeDecodeError as error:
+        raise click.UsageError(f"a text is not UTF-8: {error}") from None
+    tokens = as_texts(tokenizer, texts) if separate else [as_stream(tokenizer, texts)]
+    tokens = tokens if limit is None else first_tokens(tokens, limit)
+    if not tokens or min(map(len, tokens)) < 2:
+        raise click.UsageError("the text has fewer than two tokens: nothing can be predicted in it")
+    return tokens
+
+
+def progress_bar(name: str, total: int | None = None) -> Any:
+    """A tqdm bar on standard error, where that is a terminal. Without `total` it counts tokens."""
+    from tqdm import tqdm
+
+    return tqdm(total=total, desc=name, unit="tok" if total is None else "", disable=None, leave=False)
+
+
+def show_scores(bar: Any) -> Callable[[Result], None]:
+    """A function for `progress` of `perplexity`: it moves the bar and shows the perplexity so far."""
+    before = 0
+
+    def show(result: Result) -> None:
+        nonlocal before
+        bar.total = result.total if bar.total is None else bar.total
+        before = 0 if result.tokens < before else before  # the next run has begun
+        bar.set_postfix_str(f"perplexity {result.perplexity:.4g}", refresh=False)
+        bar.update(result.tokens - before)
+        before = result.tokens
+
+    return show
+
+
+def write_json(file: Path | None, content: dict[str, Any], model: str | None, dtype: str) -> None:
+    """Write the numbers of a command, with the model's name and type, where --json is given."""
+    if file is not None:
+        file.write_text(
+            json.dumps({"model": model or "embedded", "dtype": dtype, **content}, indent=1) + "\n"
+        )

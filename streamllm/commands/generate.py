@@ -1,0 +1,131 @@
+"""`streamllm generate`."""
+
+from __future__ import annotations
+
+import sys
+from typing import IO
+
+import click
+
+from streamllm.commands.loading import load_with_threads
+from streamllm.commands.options import (
+    DeviceParamType,
+    ForeverParamType,
+    check_device,
+    chunk_option,
+    dtype_option,
+    model_option,
+    quantize_cache_option,
+    quantize_option,
+    revision_option,
+    sinks_option,
+    threads_option,
+    window_option,
+)
+
+COMPILE_BACKENDS = ("flat", "inductor", "cudagraphs")  # streamllm.compiled.BACKENDS, which imports torch
+
+
+@click.command()
+@click.argument("prompt", required=False)
+@click.option(
+    "--file", "-f", type=click.File("r", encoding="utf-8"),
+    help="Read the prompt from a file; - is standard input.",
+)  # fmt: skip
+@model_option
+@revision_option
+@sinks_option
+@window_option
+@quantize_cache_option
+@quantize_option
+@click.option(
+    "--compile", "backend", type=click.Choice(COMPILE_BACKENDS),
+    help="Compile the step that computes the next token; used once the window is full. "
+    "inductor is the fastest, and compiles for half a minute the first time.",
+)  # fmt: skip
+@chunk_option(512)
+@click.option(
+    "--max-new-tokens", "-n", type=ForeverParamType(), metavar="N|forever", default="200", show_default=True,
+    help="Stop after so many tokens.",
+)  # fmt: skip
+@click.option(
+    "--temperature", "-t", type=click.FloatRange(0), help="0 is greedy.  [default: the checkpoint's]"
+)
+@click.option("--top-k", type=click.IntRange(0), help="Sample from the k most likely tokens; 0: from all.")
+@click.option(
+    "--top-p", type=click.FloatRange(0, 1, min_open=True),
+    help="Sample from the most likely tokens that together have this probability.",
+)  # fmt: skip
+@click.option(
+    "--min-p", type=click.FloatRange(0, 1),
+    help="Sample from tokens with at least this share of the highest probability.",
+)  # fmt: skip
+@click.option(
+    "--repetition-penalty", type=click.FloatRange(0, min_open=True),
+    help="Above 1, tokens that were seen become less likely.",
+)  # fmt: skip
+@click.option("--seed", type=int, help="The same seed gives the same text.")
+@click.option("--stop", multiple=True, help="Stop before this text; may be given several times.")
+@click.option("--ignore-eos", is_flag=True, help="Continue after the model's end-of-text token.")
+@dtype_option
+@click.option("--device", type=DeviceParamType(), help="cpu, cuda, mps.  [default: the best available]")
+@threads_option
+@click.option("--quiet", "-q", is_flag=True, help="Show no status line.")
+def generate(
+    prompt: str | None, file: IO[str] | None, model: str | None, revision: str | None, sinks: int,
+    window: int | None, quantize_cache: str | None, quantize: str | None, backend: str | None, chunk: int,
+    max_new_tokens: int | str, temperature: float | None, top_k: int | None, top_p: float | None, min_p: float | None,
+    repetition_penalty: float | None, seed: int | None, stop: tuple[str, ...], ignore_eos: bool, dtype: str,
+    device: str | None, threads: int | None, quiet: bool,
+) -> None:  # fmt: skip
+    """Generate text after a prompt, for as long as you like.
+
+    The prompt and the generated text go to standard output. Without PROMPT, the prompt is read from --file,
+    or from standard input where that is not a terminal. Ctrl-C stops.
+    """
+    if prompt is not None and file is not None:
+        raise click.UsageError("give a prompt or a --file, not both")
+    if prompt is None:
+        prompt = _read_prompt(file)
+    check_device(device)
+
+    from streamllm import Stream, compile
+    from streamllm.status import Status
+
+    loaded, tokenizer = load_with_threads(
+        model, revision=revision, dtype=dtype, device=device, threads=threads, quantize=quantize
+    )
+    if backend is not None:
+        loaded = compile(loaded, backend)
+    stream = Stream(loaded, tokenizer, sinks=sinks, window=window, chunk=chunk, quantize=quantize_cache)
+    pieces = stream.generate(
+        prompt,
+        max_new_tokens=None if max_new_tokens == "forever" else int(max_new_tokens),
+        stop=stop,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        eos=[] if ignore_eos else None,
+        seed=seed,
+    )
+    out = sys.stdout
+    with Status(stream, sys.stderr, out, quiet) as status:
+        out.write(prompt)
+        out.flush()
+        for piece in pieces:
+            out.write(piece)
+            out.flush()
+            status.tick()
+        out.write("\n")
+        out.flush()
+
+
+def _read_prompt(file: IO[str] | None) -> str:
+    """The text of `file`, or of standard input where that is not a terminal; else nothing."""
+    source = file or (None if sys.stdin is None or sys.stdin.isatty() else sys.stdin)
+    try:
+        return source.read() if source else ""
+    except UnicodeDecodeError as error:
+        raise ValueError(f"the prompt is not UTF-8: {error}") from None

@@ -1,0 +1,34 @@
+"""`streamllm info`."""
+
+from __future__ import annotations
+
+import click
+
+from streamllm.commands.options import (
+    checkpoint_argument,
+    dtype_option,
+    revision_option,
+    sinks_option,
+    window_option,
+)
+
+
+@click.command()
+@checkpoint_argument
+@revision_option
+@sinks_option
+@window_option
+@dtype_option
+def info(name: str | None, revision: str | None, sinks: int, window: int | None, dtype: str) -> None:
+    """Describe a checkpoint without reading its weights.
+
+    The checkpoint is a hub name or a folder; weights on the hub are not downloaded. --sinks, --window and
+    --dtype change the sizes that are printed for the parameters and the cache.
+    """
+    from streamllm.info import describe
+    from streamllm.load import open_source
+    from streamllm.weights.checkpoint import Checkpoint
+
+    checkpoint = Checkpoint(open_source(name, revision=revision))
+    lines = list(describe(checkpoint, sinks, window, dtype))
+    click.echo("\n".join(f"{what:<12} {line}" for what, line in lines))

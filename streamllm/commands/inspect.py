@@ -1,0 +1,94 @@
+"""`streamllm inspect`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from streamllm.commands.evaluation import progress_bar, read_texts, show_scores, write_json
+from streamllm.commands.loading import load_with_threads
+from streamllm.commands.options import (
+    NumbersParamType,
+    chunk_option,
+    model_options,
+    output_options,
+    seed_option,
+    texts_argument,
+)
+
+
+@click.command()
+@texts_argument
+@model_options
+@click.option(
+    "--samples", "count", type=click.IntRange(1), default=32, show_default=True,
+    help="Read the attention on so many random parts of the text.",
+)  # fmt: skip
+@click.option("--length", type=click.IntRange(16), default=64, show_default=True, help="Tokens of each part.")
+@click.option(
+    "--sinks", type=NumbersParamType(0), default="0,1,2,4,8", show_default=True,
+    help="Numbers of sinks to try.",
+)  # fmt: skip
+@click.option(
+    "--span", type=click.IntRange(2),
+    help="Sinks + window.  [default: what the model was trained for, at most 1024]",
+)  # fmt: skip
+@click.option(
+    "--tokens", type=click.IntRange(2), default=50_000, show_default=True,
+    help="Read so many tokens for each number of sinks.",
+)  # fmt: skip
+@chunk_option(256)
+@seed_option
+@output_options
+def inspect(
+    files: tuple[Path, ...], model: str | None, revision: str | None, dtype: str, device: str | None,
+    threads: int | None, count: int, length: int, sinks: tuple[int, ...], span: int | None, tokens: int,
+    chunk: int, seed: int, json_file: Path | None, plot: Path | None,
+) -> None:  # fmt: skip
+    """Show the attention sinks, and how many a model needs.
+
+    The table shows the share of attention that later tokens pay to each of the first eight, by layer (the mean
+    of the heads); --plot draws every head. Then the text is streamed with each number of sinks, beside a window
+    that fills the same cache. The smallest number within 1 % of the best is recommended.
+    """
+    from streamllm.evaluate import attention, plots, recommend
+    from streamllm.evaluate.tables import attention_table, sinks_table
+    from streamllm.evaluate.texts import samples
+
+    plots.check_path(plot)
+    loaded, tokenizer = load_with_threads(
+        model, revision=revision, dtype=dtype, device=device, threads=threads
+    )
+    stream = read_texts(tokenizer, files)[0]
+    with progress_bar("attention", count) as bar:
+        seen = attention(
+            loaded, samples(tokenizer, stream, count, length, seed), progress=lambda done, _: bar.update(1)
+        )
+    share = seen.first(8)  # [L, H, 8]
+    click.echo(f"Share of attention on the first tokens, {count} texts of {length} tokens, in %\n")
+    click.echo(attention_table(share))
+    with progress_bar("sinks", len(set(sinks)) * (min(tokens, len(stream)) - 1)) as bar:
+        found = recommend(
+            loaded,
+            stream[:tokens],
+            sinks=sorted(set(sinks)),
+            span=span,
+            chunk=chunk,
+            progress=show_scores(bar),
+        )
+    click.echo(f"\nPerplexity beyond twice the cache, sinks + window = {found.span}\n")
+    click.echo(sinks_table(found))
+    write_json(
+        json_file,
+        {
+            "share": share.tolist(),
+            "recommended_sinks": found.sinks,
+            "span": found.span,
+            "sweep": [result.to_dict() for result in found.sweep],
+        },
+        model,
+        dtype,
+    )
+    if plot is not None:
+        plots.save_figure(plots.attention_map(seen), plot)

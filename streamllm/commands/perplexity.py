@@ -1,0 +1,124 @@
+"""`streamllm perplexity`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from streamllm.commands.evaluation import read_texts, write_json
+from streamllm.commands.loading import load_with_threads
+from streamllm.commands.options import (
+    OUTPUT_FILE,
+    WINDOW_HELP,
+    NumbersParamType,
+    chunk_option,
+    model_options,
+    output_options,
+    quantize_cache_option,
+    quantize_option,
+    seed_option,
+    texts_argument,
+)
+from streamllm.commands.resumable import ResumableRuns, combinations, fingerprint
+
+MODES = ("sinks", "window", "dense", "recompute")  # streamllm.evaluate.MODES, which imports torch
+
+
+class ModesParamType(click.ParamType):  # type: ignore[type-arg]  # generic in newer versions only
+    """Names of modes with commas between them, or "all"."""
+
+    name = "MODE,MODE,…"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[str, ...]:
+        if isinstance(value, tuple):
+            return value
+        modes = MODES if value == "all" else tuple(str(value).split(","))
+        if unknown := [mode for mode in modes if mode not in MODES]:
+            self.fail(f"{unknown[0]!r} is not one of {', '.join(MODES)}, all", param, ctx)
+        return modes
+
+
+@click.command()
+@texts_argument
+@model_options
+@click.option(
+    "--mode", "modes", type=ModesParamType(), default="sinks", show_default=True,
+    help="sinks, window, dense, recompute; or all.",
+)  # fmt: skip
+@click.option(
+    "--sinks", type=NumbersParamType(0), default="4", show_default=True, help="First tokens that are kept."
+)
+@click.option("--window", "windows", type=NumbersParamType(1), help=WINDOW_HELP)
+@quantize_cache_option
+@quantize_option
+@click.option("--tokens", type=click.IntRange(2), help="Read at most so many tokens.  [default: all]")
+@click.option("--reset-between-texts", is_flag=True, help="Start every text with an empty cache.")
+@chunk_option(256)
+@click.option(
+    "--dense-tokens", type=click.IntRange(2), default=16384, show_default=True,
+    help="Read at most so many tokens in dense mode, whose memory grows with them.",
+)  # fmt: skip
+@click.option(
+    "--positions", type=click.IntRange(0), default=2000, show_default=True,
+    help="Score so many random predictions in recompute mode; 0: all.",
+)  # fmt: skip
+@click.option(
+    "--batch", type=click.IntRange(1), default=32, show_default=True,
+    help="Compute so many of them at a time.",
+)  # fmt: skip
+@seed_option
+@click.option(
+    "--resume", type=OUTPUT_FILE,
+    help="Keep the state of the run in this file, and continue from it where it exists.",
+)  # fmt: skip
+@output_options
+def perplexity(
+    files: tuple[Path, ...], model: str | None, revision: str | None, dtype: str, device: str | None,
+    threads: int | None, modes: tuple[str, ...], sinks: tuple[int, ...], windows: tuple[int, ...] | None,
+    quantize_cache: str | None, quantize: str | None, tokens: int | None, reset_between_texts: bool, chunk: int,
+    dense_tokens: int, positions: int, batch: int, seed: int, resume: Path | None, json_file: Path | None,
+    plot: Path | None,
+) -> None:  # fmt: skip
+    """Score a long text: dense, window, sinks or recomputed.
+
+    \b
+    sinks      each token sees the first --sinks tokens and the last --window
+    window     the last --window only
+    dense      everything before it
+    recompute  as sinks, but computed anew for every token: slow, and the best possible quality
+
+    --mode, --sinks and --window take several values with commas between them; every combination is run. The
+    window counts the token itself: the paper's 4 + 1020 is --sinks 4 --window 1021. Without a text, the
+    held-out modules of Python's standard library are read; the embedded model was not trained on them.
+
+    The columns are perplexities by position: 128 means the predictions at 128 … 255.
+    """
+    from streamllm.evaluate import plots
+    from streamllm.evaluate.tables import perplexity_table
+    from streamllm.evaluate.texts import first_tokens
+    from streamllm.models.step import geometry_of
+
+    plots.check_path(plot)
+    loaded, tokenizer = load_with_threads(
+        model, revision=revision, dtype=dtype, device=device, threads=threads, quantize=quantize
+    )
+    texts = read_texts(tokenizer, files, separate=reset_between_texts, limit=tokens)
+    precision = dtype if quantize is None else f"{dtype}, {quantize} weights"
+    runs = ResumableRuns(
+        loaded, resume, fingerprint(model, precision, texts, chunk, dense_tokens, positions, seed)
+    )
+    results = []
+    for setting in combinations(modes, sinks, windows, quantize_cache):
+        read = first_tokens(texts, dense_tokens) if setting.mode == "dense" else texts
+        scored = positions if setting.mode == "recompute" and positions > 0 else None
+        results.append(runs.score(setting, read, chunk=chunk, positions=scored, seed=seed, batch=batch))
+    runs.finish()
+    click.echo(perplexity_table(results))
+    write_json(json_file, {"results": [result.to_dict() for result in results]}, model, precision)
+    if plot is not None:
+        trained = geometry_of(loaded).trained_length
+        plots.save_figure(plots.perplexity_curves(results, trained_length=trained), plot)

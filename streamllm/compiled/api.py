@@ -1,0 +1,244 @@
+"""compile(): the same model with a faster way to decode single tokens.
+
+model = streamllm.compile(model)            # the same calls, the same logits, less time per token
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, fx, nn
+
+from streamllm.cache import SinkCache
+from streamllm.cache.sink_cache import TokenKinds
+from streamllm.compiled import cpu_loops, cuda, fusion, library
+from streamllm.compiled.recorder import Recorder
+from streamllm.malloc import trim_heap
+from streamllm.models import layers
+from streamllm.models.causal_lm import check_input
+from streamllm.models.step import Cache, Plan, geometry_of
+
+BACKENDS = ("flat", "inductor", "cudagraphs")
+CAPTURABLE = ("cuda",)  # device types with graphs that can be captured
+
+# (tokens [B, 1], places [R], origin [1], *the cache's tensors) -> logits [B, 1, V]
+Recording = Callable[..., Tensor]
+
+
+def compile(model: nn.Module, backend: str | None = None) -> Compiled:
+    """The model, called as before, with a faster way for single tokens.
+
+    Decoding a token is always the same work with other numbers. So it is recorded once per size of the cache, as
+    a flat list of kernels, without modules, branches and bookkeeping in between. Later tokens run from that
+    list, for one stream or for rows at different places. A window that fills is read in few sizes, and each is
+    recorded once. Prompts and chunks take the model's own way. The logits are the same, but for rounding.
+    Weights are shared with `model`.
+
+    backend: "flat" runs the kernels one by one (the default on a CPU). "cudagraphs" launches them together (the
+    default on CUDA). "inductor" hands the list to torch's compiler. On a CPU that makes one C++ function,
+    which reads weights and cache at the speed of memory; it needs a C++ compiler, and half a minute for each
+    recording. What was compiled is kept for later processes in the folder that the environment variable
+    STREAMLLM_CACHE names, or else in streamllm under XDG_CACHE_HOME or ~/.cache; it may be deleted at any
+    time. On CUDA, inductor's kernels are launched together, too.
+
+    Hooks on the model's modules run only for what takes the model's own way. When a model is moved, quantized or
+    arranged anew, it is recorded anew. Raises TypeError for a model of another library, ValueError for an
+    unknown backend or one that the model's device lacks, CompileError (a RuntimeError) where "inductor" finds
+    no C++ compiler. A forward raises CompileError where compiling fails.
+    """
+    geometry_of(model)
+    device = next(model.parameters()).device.type
+    if backend is None:
+        backend = "cudagraphs" if device == "cuda" else "flat"
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, not {backend!r}")
+    if backend == "cudagraphs" and device not in CAPTURABLE:
+        raise ValueError(
+            f'backend="cudagraphs" needs a model on CUDA, and this one is on {device}: take "flat" or "inductor"'
+        )
+    if backend == "inductor" and device == "cpu":
+        library.check()  # now, not at the first token
+    return Compiled(model.model if isinstance(model, Compiled) else model, backend)
+
+
+class Compiled(nn.Module):
+    """What `compile` returns. `recordings` counts how often a token was recorded."""
+
+    def __init__(self, model: nn.Module, backend: str) -> None:
+        super().__init__()
+        self.model, self.backend = model, backend
+        self.geometry = geometry_of(model)
+        self._forget()
+
+    def _forget(self) -> None:
+        self.recordings = 0
+        self._recorded: dict[Any, Recording] = {}
+        self._bound: WeakKeyDictionary[SinkCache, dict[Any, _BoundStep]] = WeakKeyDictionary()
+        self._weights = _WeightAddresses()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copy.deepcopy and pickle: a copy has its own weights, and nothing is recorded of them."""
+        recorded = "_recorded", "_bound", "_weights"
+        return {name: value for name, value in self.__dict__.items() if name not in recorded}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._forget()
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("model"), name)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        cache: Cache | None = None,
+        *,
+        lengths: Tensor | Sequence[int] | None = None,
+        logits_to_keep: int | None = None,
+    ) -> Tensor:
+        """As the model's own forward."""
+        if isinstance(cache, SinkCache) and tokens.dim() == 2 and tokens.shape[1] == 1:
+            counts = check_input(self.geometry.vocab_size, tokens, cache, lengths, logits_to_keep)
+            if counts is None:  # every row takes its token in
+                with torch.no_grad():
+                    cache.finish_commit()
+                    logits = self._step(tokens, cache)(tokens, cache)
+                cache.commit_token()
+                return logits
+        return self.model(tokens, cache, lengths=lengths, logits_to_keep=logits_to_keep)  # type: ignore[no-any-return]
+
+    def _step(self, tokens: Tensor, cache: SinkCache) -> _BoundStep:
+        """The step that computes the next token of this cache."""
+        if not self._weights.unchanged():
+            self._recorded.clear()
+            self._bound.clear()
+        # Compiling takes long: then one recording serves a window that fills and one that is full.
+        kinds = cache.token_kinds(recorded=True, for_any_place=self._uses_loops(cache.device))
+        key = (*kinds.items(), tokens.dtype, torch.is_inference_mode_enabled(),
+               cache.device.type == "cpu" and torch.get_num_threads())  # fmt: skip
+        steps = self._bound.setdefault(cache, {})
+        if key not in steps:
+            steps[key] = self._bind(tokens.contiguous(), cache, kinds, key)
+        return steps[key]
+
+    def _bind(self, tokens: Tensor, cache: SinkCache, kinds: TokenKinds, key: Any) -> _BoundStep:
+        """The recording for caches like this one, with this cache's own tensors."""
+        rows = next(iter(kinds.values())).rows
+        places = torch.zeros(rows, dtype=torch.int64, device=cache.device)
+        cache.write_places(places)
+        origin = torch.full((1,), cache.origin, dtype=torch.int64, device=cache.device)
+        given = [tokens, places, origin, *cache.tensors()]
+        key = (cache.sizes, key)
+        if key not in self._recorded:
+
+            def step() -> Tensor:
+                plan = cache.plan_token(places, kinds, origin)
+                if self._uses_loops(cache.device):
+                    plan = Plan(plan.steps, [cpu_loops.LoopStore(store) for store in plan.stores])
+                return self.model.project(self.model.hidden(tokens, plan))  # type: ignore[no-any-return, operator]
+
+            self._recorded[key] = self._record(given, step)
+        recording = self._recorded[key]
+        if self._is_captured(cache.device):
+            return _CapturedStep(recording, given)
+        return _BoundStep(recording, given)
+
+    def _record(self, given: Sequence[Tensor], function: Callable[[], Tensor]) -> Recording:
+        loops = self._uses_loops(given[0].device)
+        if loops:
+            layers.arrange_by_rows(self.model)
+        function()  # once before: constants that are remembered are then not recorded
+        with Recorder(given) as recorder:
+            result = function()
+        recorded = recorder.finish((result,) if loops else result)
+        if loops:
+            try:
+                made = cpu_loops.compiled(recorded, given)
+            except library.CompileError:
+                layers.arrange(self.model)  # for a caller who goes on without
+                raise
+        elif self.backend == "inductor":
+            made = _by_inductor(recorded)
+        else:
+            made = fusion.flat_function(recorded)
+        if not self._weights.unchanged():  # fusing or arranging moved them, so older recordings are stale
+            self._recorded.clear()
+            self._bound.clear()
+        self._weights = _WeightAddresses(self.model)
+        self.recordings += 1
+        trim_heap()
+        return made
+
+    def _uses_loops(self, device: torch.device) -> bool:
+        """Whether a token's products become sums over rows, compiled to C++: inductor on the CPU."""
+        return self.backend == "inductor" and device.type == "cpu"
+
+    def _is_captured(self, device: torch.device) -> bool:
+        return self.backend == "cudagraphs" or (self.backend == "inductor" and device.type in CAPTURABLE)
+
+
+def _by_inductor(module: fx.GraphModule) -> Recording:
+    fusion.prune(module)
+    return torch.compile(module, fullgraph=True, dynamic=False)
+
+
+class _BoundStep:
+    """A recording with the tensors of one cache."""
+
+    def __init__(self, recording: Recording, given: Sequence[Tensor]) -> None:
+        self._recording = recording
+        self._places, self._rest = given[1], given[2:]
+
+    def __call__(self, tokens: Tensor, cache: SinkCache) -> Tensor:
+        cache.write_places(self._places)
+        return self._recording(tokens.contiguous(), self._places, *self._rest)
+
+
+class _CapturedStep(_BoundStep):
+    """The same, captured as one launch. Tokens and places are copied to where the capture reads them."""
+
+    def __init__(self, recording: Recording, given: Sequence[Tensor]) -> None:
+        super().__init__(recording, given)
+        self._tokens = given[0].clone()
+        self._replay = cuda.capture(
+            lambda: recording(self._tokens, self._places, *self._rest), self._tokens.device
+        )
+
+    def __call__(self, tokens: Tensor, cache: SinkCache) -> Tensor:
+        self._tokens.copy_(tokens)
+        cache.write_places(self._places)
+        return self._replay().clone()  # the next replay overwrites it
+
+
+class _WeightAddresses:
+    """Where a model's weights were when they were recorded: recordings read them there."""
+
+    def __init__(self, model: nn.Module | None = None) -> None:
+        found = [
+            (module._parameters, name, weight)
+            for module in (() if model is None else model.modules())
+            for name, weight in module._parameters.items()
+            if weight is not None
+        ]
+        # A packed weight has no address. It is replaced as a whole, never changed in place.
+        self._packed = [entry for entry in found if entry[2].is_mkldnn]
+        dense = [entry for entry in found if not entry[2].is_mkldnn]
+        self._owners = [owner for owner, _, _ in dense]
+        self._names = [name for _, name, _ in dense]
+        self._addresses = [weight.data_ptr() for _, _, weight in dense]
+
+    def unchanged(self) -> bool:
+        """Whether no weight was replaced, converted or arranged anew. Asked per token, so without a Python loop."""
+        now: Iterable[Any] = map(operator.getitem, self._owners, self._names)
+        try:
+            same = list(map(Tensor.data_ptr, now)) == self._addresses
+        except (RuntimeError, TypeError, KeyError):  # packed since, or removed
+            return False
+        return same and all(owner[name] is weight for owner, name, weight in self._packed)

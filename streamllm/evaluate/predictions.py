@@ -1,0 +1,84 @@
+"""A model's predictions along a text: as a stream through a cache, or recomputed for each token.
+
+The place of a prediction is the index of the token that it is computed from; it predicts the token after it.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from streamllm.cache import SinkCache
+
+
+def new_cache(
+    model: nn.Module, mode: str, sinks: int, window: int | None, chunk: int, rows: int = 1,
+    quantize: str | None = None,
+) -> SinkCache:  # fmt: skip
+    """A cache for a mode of `perplexity`; for "dense", without the warning about the trained length."""
+    with warnings.catch_warnings():
+        if mode == "dense":
+            warnings.simplefilter("ignore")
+        return SinkCache(model, sinks, window, batch_size=rows, chunk=chunk, quantize=quantize)
+
+
+@torch.no_grad()
+def stream_logits(
+    model: nn.Module, text: Tensor, cache: SinkCache, chunk: int
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Feed a text, int64 [N], through the cache, from the place where the cache is.
+
+    Yields, for each chunk of n tokens, places int64 [n] on the CPU, and on the model's device logits [n, V] and
+    targets int64 [n].
+    """
+    device = next(model.parameters()).device
+    for start in range(int(cache.seen), len(text) - 1, chunk):
+        stop = min(start + chunk, len(text) - 1)
+        logits = model(text[None, start:stop].to(device), cache)[0]
+        yield torch.arange(start, stop), logits, text[start + 1 : stop + 1].to(device)
+
+
+def stream_nll(
+    model: nn.Module, text: Tensor, cache: SinkCache, chunk: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """As `stream_logits`, but yields places int64 [n] and nll float64 [n] in nats, both on the CPU."""
+    for places, logits, targets in stream_logits(model, text, cache, chunk):
+        yield places, nll_of(logits, targets)
+
+
+@torch.no_grad()
+def recomputed_nll(
+    model: nn.Module, text: Tensor, places: Tensor, sinks: int, window: int, batch: int, chunk: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """For each of `places` int64 [P], ascending, a dense forward over the tokens that a stream would see.
+
+    Yields as `stream_nll`. For place t, the tokens 0 … S-1 and t-W+1 … t are read as a text of their own, at
+    the places 0 … n-1. All places t < S + W read the same beginning of the text, so one dense pass scores them.
+    """
+    device = next(model.parameters()).device
+    span = sinks + window
+    early = places[places < span]
+    if len(early):
+        beginning = text[: int(early[-1]) + 2]
+        for passed, nll in stream_nll(model, beginning, new_cache(model, "dense", 0, span, chunk), chunk):
+            kept = torch.isin(passed, early)
+            if kept.any():
+                yield passed[kept], nll[kept]
+    rest = places[places >= span]
+    for start in range(0, len(rest), batch):
+        late = rest[start : start + batch]
+        recent = late[:, None] + torch.arange(1 - window, 1)  # [b, W]
+        read = torch.cat((torch.arange(sinks).expand(len(late), -1), recent), 1)
+        logits = model(text[read].to(device), logits_to_keep=1)[:, 0]
+        yield late, nll_of(logits, text[late + 1].to(device))
+
+
+def nll_of(logits: Tensor, targets: Tensor) -> Tensor:
+    """Negative log-likelihoods in nats, float64 on the CPU [...], from logits [..., V] and targets [...]."""
+    wide = logits if logits.dtype == torch.float64 else logits.float()
+    nll = F.cross_entropy(wide.flatten(0, -2), targets.flatten(), reduction="none")
+    return nll.view(targets.shape).cpu().double()
