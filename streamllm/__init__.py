@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from streamllm.cache import SinkCache
     from streamllm.compiled import CompileError, compile
-    from streamllm.generate import generate
+    from streamllm.generation import generate
+    from streamllm.generation_config import GenerationConfig
     from streamllm.load import load, load_model, load_tokenizer
-    from streamllm.sampling import GenerationConfig
     from streamllm.stream import Stream
     from streamllm.tokenizer import Tokenizer, TokenizerError
     from streamllm.weights.errors import CheckpointError, CheckpointNotFound, UnsupportedConfig
@@ -47,14 +47,14 @@ _MODULE_OF = {
     "CheckpointError": "streamllm.weights.errors",
     "CheckpointNotFound": "streamllm.weights.errors",
     "CompileError": "streamllm.compiled",
-    "GenerationConfig": "streamllm.sampling",
+    "GenerationConfig": "streamllm.generation_config",
     "SinkCache": "streamllm.cache",
     "Stream": "streamllm.stream",
     "Tokenizer": "streamllm.tokenizer",
     "TokenizerError": "streamllm.tokenizer",
     "UnsupportedConfig": "streamllm.weights.errors",
     "compile": "streamllm.compiled",
-    "generate": "streamllm.generate",
+    "generate": "streamllm.generation",
     "load": "streamllm.load",
     "load_model": "streamllm.load",
     "load_tokenizer": "streamllm.load",

@@ -1,22 +1,26 @@
-"""Stream: text in, text out, for ever."""
+"""Stream: text in, text out, forever."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 from torch import nn
 
 from streamllm.cache import SinkCache
-from streamllm.generate import Loop, settings
-from streamllm.sampling import GenerationConfig
+from streamllm.generation import Loop
+from streamllm.generation_config import GenerationConfig, SamplingSettings, resolve
 from streamllm.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class Stream:
-    """A text that a model and its user write together, without end, in constant memory.
+    """An endless text that a model and its user write together, in constant memory.
 
-    `sinks`, `window`, `chunk`, `quantize`: see `SinkCache`, which is `stream.cache`. Each `generate` goes on
-    where the text stands; after Ctrl-C, too.
+    `sinks`, `window`, `chunk`, `quantize`: see `SinkCache`, which is `stream.cache`. Each `generate` goes on where
+    the text ends, after Ctrl-C, too.
     """
 
     def __init__(
@@ -32,8 +36,8 @@ class Stream:
         self.cache = SinkCache(model, sinks=sinks, window=window, chunk=chunk, quantize=quantize)
         self._loop = Loop(model, self.cache)
         self._decoder = tokenizer.decoder()
-        self._held = ""  # the end of what was said, while it may still become a stop string
-        self._said = 0
+        self._held = ""  # the end of the generated text, while it may still become a stop string
+        self._emitted = 0
         self._started = False
 
     @property
@@ -42,15 +46,15 @@ class Stream:
         return int(self.cache.seen[0])
 
     @property
-    def said(self) -> int:
-        """How many tokens the model has said."""
-        return self._said
+    def emitted(self) -> int:
+        """How many tokens the model has generated."""
+        return self._emitted
 
     def __repr__(self) -> str:
         return f"Stream({self._loop.model.__class__.__module__.rpartition('.')[2]}, {self.cache!r})"
 
     def feed(self, text: str) -> int:
-        """Let the model read a text without saying anything. Returns how many tokens it was."""
+        """Let the model read a text without generating. Returns its number of tokens."""
         tokens = self._encode(text)
         self._loop.push(tokens)
         self._written(tokens)
@@ -63,38 +67,24 @@ class Stream:
         *,
         max_new_tokens: int | None = None,
         stop: str | Sequence[str] = (),
-        temperature: float | None = None,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        min_p: float | None = None,
-        repetition_penalty: float | None = None,
-        eos: Sequence[int] | int | None = None,
         seed: int | None = None,
         generation_config: GenerationConfig | None = None,
+        **settings: Unpack[SamplingSettings],
     ) -> Iterator[str]:
-        """What the model says after `text`, piece by piece, each piece whole characters.
+        """The text that the model generates after `text`, piece by piece, in whole characters.
 
-        Ends with one of the strings in `stop`, which is not said; else as `streamllm.generate`, where the
-        other arguments and errors are described. A piece may be empty while a character is not complete.
+        Ends before one of the strings in `stop`, which is not yielded; else as `streamllm.generate`, which
+        describes the other arguments and errors. A piece may be empty while a character is not complete.
         Raises ValueError for an empty text at the start of a stream whose tokenizer adds no BOS token.
         """
-        config = settings(
-            self._loop.model,
-            generation_config,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            min_p=min_p,
-            repetition_penalty=repetition_penalty,
-            eos=eos,
-        )
+        config = resolve(self._loop.model, generation_config, settings)
         stops = [stop] if isinstance(stop, str) else list(stop)
         if "" in stops:
             raise ValueError("a stop string must not be empty")
         tokens = self._encode(text)
-        said = self._loop.run(config, max_new_tokens, seed, tokens)
+        generated = self._loop.run(config, max_new_tokens, seed, tokens)
         self._written(tokens)
-        return self._pieces(said, stops)
+        return self._pieces(generated, stops)
 
     def reset(self) -> None:
         """Forget everything and start a new text."""
@@ -102,7 +92,7 @@ class Stream:
         self._loop = Loop(self._loop.model, self.cache)
         self._decoder = self.tokenizer.decoder()
         self._held = ""
-        self._said = 0
+        self._emitted = 0
         self._started = False
 
     def _encode(self, text: str) -> list[int]:
@@ -115,16 +105,16 @@ class Stream:
 
     def _written(self, tokens: Sequence[int]) -> None:
         if tokens:
-            self._held = ""  # of an answer that was left alone
+            self._held = ""  # of an answer that was abandoned
         self._started = True
-        for token in tokens:  # what follows a text is not decoded as if it began one
+        for token in tokens:  # so that the next tokens are not decoded as the start of a text
             self._decoder.push(token)
 
     def _pieces(self, tokens: Iterator[int], stops: Sequence[str]) -> Iterator[str]:
         for token in tokens:
-            self._said += 1
+            self._emitted += 1
             self._held += self._decoder.push(token)
-            # the one that is complete first, however the text is cut into tokens; at once: the longer one
+            # The stop string that ends first, however the text is cut into tokens; of two, the longer one.
             ends = [(at + len(stop), at) for stop in stops if (at := self._held.find(stop)) >= 0]
             if ends:
                 piece = self._release(min(ends)[1])

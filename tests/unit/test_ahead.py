@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import itertools
 from collections.abc import Iterator
 
@@ -10,10 +9,10 @@ import pytest
 import torch
 
 from streamllm import GenerationConfig, SinkCache
+from streamllm import generation as LOOP
 from streamllm.sampling import choose, next_token
 from tests.laws.scenarios import Interrupted, failing, text, tiny
 
-LOOP = importlib.import_module("streamllm.generate")  # `streamllm.generate` is the function
 CONFIGS = {
     "greedy": GenerationConfig(),
     "sampled": GenerationConfig(temperature=1.0),
@@ -24,7 +23,7 @@ PROMPT = text(9)[0].tolist()
 
 @pytest.fixture(autouse=True)
 def ahead_on_the_cpu(monkeypatch) -> None:
-    monkeypatch.setattr(LOOP, "AHEAD", ("cpu",))
+    monkeypatch.setattr(LOOP, "RUN_AHEAD", ("cpu",))
 
 
 class Plain(LOOP.Loop):
@@ -43,8 +42,8 @@ def same(plain, other) -> None:
     assert plain.cache.seen.tolist() == other.cache.seen.tolist()
     assert plain.unfed == other.unfed
     assert plain.past == other.past
-    assert (plain.said is None) == (other.said is None)
-    assert plain.said is None or torch.equal(plain.said, other.said)
+    assert (plain.seen_tokens is None) == (other.seen_tokens is None)
+    assert plain.seen_tokens is None or torch.equal(plain.seen_tokens, other.seen_tokens)
     assert (plain.logits is None) == (other.logits is None)
     assert plain.logits is None or torch.equal(plain.logits.nan_to_num(), other.logits.nan_to_num())
 

@@ -184,7 +184,7 @@ BROKEN = {
     "small-vocabulary": (shrink_vocabulary, r"token id \d+ is outside the model's vocabulary of 0 … 49"),
     "bad-settings": (
         lambda folder: (folder / "generation_config.json").write_text('{"num_beams": 4}'),
-        "num_beams=4, which is not done here",
+        "num_beams=4, which is not supported",
     ),
     "not-finite": (
         lambda folder: tensors(folder, **{"model.norm.weight": torch.full((32,), torch.inf)}),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import itertools
 
 import pytest
@@ -10,9 +9,9 @@ import torch
 
 import streamllm
 from streamllm import GenerationConfig, SinkCache, Stream, generate
+from streamllm import generation as LOOP
 from streamllm.weights.errors import UnsupportedConfig
 
-LOOP = importlib.import_module("streamllm.generate")  # `streamllm.generate` is the function
 PROMPT = [0, 40, 50, 60, 70, 80, 90]
 TEXT = "def once(upon):\n    return"
 NEVER = "\ue000"  # a character that the model does not say
@@ -22,7 +21,7 @@ NEVER = "\ue000"  # a character that the model does not say
 def ahead(request, monkeypatch) -> bool:
     """Every test here runs twice: the second time as on a device that is never waited for."""
     if request.param:
-        monkeypatch.setattr(LOOP, "AHEAD", ("cpu",))
+        monkeypatch.setattr(LOOP, "RUN_AHEAD", ("cpu",))
     return bool(request.param)
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import gc
-import importlib
 
 import pytest
 import torch
 
 import streamllm
+from streamllm import generation
 from streamllm.cache import SinkCache
 from streamllm.compiled import api, cuda, fusion
 from tests.laws.scenarios import TOLERANCE, cuts, defined, error, feed, mixed, text, tiny
@@ -164,14 +164,14 @@ def test_places_of_keys_are_captured_only_where_a_bias_needs_them(monkeypatch) -
 
 @pytest.mark.parametrize("config", [{}, {"temperature": 1.0, "seed": 1, "repetition_penalty": 1.2}])
 def test_a_stream_that_runs_ahead_on_graphs_says_the_same(monkeypatch, replays, config) -> None:
-    monkeypatch.setattr(importlib.import_module("streamllm.generate"), "AHEAD", ("cpu",))
+    monkeypatch.setattr(generation, "RUN_AHEAD", ("cpu",))
     model, prompt = streamllm.compile(tiny(), "cudagraphs"), text(12)[0]
     cache, plain = SinkCache(model, 2, 6), SinkCache(tiny(), 2, 6)
     for count in (20, 1, 9):
         said = list(streamllm.generate(model, prompt, cache, max_new_tokens=count, **config))
-        monkeypatch.setattr(importlib.import_module("streamllm.generate"), "AHEAD", ())
+        monkeypatch.setattr(generation, "RUN_AHEAD", ())
         assert said == list(streamllm.generate(tiny(), prompt, plain, max_new_tokens=count, **config))
-        monkeypatch.setattr(importlib.import_module("streamllm.generate"), "AHEAD", ("cpu",))
+        monkeypatch.setattr(generation, "RUN_AHEAD", ("cpu",))
         assert cache.seen.tolist() == plain.seen.tolist()
         prompt = said[-1:]
     assert replays[0] >= 27

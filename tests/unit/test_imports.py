@@ -48,8 +48,9 @@ def imports(path: Path) -> list[tuple[str, bool]]:
             base = package[: len(package) - node.level + 1] if node.level else []
             name = ".".join([*base, *([node.module] if node.module else [])])
             inner = [f"{name}.{alias.name}" for alias in node.names if name in PACKAGES]
-            # `from package import module` imports the module, without any name of the package itself.
-            if not inner or not MODULES.issuperset(inner):
+            if not inner or not MODULES.issuperset(
+                inner
+            ):  # else it imports modules of a package, not the package
                 found.append((name, at_once))
             found.extend((module, at_once) for module in inner)
         later = isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)) or (

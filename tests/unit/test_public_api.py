@@ -13,6 +13,7 @@ import click
 
 import streamllm
 from streamllm.cli import cli
+from streamllm.generation_config import SamplingSettings
 
 # What a cache offers to models and to compiled steps, not to users.
 CONTRACT = {
@@ -63,7 +64,26 @@ def _members(owner: type) -> list[str]:
 
 
 def _signature(value: object) -> str:
-    return str(inspect.signature(value)) if callable(value) else ""
+    """The signature, with the settings of generation written out as the keyword arguments that they are."""
+    if not callable(value):
+        return ""
+    signature = inspect.signature(value)
+    parameters = []
+    for parameter in signature.parameters.values():
+        if parameter.annotation == "Unpack[SamplingSettings]":
+            parameters += [
+                inspect.Parameter(
+                    name, parameter.KEYWORD_ONLY, default=None, annotation=annotation.__forward_arg__
+                )
+                for name, annotation in SamplingSettings.__annotations__.items()
+            ]
+        else:
+            parameters.append(parameter)
+    # The order of keyword-only arguments means nothing.
+    parameters.sort(
+        key=lambda parameter: (parameter.kind, parameter.kind == parameter.KEYWORD_ONLY and parameter.name)
+    )
+    return str(signature.replace(parameters=parameters))
 
 
 def _option(parameter: click.Parameter) -> str:

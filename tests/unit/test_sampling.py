@@ -8,13 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from streamllm.sampling import (
-    WITHOUT_EFFECT,
-    GenerationConfig,
-    _likeliest,
-    next_token,
-    read_generation_config,
-)
+from streamllm import sampling
+from streamllm.generation_config import UNSUPPORTED_KEYS, GenerationConfig, read_generation_config
+from streamllm.sampling import next_token
 from streamllm.weights.errors import UnsupportedConfig
 
 
@@ -49,8 +45,21 @@ def _shares(scores: list[float], alive: set[int]) -> list[float]:
 
 
 def dense(logits: Tensor, config: GenerationConfig) -> Tensor:
-    """The probabilities that next_token draws from, by token."""
-    scores, tokens = _likeliest(logits / config.temperature, config)
+    """The probabilities that `choose` draws from, by token."""
+    drawn_from = []
+
+    def draw(scores: Tensor, generator: torch.Generator | None) -> Tensor:
+        drawn_from.append(scores)
+        return torch.tensor([len(drawn_from) % len(scores)])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sampling, "draw", draw)
+        sampling.choose(logits, config, None)
+    (scores,) = drawn_from
+    if len(scores) == len(logits) and not (config.top_k or config.top_p < 1 or config.min_p):
+        tokens = torch.arange(len(logits))
+    else:
+        tokens = sampling._ranked((logits - logits.max()) / config.temperature, config)[1]
     return torch.zeros(len(logits)).index_add(0, tokens, scores.softmax(-1))
 
 
@@ -92,6 +101,28 @@ def test_ties_with_the_kth_stay() -> None:
     assert (found > 0).tolist() == [False, True, True, True, True, False]
     every = dense(torch.zeros(9), GenerationConfig(temperature=1.0, top_k=1))
     assert torch.allclose(every, torch.full((9,), 1 / 9))
+
+
+@pytest.mark.parametrize("device", ["cpu", "other"])
+@pytest.mark.parametrize(("top_p", "kept"), [(0.25, 1), (0.5, 2), (0.75, 3), (1.0, 4), (0.51, 3), (0.24, 1)])
+def test_the_token_that_reaches_top_p_is_the_last_one_kept(top_p: float, kept: int, device: str) -> None:
+    """Four tokens of probability 1/4 each: sums of floats are exact, so `<` and `<=` differ."""
+    scores = torch.zeros(4)
+    config = GenerationConfig(temperature=1.0, top_p=top_p)
+    assert int(sampling._kept(scores, scores.exp().sum(), config).sum()) == kept
+    if device == "cpu":
+        assert int((dense(scores, config) > 0).sum()) == kept
+
+
+def test_every_device_keeps_the_same_tokens(monkeypatch) -> None:
+    """A CPU looks at few candidates, a device sorts all: `_ranked` differs, what is kept does not."""
+    logits = 3 * torch.randn(700, generator=torch.Generator().manual_seed(3))
+    scores = logits - logits.max()
+    for config in GRID:
+        few, tokens, total = sampling._ranked(scores, config)
+        every, order = scores.sort(descending=True, stable=True)
+        kept = tokens[sampling._kept(few, total, config)]
+        assert sorted(kept.tolist()) == sorted(order[sampling._kept(every, total, config)].tolist())
 
 
 def test_ties_share_equally_under_min_p_and_the_first_wins_when_greedy() -> None:
@@ -207,7 +238,7 @@ def test_what_is_given_comes_before_what_the_checkpoint_says() -> None:
 
 
 def test_what_cannot_be_done_is_kept_by_name_and_harmless_values_are_not() -> None:
-    harmless = {name: values[0] for name, values in WITHOUT_EFFECT.items() if values}
+    harmless = {name: values[0] for name, values in UNSUPPORTED_KEYS.items() if values}
     assert read_generation_config({**harmless, "length_penalty": 2.0}).unsupported == ()
     asked = json.loads('{"num_beams": 4, "no_repeat_ngram_size": 3, "forced_eos_token_id": 2, "top_k": 40}')
     assert read_generation_config(asked).unsupported == (

@@ -138,8 +138,8 @@ import sys
 import streamllm.{first}
 import streamllm
 import streamllm.stream, streamllm.compiled
-from streamllm.generate import generate
-for name in ("generate", "load"):
+from streamllm.generation import generate
+for name in ("load",):
     function = getattr(streamllm, name)
     assert callable(function), name
     assert function is getattr(sys.modules["streamllm." + name], name)

@@ -1,21 +1,25 @@
-"""generate(): the loop from tokens to tokens, one stream, without end unless told."""
+"""generate(): the loop from tokens to tokens, for one stream, without an end unless one is given."""
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from streamllm.cache import SinkCache
+from streamllm.generation_config import GenerationConfig, SamplingSettings, resolve
 from streamllm.models.step import geometry_of
-from streamllm.sampling import GenerationConfig, attached, check_finite, choose, next_token
-from streamllm.weights.errors import UnsupportedConfig
+from streamllm.sampling import check_finite, choose, next_token
 
-# Devices that work through a queue: they are given the next forward before the last token is read from them.
-AHEAD = ("cuda",)
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+# Device types that work through a queue: the next forward is queued before the last token is read from them.
+RUN_AHEAD = ("cuda",)
 
 
 def generate(
@@ -24,42 +28,29 @@ def generate(
     cache: SinkCache | None = None,
     *,
     max_new_tokens: int | None = None,
-    temperature: float | None = None,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    min_p: float | None = None,
-    repetition_penalty: float | None = None,
-    eos: Sequence[int] | int | None = None,
     seed: int | None = None,
     generation_config: GenerationConfig | None = None,
+    **settings: Unpack[SamplingSettings],
 ) -> Iterator[int]:
     """The tokens that follow `tokens` (ids, [T] or [1, T]) in the stream that `cache` holds, one by one.
 
-    `max_new_tokens=None` goes on for ever, in constant memory. An id in `eos` (an empty list for none) ends
-    the text and is the last one yielded. What is not given is the checkpoint's generation_config.json, or
-    else greedy. `seed` makes sampling repeatable; see `GenerationConfig` for the rest.
+    `max_new_tokens=None` goes on forever, in constant memory. `seed` makes sampling repeatable. The settings
+    temperature, top_k, top_p, min_p, repetition_penalty and eos are those of `GenerationConfig`. Those that are
+    not given are the checkpoint's (generation_config.json), or greedy. An id in `eos` (an empty list for
+    none) ends the text, and is the last one yielded.
 
     The last token yielded is not in the cache yet: begin the next call's tokens with it. After an exception
-    or Ctrl-C, `cache.seen` says how far the stream came, and the cache can be used on.
+    or Ctrl-C, `cache.seen` tells how far the stream came, and the cache can be used again.
 
-    Raises ValueError for tokens outside the vocabulary or none at all, and for settings out of range;
-    UnsupportedConfig where generation_config.json asks for what is not done here; TypeError for tokens that
-    are no whole numbers.
+    Raises ValueError for an empty list of tokens, for tokens outside the vocabulary and for settings out of
+    range; UnsupportedConfig where generation_config.json asks for what is not supported; TypeError for tokens
+    that are not whole numbers and for unknown settings.
     """
     ids = _ids(tokens)
     if not ids:
         raise ValueError("there are no tokens to begin with: give a prompt, or a BOS token")
+    config = resolve(model, generation_config, settings)
     cache = SinkCache(model) if cache is None else cache
-    config = settings(
-        model,
-        generation_config,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
-        eos=eos,
-    )
     return Loop(model, cache).run(config, max_new_tokens, seed, ids)
 
 
@@ -75,34 +66,15 @@ def _ids(tokens: Sequence[int] | Tensor) -> list[int]:
     return [operator.index(token) for token in tokens]
 
 
-def settings(
-    model: nn.Module,
-    config: GenerationConfig | None,
-    *,
-    eos: Sequence[int] | int | None,
-    **given: float | None,
-) -> GenerationConfig:
-    """What the call gives, over what the checkpoint says, over the defaults."""
-    if config is None:
-        config = attached(model)
-    if config.unsupported:
-        raise UnsupportedConfig(
-            f"generation_config.json asks for {', '.join(config.unsupported)}, which is not done here; "
-            f"pass a generation_config of your own to generate without"
-        )
-    ends = None if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
-    return config.override(eos=ends, **given)
-
-
 class Loop:
-    """One stream between a model and its cache: what is fed, what is still to be fed, and the last logits.
+    """One stream between a model and its cache: the tokens still to be fed, and the logits after the last one.
 
-    It can be interrupted anywhere, and run on: `unfed` is what the cache has not taken in yet.
+    It can be interrupted anywhere and resumed: `unfed` are the tokens that the cache has not taken in yet.
 
-    A device that works through a queue (`AHEAD`) never waits for the host: a token is fed to the next forward
-    where it was chosen, and only then read. The cache steps back from that forward before the token is said,
-    and on again when the next one is asked for. So whoever stops, looks or does something else between two
-    tokens finds all as if nothing had run ahead.
+    A device that works through a queue (`RUN_AHEAD`) never waits for the host: a token is fed to the next forward
+    on the device, and read by the host only then. The cache steps back from that forward before the token is
+    yielded, and on again when the next one is asked for. So between two tokens the state is the same as if
+    nothing had run ahead.
     """
 
     def __init__(self, model: nn.Module, cache: SinkCache) -> None:
@@ -115,13 +87,13 @@ class Loop:
         self.unfed: list[int] = []
         self.logits: Tensor | None = None  # [V], after the last token fed
         self.past: set[int] = set()  # the tokens of the stream so far
-        self.said: Tensor | None = None  # the same as bool [V], once the repetition penalty asks
-        self._ahead: _Ahead | None = None  # the forward of `unfed`, where that is one token, run already
+        self.seen_tokens: Tensor | None = None  # the same as bool [V], once the repetition penalty needs it
+        self._ahead: _Ahead | None = None  # the forward of `unfed`, if that one token was run ahead
 
-    def push(self, tokens: Sequence[int], there: Tensor | None = None) -> None:
-        """Tokens to take in before the next one is chosen. `there`: the same, int64, on the device already.
+    def push(self, tokens: Sequence[int], on_device: Tensor | None = None) -> None:
+        """Tokens to take in before the next one is chosen. on_device: the same, int64, where the device has them.
 
-        Raises ValueError for ids that the model lacks.
+        Raises ValueError for ids outside the model's vocabulary.
         """
         wrong = [token for token in tokens if not 0 <= token < self.vocab_size]
         if wrong:
@@ -130,14 +102,14 @@ class Loop:
             )
         self.unfed.extend(tokens)
         self.past.update(tokens)
-        if self.said is not None:
+        if self.seen_tokens is not None:
             with torch.inference_mode():
-                if there is None:
-                    there = torch.tensor(list(tokens), dtype=torch.int64, device=self.cache.device)
-                self.said.index_fill_(0, there, True)
+                if on_device is None:
+                    on_device = torch.tensor(list(tokens), dtype=torch.int64, device=self.cache.device)
+                self.seen_tokens.index_fill_(0, on_device, True)
 
     def feed(self) -> None:
-        """Let the cache take in what is still to be fed."""
+        """Let the cache take in the tokens that are still to be fed."""
         if not self.unfed:
             return
         before = int(self.cache.seen[0])
@@ -151,7 +123,7 @@ class Loop:
                 self.logits = self.model(tokens, self.cache, logits_to_keep=1)[0, -1]
         finally:
             taken = int(self.cache.seen[0]) - before
-            if self.logits is None and taken == len(self.unfed):  # Ctrl-C while the logits were on their way
+            if self.logits is None and taken == len(self.unfed):  # interrupted before the logits arrived
                 self.cache.step_back()
                 taken -= 1
             del self.unfed[:taken]
@@ -163,7 +135,7 @@ class Loop:
         seed: int | None,
         tokens: Sequence[int] = (),
     ) -> Iterator[int]:
-        """Push `tokens`, feed and choose, until an eos token or `max_new_tokens`; what is chosen is pushed.
+        """Push `tokens`, then feed, choose and push, until an eos token or `max_new_tokens`.
 
         Raises ValueError before anything is pushed.
         """
@@ -172,7 +144,7 @@ class Loop:
         if seed is not None and not -(1 << 63) <= seed < 1 << 64:
             raise ValueError(f"seed must be a whole number of 64 bits, not {seed}")
         if not tokens and not self.unfed and self.logits is None:
-            raise ValueError("there is nothing to go on from: give a prompt")
+            raise ValueError("the stream is empty: give a prompt")
         self.push(tokens)
         generator = None
         if seed is not None:
@@ -182,19 +154,19 @@ class Loop:
     def _tokens(
         self, config: GenerationConfig, max_new_tokens: int | None, generator: torch.Generator | None
     ) -> Iterator[int]:
-        if config.repetition_penalty != 1.0 and self.said is None:
+        if config.repetition_penalty != 1.0 and self.seen_tokens is None:
             with torch.inference_mode():
-                self.said = torch.zeros(self.vocab_size, dtype=torch.bool, device=self.cache.device)
-                self.said[list(self.past)] = True
+                self.seen_tokens = torch.zeros(self.vocab_size, dtype=torch.bool, device=self.cache.device)
+                self.seen_tokens[list(self.past)] = True
         done = 0
         failed: BaseException | None = None
         while max_new_tokens is None or done < max_new_tokens:
-            if failed is not None:  # in its turn: what is said and fed is then what it is without AHEAD
+            if failed is not None:  # now, as without running ahead: the tokens before it were yielded
                 self.logits = None
                 raise failed
             self.feed()
             done += 1
-            if self.cache.device.type in AHEAD and done != max_new_tokens:
+            if self.cache.device.type in RUN_AHEAD and done != max_new_tokens:
                 token, failed = self._choose_and_run_ahead(config, generator)
             else:
                 token = self._choose(config, generator)
@@ -202,27 +174,27 @@ class Loop:
                 yield token
             finally:
                 if failed is not None and not isinstance(failed, Exception):
-                    raise failed  # Ctrl-C is never lost, not even on one who wants no more tokens
+                    raise failed  # Ctrl-C is not lost when the caller wants no more tokens
             if token in config.eos:
                 return
 
     def _choose(self, config: GenerationConfig, generator: torch.Generator | None) -> int:
         assert self.logits is not None
         with torch.inference_mode():
-            token = next_token(self.logits, config, generator, self.said)
+            token = next_token(self.logits, config, generator, self.seen_tokens)
         self.push([token])
         return token
 
     def _choose_and_run_ahead(
         self, config: GenerationConfig, generator: torch.Generator | None
     ) -> tuple[int, BaseException | None]:
-        """The next token, pushed, and what went wrong with feeding it, if anything did."""
+        """The next token, pushed, and the error of feeding it, if there was one."""
         assert self.logits is not None
         before = int(self.cache.seen[0])
         ahead: _Ahead | None = None
         failed: BaseException | None = None
         with torch.inference_mode():
-            token, best = choose(self.logits, config, generator, self.said)
+            token, best = choose(self.logits, config, generator, self.seen_tokens)
             answer = _Answer(torch.cat((token.double(), best.double())))
             try:
                 logits = self.model(token[None], self.cache, logits_to_keep=1)[0, -1]
@@ -241,14 +213,14 @@ class Loop:
 
 @dataclass(frozen=True, eq=False)
 class _Ahead:
-    """A forward that ran before anybody asked for it."""
+    """A forward that ran before its logits were asked for."""
 
     logits: Tensor  # [V]
-    back: object  # how the cache came back from it
+    back: object  # of the cache's `step_back` from it
 
 
 class _Answer:
-    """Numbers on their way to the host. What the device was told to do after them is not waited for."""
+    """Numbers on their way to the host. Work that the device has queued behind them is not waited for."""
 
     def __init__(self, numbers: Tensor) -> None:
         cuda = numbers.device.type == "cuda"
