@@ -14,7 +14,7 @@ from streamllm.models.rotary import Rope
 from streamllm.models.step import Geometry
 from streamllm.tokenizer import TOKENIZER_FILES
 from streamllm.weights.checkpoint import DTYPES, INDEX, PICKLE, PICKLE_INDEX, SINGLE, Checkpoint
-from streamllm.weights.config_reader import read_json
+from streamllm.weights.files import read_json
 
 KEYS_USED_OUTSIDE_MODEL = ("eos_token_id",)  # keys of config.json that the model itself does not read
 
@@ -39,7 +39,7 @@ def describe(
     yield "name", source.name if commit is None else f"{source.name} at {commit}"
     yield (
         "architecture",
-        f"{checkpoint.keys.get('model_type')}: {config.layers} layers, width {config.width:,}, "
+        f"{checkpoint.config_reader.get('model_type')}: {config.layers} layers, width {config.width:,}, "
         f"MLP {config.mlp_width:,}, vocabulary {config.vocab_size:,}",
     )
     yield "", f"the head {'is the embedding (tied)' if config.tied else 'has its own weights (not tied)'}"
@@ -68,8 +68,8 @@ def describe(
         f"{sinks} sinks and {cache.window:,} recent tokens: {_bytes(cache.nbytes)}, however long the stream",
     )
     for key in KEYS_USED_OUTSIDE_MODEL:
-        checkpoint.keys.get(key)
-    yield "no effect", ", ".join(checkpoint.keys.unread()) or "every key of config.json has one"
+        checkpoint.config_reader.get(key)
+    yield "no effect", ", ".join(checkpoint.config_reader.unread()) or "every key of config.json has one"
 
 
 def _positions(config: Any, head_dim: int) -> Iterator[tuple[str, str]]:
@@ -134,7 +134,7 @@ def _files(checkpoint: Checkpoint) -> tuple[list[str], list[str]]:
 
 def _dtype(checkpoint: Checkpoint, wanted: torch.dtype | str, stored: list[str]) -> tuple[torch.dtype, str]:
     """The type that sizes are computed for, and where it comes from. Unknown types count as float32."""
-    named = any(checkpoint.keys.get(key) is not None for key in ("dtype", "torch_dtype"))
+    named = any(checkpoint.config_reader.get(key) is not None for key in ("dtype", "torch_dtype"))
     if wanted == "auto" and not named and not stored:
         return torch.float32, "the config names no dtype"
     if wanted == "auto":

@@ -1,9 +1,11 @@
-"""load(): a checkpoint by name, as a model and a tokenizer that are ready to stream."""
+"""load(): the name of a checkpoint -> its model and its tokenizer, ready for streaming."""
 
 from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -16,12 +18,11 @@ from streamllm.malloc import trim_heap
 from streamllm.models import linear
 from streamllm.tokenizer import TOKENIZER_FILES, Tokenizer, load_tokenizer_files
 from streamllm.weights.checkpoint import Checkpoint
-from streamllm.weights.checkpoint import Source as Source
-from streamllm.weights.config_reader import read_json
 from streamllm.weights.errors import CheckpointNotFound
-from streamllm.weights.resolve import resolve
+from streamllm.weights.files import read_json
+from streamllm.weights.source import Source, resolve
 
-PROGRESS_FROM = 1 << 30  # bytes of weights from which a progress bar is worth its line
+LARGE_CHECKPOINT_BYTES = 1 << 30  # of weights; from here on a progress bar is shown
 
 
 def load(
@@ -36,26 +37,38 @@ def load(
     allow_pickle: bool = False,
     quantize: str | None = None,
 ) -> tuple[nn.Module, Tokenizer]:
-    """A model and its tokenizer: a hub name ("org/name"), a folder, or None for the embedded checkpoint.
+    """The model and the tokenizer of a checkpoint.
 
-    revision: a branch, tag, commit or "refs/pr/1" of a hub repository. dtype: float64, float32, float16 or
-    bfloat16; "auto" is what the checkpoint says it is. device: None takes CUDA if there, then MPS, then the
-    CPU. match_transformers reproduces transformers' known deviations (rotary angles in float32, bfloat16
-    ALiBi of Falcon, keys of MPT's config that it ignores) and is meant for comparisons only. allow_pickle:
-    read old checkpoints that have only pytorch_model.bin; a pickle could run code, so trust its author.
-    quantize="int8" rounds the weights of linear layers to 8 bits, one scale for each output, and computes in
-    bfloat16 unless dtype says otherwise.
+    Args:
+        name: a hub name ("org/name"), a folder, or None for the embedded checkpoint.
+        revision: a branch, tag, commit or "refs/pr/1" of a hub repository.
+        dtype: float64, float32, float16 or bfloat16, as a torch.dtype or its name; "auto" is the type that
+            config.json names, or else that of the first tensor.
+        device: None takes CUDA if available, then MPS, then the CPU.
+        match_transformers: reproduce transformers' known deviations (rotary angles in float32, bfloat16 ALiBi
+            of Falcon, ignored keys of MPT's config). It is meant for comparisons only.
+        local_files_only: download nothing; the hub's cache must have the files.
+        token: a hub token; None takes HF_TOKEN or the one that `hf auth login` saved.
+        allow_pickle: read old checkpoints that have only pytorch_model.bin. A pickle could run code, so allow
+            it only if you trust its author.
+        quantize: "int8" rounds the weights of linear layers to 8 bits, with one scale for each output, and
+            computes in bfloat16 unless `dtype` names another type.
 
-    Raises CheckpointNotFound, UnsupportedConfig or CheckpointError (all CheckpointError) and TokenizerError.
+    Raises:
+        CheckpointNotFound: there is no such checkpoint or file, no permission, or no network.
+        UnsupportedConfig: the checkpoint asks for something that is not implemented.
+        CheckpointError: its files are damaged. (The two above are subclasses.)
+        TokenizerError: the files of its tokenizer are damaged or not supported.
+        ValueError: another `dtype` or `quantize`.
     """
     source = open_source(name, revision=revision, local_files_only=local_files_only, token=token)
-    tokenizer = _load_tokenizer(source)  # first, because it may be wrong, and is small
+    tokenizer = _load_tokenizer(source)  # before the weights: it is small, and may be damaged
     model = _load_model(source, dtype, device, match_transformers, allow_pickle, quantize)
     rows = getattr(model, "geometry").vocab_size  # noqa: B009  # nn.Module declares tensors and modules only
     if tokenizer.vocab_size > rows:
         warnings.warn(
-            f"{source.name}: the tokenizer knows {tokenizer.vocab_size} tokens, the model {rows}; a text "
-            f"that needs the others cannot be given to it",
+            f"{source.name}: the tokenizer has {tokenizer.vocab_size} tokens, the model only {rows}; the "
+            f"model refuses texts that contain the others",
             stacklevel=2,
         )
     return model, tokenizer
@@ -73,7 +86,7 @@ def load_model(
     allow_pickle: bool = False,
     quantize: str | None = None,
 ) -> nn.Module:
-    """The model alone; arguments and errors as for `load`."""
+    """Only the model of a checkpoint. Arguments and errors as for `load`."""
     source = open_source(name, revision=revision, local_files_only=local_files_only, token=token)
     return _load_model(source, dtype, device, match_transformers, allow_pickle, quantize)
 
@@ -85,7 +98,7 @@ def load_tokenizer(
     local_files_only: bool = False,
     token: str | None = None,
 ) -> Tokenizer:
-    """The tokenizer alone; arguments and errors as for `load`."""
+    """Only the tokenizer of a checkpoint. Arguments and errors as for `load`."""
     return _load_tokenizer(
         open_source(name, revision=revision, local_files_only=local_files_only, token=token)
     )
@@ -98,22 +111,34 @@ def open_source(
     local_files_only: bool = False,
     token: str | None = None,
 ) -> Source:
-    """The files behind a name, one revision of them."""
+    """The files of a checkpoint. Arguments and errors as for `load`."""
     if name is None:
         name = embedded_folder()
     return resolve(name, revision=revision, local_files_only=local_files_only, token=token)
 
 
 def embedded_folder() -> Path:
-    """The folder of the checkpoint that comes with the package."""
+    """The folder of the checkpoint that is part of the package."""
     return Path(str(files("streamllm.weights.embedded")))
 
 
 def default_device() -> torch.device:
-    """CUDA if there, then MPS, then the CPU."""
+    """CUDA if available, then MPS, then the CPU."""
     if torch.cuda.is_available():
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+@contextmanager
+def weights_progress(total_bytes: int, description: str) -> Iterator[Callable[[int], object]]:
+    """A progress bar on standard error, for large checkpoints only; the value takes the bytes just done."""
+    if total_bytes < LARGE_CHECKPOINT_BYTES:
+        yield lambda done_bytes: None
+        return
+    from tqdm import tqdm
+
+    with tqdm(total=total_bytes, unit="B", unit_scale=True, desc=description) as bar:
+        yield bar.update
 
 
 def _load_model(
@@ -127,17 +152,12 @@ def _load_model(
     if quantize not in (None, "int8"):
         raise ValueError(f'quantize must be None or "int8", not {quantize!r}')
     if quantize and dtype == "auto":
-        dtype = torch.bfloat16  # the fast kernels for int8 take no other
+        dtype = torch.bfloat16  # the fast int8 kernels support no other type
     checkpoint = Checkpoint(source, match_transformers, allow_pickle)
-    place = default_device() if device is None else torch.device(device)
-    generation_config = _generation_config(source, checkpoint.keys.get("eos_token_id"))
-    if checkpoint.nbytes < PROGRESS_FROM:
-        model = checkpoint.load(dtype, place)
-    else:
-        from tqdm import tqdm
-
-        with tqdm(total=checkpoint.nbytes, unit="B", unit_scale=True, desc=f"loading {source.name}") as bar:
-            model = checkpoint.load(dtype, place, report=bar.update)
+    target = default_device() if device is None else torch.device(device)
+    generation_config = _generation_config(source, checkpoint.config_reader.get("eos_token_id"))
+    with weights_progress(checkpoint.nbytes, f"loading {source.name}") as report:
+        model = checkpoint.load(dtype, target, report)
     if quantize:
         linear.quantize(model)
     trim_heap()
@@ -155,7 +175,7 @@ def _load_tokenizer(source: Source) -> Tokenizer:
     found = {name: path for name in TOKENIZER_FILES if (path := source.find(name)) is not None}
     if not found.keys() & set(TOKENIZER_FILES[:2]):
         if source.offline:
-            source.file(TOKENIZER_FILES[0])  # is not in the cache, which is all that is known
+            source.file(TOKENIZER_FILES[0])  # raises: the file may exist on the hub, but is not in the cache
         raise CheckpointNotFound(
             f"{source.name} has no tokenizer: neither of {', '.join(TOKENIZER_FILES[:2])}"
         )

@@ -1,4 +1,4 @@
-"""Small checkpoints of any family, made by transformers with weights loud enough to show a wrong reading."""
+"""Small checkpoints of any family, written by transformers, with weights that make every error visible."""
 
 from __future__ import annotations
 
@@ -14,37 +14,52 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 Tensors = dict[str, Tensor]
-NULL = object()  # in `spell`: a key whose value is null
+NULL = object()  # stands for the value null in changes of config.json, where None removes a key
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One checkpoint of the grid: a config for transformers, and what is done to the files afterwards."""
+    """One checkpoint of the grid: a config for transformers, and changes of the files that it writes.
+
+    Attributes:
+        name: of the variant.
+        config: the config for transformers, with model_type.
+        dtype: of the tensors in the files.
+        shards: max_shard_size, such as "20KB".
+        spell: changes of config.json; None removes a key.
+        disguise: the same for changes with which transformers cannot read the config.
+        tensors: renames, removes or adds tensors in the file.
+        strays: safetensors files that no index names, with wrong weights.
+        length: tokens that are compared with match_transformers.
+        faulty: transformers does not do what the config asks for, by a fault that tests/parity/mended.py
+            corrects.
+        refused: our error, where we refuse what transformers ignores.
+    """
 
     name: str
-    config: dict[str, Any]  # with model_type; given to transformers as it is
-    dtype: torch.dtype = torch.float32  # on disk
-    shards: str | None = None  # max_shard_size, "20KB"
-    spell: dict[str, Any] = field(default_factory=dict)  # laid over config.json; None removes a key
-    disguise: dict[str, Any] = field(default_factory=dict)  # as `spell`, where transformers cannot read it
-    tensors: Callable[[Tensors], Tensors] | None = None  # renames, drops or adds tensors on disk
-    strays: tuple[str, ...] = ()  # safetensors that nobody names, whose weights are wrong
-    length: int = 600  # tokens compared under match_transformers
-    faulty: bool = False  # transformers does not do what the config says, by a fault that can be mended
-    refused: str | None = None  # what we say instead of doing what the config says
+    config: dict[str, Any]
+    dtype: torch.dtype = torch.float32
+    shards: str | None = None
+    spell: dict[str, Any] = field(default_factory=dict)
+    disguise: dict[str, Any] = field(default_factory=dict)
+    tensors: Callable[[Tensors], Tensors] | None = None
+    strays: tuple[str, ...] = ()
+    length: int = 600
+    faulty: bool = False
+    refused: str | None = None
 
     def __str__(self) -> str:
         return self.name
 
 
 def make(folder: Path, variant: Variant, seed: int = 0) -> Path:
-    """Write the checkpoint of a variant into `folder`: config.json and safetensors, as its owner would."""
+    """Writes the checkpoint of a variant, config.json and safetensors, into `folder`."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = dict(variant.config)
     config = AutoConfig.for_model(config.pop("model_type"), **config)
     model = AutoModelForCausalLM.from_config(config)
-    shout(model, seed)
+    randomize(model, seed)
     model.to(variant.dtype).save_pretrained(folder, max_shard_size=variant.shards or "1GB")
     if variant.tensors is not None:
         path = folder / "model.safetensors"
@@ -60,7 +75,7 @@ def make(folder: Path, variant: Variant, seed: int = 0) -> Path:
 
 
 def respell(folder: Path, changes: dict[str, Any]) -> None:
-    """Lay `changes` over config.json; None removes a key, NULL sets it to null."""
+    """Changes keys of config.json. None removes a key, NULL sets it to null."""
     path = folder / "config.json"
     values = json.loads(path.read_text())
     for name, value in changes.items():
@@ -70,8 +85,8 @@ def respell(folder: Path, changes: dict[str, Any]) -> None:
     path.write_text(json.dumps(values))
 
 
-def shout(model: torch.nn.Module, seed: int = 0) -> None:
-    """Random weights that no wrong reading can hide behind: norms and biases random, too."""
+def randomize(model: torch.nn.Module, seed: int = 0) -> None:
+    """Large random weights, also for norms and biases, so that every wrong reading changes the logits."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -1,4 +1,4 @@
-"""A small model hub on loopback, for the real huggingface_hub client, with faults on request.
+"""A small model hub on loopback for the real huggingface_hub client. It can fail on request.
 
     with serve() as hub, client(hub, tmp_path / "cache"):
         commit = hub.add("org/name", {"config.json": b"{}", "model.safetensors": weights})
@@ -6,10 +6,11 @@
         streamllm.load("org/name")
         assert hub.asked == [...]
 
-It speaks what the client asks of huggingface.co: file metadata and files (`/NAME/resolve/REVISION/FILE`, HEAD
-and GET, with the etag, commit and size headers), big files behind a redirect to another origin (as the real
-hub's are behind a CDN), ranges, the API's model info and file lists, branches, tags, commits, pull requests,
-moved, private and gated models, and the X-Error-Code of each refusal.
+It answers the requests that the client sends to huggingface.co: metadata of files and files
+(`/NAME/resolve/REVISION/FILE`, HEAD and GET, with the headers for etag, commit and size), ranges, and the API's
+model info and lists of files. Large files are redirected to another origin, as the real hub does it to its
+CDN. There are branches, tags, commits, pull requests, renamed, private and gated models, and the X-Error-Code
+of each refusal.
 """
 
 from __future__ import annotations
@@ -28,12 +29,14 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-# Files that the hub keeps apart from git and serves through the redirect.
-BIG = (".safetensors", ".bin", ".model")
+# The hub stores these files outside git and serves them through the redirect.
+LARGE_FILES = (".safetensors", ".bin", ".model")
 
 
 @dataclass
 class Request:
+    """A request, and the status and file name of the answer."""
+
     method: str
     path: str
     range: str | None = None
@@ -47,6 +50,8 @@ class Request:
 
 @dataclass
 class Fault:
+    """How the next `times` requests whose path contains `part` fail."""
+
     part: str
     times: int
     methods: tuple[str, ...]
@@ -57,7 +62,10 @@ class Fault:
 
 
 class Hub:
-    """Models by name, each a set of revisions (name of branch, tag, pull request or commit -> commit)."""
+    """The models, the requests so far, and the faults to come.
+
+    A model has revisions: names of branches, tags, pull requests and commits, each with its commit.
+    """
 
     def __init__(self) -> None:
         self.url = self.cdn_url = ""
@@ -71,8 +79,7 @@ class Hub:
         self._blobs: dict[str, bytes] = {}
 
     def add(self, name: str, files: Path | Mapping[str, bytes], *, revision: str = "main") -> str:
-        """A new commit of the model `name`, with these files (or a folder's), to which `revision` now
-        points."""
+        """Adds a commit with these files to the model `name`, and lets `revision` point to it."""
         if isinstance(files, Path):
             files = {
                 path.relative_to(files).as_posix(): path.read_bytes()
@@ -91,13 +98,12 @@ class Hub:
 
     @property
     def asked(self) -> list[str]:
-        """The requests since the last `forget`: "HEAD /org/name/resolve/main/config.json", "GET
-        cdn:model.safetensors"."""
+        """The requests since the last `forget`, such as "GET cdn:model.safetensors"."""
         return [str(request) for request in self.requests]
 
     @property
     def fetched(self) -> list[str]:
-        """The names of the files of which a body went out, once each."""
+        """The names of the files that were sent, each once."""
         return sorted(
             {r.file for r in self.requests if r.method == "GET" and r.file and r.status in (200, 206)}
         )
@@ -118,8 +124,7 @@ class Hub:
         self.faults.append(Fault(part, times, methods, status, headers or {}))
 
     def cut(self, part: str, after: int, *, times: int = 1, reset: bool = False) -> None:
-        """Break the connection `after` so many bytes of the body of the next downloads (closed, or with a
-        reset)."""
+        """Break the next downloads after `after` bytes: close the connection, or reset it."""
         self.faults.append(Fault(part, times, ("GET",), cut_after=after, reset=reset))
 
     # What the handler needs.
@@ -165,7 +170,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._request = Request(
             self.command, path, self.headers.get("Range"), authorization.removeprefix("Bearer ") or None
         )
-        if raw != "/api/agent-harnesses":  # the client's own affair, asked once a day
+        if raw != "/api/agent-harnesses":  # the client asks for it once a day
             self.hub.requests.append(self._request)
         self._fault = self.hub.fault(self.command, path)
         if self._fault is not None and self._fault.status:
@@ -192,7 +197,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _refused(self, name: str, *, files: bool) -> bool:
         token = self._request.token
         if not self.hub.known(name) or (name in self.hub.private and token != self.hub.private[name]):
-            # The real hub does not tell strangers which private models there are.
+            # Without permission, the real hub does not reveal that a private model exists.
             self._answer(404 if token else 401, "RepoNotFound", "Repository not found")
         elif files and name in self.hub.gated and token != self.hub.gated[name]:
             self._answer(403 if token else 401, "GatedRepo", f"Access to model {name} is restricted.")
@@ -216,7 +221,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(404, "EntryNotFound", "Entry not found", headers={"X-Repo-Commit": commit})
             return
         headers = {"X-Repo-Commit": commit, "Accept-Ranges": "bytes"}
-        if file.endswith(BIG):
+        if file.endswith(LARGE_FILES):
             digest = hashlib.sha256(data).hexdigest()
             headers |= {
                 "X-Linked-Etag": f'"{digest}"',
@@ -256,7 +261,7 @@ class _Handler(BaseHTTPRequestHandler):
                 {"type": "file", "path": file, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
                 | (
                     {"lfs": {"oid": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 130}}
-                    if file.endswith(BIG)
+                    if file.endswith(LARGE_FILES)
                     else {}
                 )
                 for file, data in files.items()
@@ -309,12 +314,12 @@ class _Server(ThreadingHTTPServer):
     daemon_threads = True
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        pass  # the client went away, or we cut it off
+        pass  # the client closed the connection, or we did
 
 
 @contextmanager
 def serve() -> Iterator[Hub]:
-    """A hub, and its CDN at another port, for the time of the with statement."""
+    """A hub, and its CDN at another port, for the duration of the with statement."""
     hub = Hub()
     servers = []
     for is_cdn in (False, True):
@@ -333,10 +338,9 @@ def serve() -> Iterator[Hub]:
 
 @contextmanager
 def client(hub: Hub | str, cache: Path, *, offline: bool = False) -> Iterator[None]:
-    """huggingface_hub of this process speaks to `hub` and keeps its files in `cache`, without tokens, and
-    never sleeps.
+    """huggingface_hub in this process uses `hub` and `cache`, has no token, and does not sleep.
 
-    It reads its environment when it is imported, so its constants are changed; `environment` is for new
+    It reads its environment when it is imported, so its constants are changed here. `environment` is for new
     processes.
     """
     import pytest
@@ -356,17 +360,12 @@ def client(hub: Hub | str, cache: Path, *, offline: bool = False) -> Iterator[No
         patch.setattr(constants, "HF_TOKEN_PATH", str(cache / "no-token"))
         patch.setattr(constants, "HF_HUB_OFFLINE", offline)
         patch.setattr("time.sleep", lambda seconds: None)
-        if not _sessions:  # one made before NO_PROXY was set may go through a proxy
-            close_session()
-            _sessions.append(True)
+        close_session()  # a session that was opened before NO_PROXY was set may use a proxy
         yield
 
 
-_sessions: list[bool] = []
-
-
 def environment(hub: Hub | None, home: Path, **more: str) -> dict[str, str]:
-    """The environment of a process that knows the hub by its variables only (offline without a hub)."""
+    """The environment variables of a process that uses `hub`, or is offline without one."""
     kept = {
         key: value
         for key, value in os.environ.items()

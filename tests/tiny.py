@@ -1,4 +1,4 @@
-"""Tiny checkpoints as {file name: bytes}, for tests that need one to load, to serve or to break."""
+"""Tiny checkpoints as {file name: bytes}, for tests that load, serve or damage one."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from safetensors.torch import save
 from torch import Tensor
+
+from tools.load_memory import llama_shapes
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
@@ -28,39 +30,14 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 def tensors(config: dict[str, Any] | None = None, seed: int = 0) -> dict[str, Tensor]:
-    """Random weights of a Llama, loud enough that a wrong one shows."""
-    c = CONFIG | (config or {})
-    width, heads, mlp, vocab = (
-        c["hidden_size"],
-        c["num_attention_heads"],
-        c["intermediate_size"],
-        c["vocab_size"],
-    )
-    dim, kv_heads = c.get("head_dim", width // heads), c["num_key_value_heads"]
-    shapes = {
-        "model.embed_tokens.weight": (vocab, width),
-        "model.norm.weight": (width,),
-        "lm_head.weight": (vocab, width),
-    }
-    for layer in range(c["num_hidden_layers"]):
-        inner = {
-            "input_layernorm": (width,),
-            "post_attention_layernorm": (width,),
-            "self_attn.q_proj": (heads * dim, width),
-            "self_attn.k_proj": (kv_heads * dim, width),
-            "self_attn.v_proj": (kv_heads * dim, width),
-            "self_attn.o_proj": (width, heads * dim),
-            "mlp.gate_proj": (mlp, width),
-            "mlp.up_proj": (mlp, width),
-            "mlp.down_proj": (width, mlp),
-        }
-        shapes |= {f"model.layers.{layer}.{name}.weight": shape for name, shape in inner.items()}
+    """Random weights of a Llama, large enough that a wrong tensor changes the logits clearly."""
     random = torch.Generator().manual_seed(seed)
+    shapes = llama_shapes(CONFIG | (config or {}))
     return {name: torch.randn(shape, generator=random) * 0.3 for name, shape in shapes.items()}
 
 
 def tokenizer() -> dict[str, bytes]:
-    """A byte-level tokenizer without merges: the 256 bytes, <s> and </s>."""
+    """A byte-level tokenizer without merges: 256 bytes, <s> and </s>."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -77,7 +54,7 @@ def tokenizer() -> dict[str, bytes]:
 def checkpoint(
     config: dict[str, Any] | None = None, weights: dict[str, Tensor] | None = None, shards: int = 1
 ) -> dict[str, bytes]:
-    """All files of a checkpoint in Hugging Face layout."""
+    """All files of a checkpoint in the Hugging Face layout."""
     weights = tensors(config) if weights is None else weights
     files = {"config.json": json.dumps(CONFIG | (config or {})).encode(), **tokenizer()}
     files["generation_config.json"] = b'{"eos_token_id": 257}'
@@ -94,6 +71,7 @@ def checkpoint(
 
 
 def write(folder: Path, files: dict[str, bytes]) -> Path:
+    """Writes the files of a checkpoint into a folder, and returns the folder."""
     for name, data in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(data)

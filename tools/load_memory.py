@@ -1,28 +1,30 @@
-"""Peak resident memory of loading a checkpoint on the CPU, beside transformers' own.
+"""Measures the peak resident memory of loading a checkpoint on the CPU, with this library and transformers.
 
     python tools/load_memory.py --gigabytes 2
 
-Writes a random Llama in bfloat16 of that size, in shards, and loads it in fresh processes: by this library as
-it is and cast, and by transformers. The peak is the kernel's count of resident pages (VmHWM) less what the
-process had before it loaded, with its libraries imported; it is compared with the larger of the file and the
-result, which is the least that any loader needs. Mapped pages of the file count as resident here, though the
-kernel may drop them at any time; the anonymous part beside it cannot be dropped.
+Writes a random Llama in bfloat16 of that size, in shards. Then new processes load it, unchanged and cast to
+other types. The peak is the kernel's count of resident pages (VmHWM) minus those before loading, with all
+libraries imported. It is compared with the larger of the file and the result, the least that a loader needs.
+Mapped pages of the file count as resident, although the kernel may drop them at any time. Anonymous memory,
+which is also printed, cannot be dropped.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import click
 import torch
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-CONFIG = {
+CONFIG: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
     "hidden_size": 2048,
@@ -34,9 +36,9 @@ CONFIG = {
     "tie_word_embeddings": False,
     "torch_dtype": "bfloat16",
 }
-SHARD = 500_000_000  # bytes
+SHARD_BYTES = 500_000_000  # a shard is full when it has more
 
-MEASURE = """
+PROGRAM = """
 import gc, json, re, sys, threading, time, warnings
 from pathlib import Path
 import torch
@@ -69,61 +71,69 @@ print(json.dumps([status("VmHWM") - before, max(peaks[0] - anonymous, 0), result
 """
 
 
-def make(folder: Path, size: int) -> int:
-    """A random checkpoint of about `size` bytes; returns the bytes of its weights."""
-    c = CONFIG
-    width, mlp, vocab = c["hidden_size"], c["intermediate_size"], c["vocab_size"]
-    assert isinstance(width, int)
-    assert isinstance(mlp, int)
-    assert isinstance(vocab, int)
-    kv = width // 8
-    inner = {
+Shapes = dict[str, tuple[int, ...]]
+
+
+def llama_shapes(config: dict[str, Any]) -> Shapes:
+    """The tensors of a Llama checkpoint with an untied head."""
+    width, mlp, vocabulary = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
+    heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
+    head_dim = config.get("head_dim", width // heads)
+    layer_shapes = {
         "input_layernorm": (width,),
         "post_attention_layernorm": (width,),
-        "self_attn.q_proj": (width, width),
-        "self_attn.k_proj": (kv, width),
-        "self_attn.v_proj": (kv, width),
-        "self_attn.o_proj": (width, width),
+        "self_attn.q_proj": (heads * head_dim, width),
+        "self_attn.k_proj": (kv_heads * head_dim, width),
+        "self_attn.v_proj": (kv_heads * head_dim, width),
+        "self_attn.o_proj": (width, heads * head_dim),
         "mlp.gate_proj": (mlp, width),
         "mlp.up_proj": (mlp, width),
         "mlp.down_proj": (width, mlp),
     }
-    per_layer = 2 * sum(torch.Size(shape).numel() for shape in inner.values())
-    layers = max(1, (size - 4 * vocab * width) // per_layer)
-    shapes: dict[str, tuple[int, ...]] = {
-        "model.embed_tokens.weight": (vocab, width),
+    shapes: Shapes = {
+        "model.embed_tokens.weight": (vocabulary, width),
         "model.norm.weight": (width,),
-        "lm_head.weight": (vocab, width),
+        "lm_head.weight": (vocabulary, width),
     }
-    for layer in range(layers):
-        shapes |= {f"model.layers.{layer}.{name}.weight": shape for name, shape in inner.items()}
-    (folder / "config.json").write_text(json.dumps(c | {"num_hidden_layers": layers}))
+    for layer in range(config["num_hidden_layers"]):
+        shapes |= {f"model.layers.{layer}.{name}.weight": shape for name, shape in layer_shapes.items()}
+    return shapes
 
-    parts: list[dict[str, tuple[int, ...]]] = [{}]
+
+def _bytes(shapes: Shapes) -> int:
+    """Bytes in bfloat16."""
+    return 2 * sum(math.prod(shape) for shape in shapes.values())
+
+
+def make(folder: Path, size: int) -> int:
+    """Writes a random checkpoint of about `size` bytes; returns the bytes of its files."""
+    no_layers, one_layer = (_bytes(llama_shapes(CONFIG | {"num_hidden_layers": n})) for n in (0, 1))
+    layers = max(1, (size - no_layers) // (one_layer - no_layers))
+    config = CONFIG | {"num_hidden_layers": layers}
+    (folder / "config.json").write_text(json.dumps(config))
+    shapes = llama_shapes(config)
+    shards: list[Shapes] = [{}]
     for name, shape in shapes.items():
-        if 2 * sum(torch.Size(inside).numel() for inside in parts[-1].values()) > SHARD:
-            parts.append({})
-        parts[-1][name] = shape
-    places = {}
-    for number, part in enumerate(tqdm(parts, desc="writing the checkpoint", disable=None), 1):
-        file = f"model-{number:05}-of-{len(parts):05}.safetensors"
+        if _bytes(shards[-1]) > SHARD_BYTES:
+            shards.append({})
+        shards[-1][name] = shape
+    weight_map = {}
+    for number, shard in enumerate(tqdm(shards, desc="writing the checkpoint", disable=None), 1):
+        file = f"model-{number:05}-of-{len(shards):05}.safetensors"
         tensors = {
-            name: torch.empty(shape, dtype=torch.bfloat16).normal_(0, 0.02) for name, shape in part.items()
+            name: torch.empty(shape, dtype=torch.bfloat16).normal_(0, 0.02) for name, shape in shard.items()
         }
         save_file(tensors, folder / file, {"format": "pt"})
-        places |= dict.fromkeys(part, file)
-    index = {
-        "metadata": {"total_size": 2 * sum(torch.Size(s).numel() for s in shapes.values())},
-        "weight_map": places,
-    }
+        weight_map |= dict.fromkeys(shard, file)
+    index = {"metadata": {"total_size": _bytes(shapes)}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
 def measure(folder: Path, loader: str, dtype: str) -> tuple[int, int, int, float]:
-    """Bytes at the peak, of them anonymous, bytes of the result, and seconds."""
+    """Bytes at the peak, anonymous bytes at their peak, bytes of the result, and seconds."""
     done = subprocess.run(
-        [sys.executable, "-c", MEASURE, str(folder), loader, dtype], capture_output=True, text=True
+        [sys.executable, "-c", PROGRAM, str(folder), loader, dtype], capture_output=True, text=True
     )
     if done.returncode:
         raise click.ClickException(f"{loader} failed to load as {dtype}:\n{done.stderr}")
@@ -139,14 +149,18 @@ def measure(folder: Path, loader: str, dtype: str) -> tuple[int, int, int, float
 )
 @click.option("--loader", "loaders", multiple=True, default=["streamllm", "transformers"], show_default=True)
 @click.option(
-    "--folder", type=click.Path(path_type=Path), help="Where to write it.  [default: a temporary folder]"
+    "--folder",
+    type=click.Path(path_type=Path),
+    help="Where to write it.  [default: the system's folder for temporary files]",
 )
 def main(gigabytes: float, dtypes: tuple[str, ...], loaders: tuple[str, ...], folder: Path | None) -> None:
     """Measure the peak memory of loading a random Llama on the CPU."""
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(dir=folder) as space:
         size = make(Path(space), int(gigabytes * 1e9))
-        click.echo(f"a random Llama in bfloat16, {size / 1e9:.2f} GB in files of up to {SHARD / 1e9:.1f} GB")
+        click.echo(
+            f"a random Llama in bfloat16, {size / 1e9:.2f} GB in files of about {SHARD_BYTES / 1e9:.1f} GB"
+        )
         click.echo(f"{'loader':14}{'as':>10}{'result GB':>11}{'peak GB':>9}{'anonymous':>11}{'seconds':>9}"
                    f"{'peak / larger of file and result':>35}")  # fmt: skip
         for loader in loaders:

@@ -1,50 +1,28 @@
-"""ConfigReader: config.json read key by key, each value checked at the door, each key remembered as read."""
+"""ConfigReader: reads config.json key by key, checks the type of each value, and records which keys were read."""
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
-from streamllm.weights.errors import CheckpointError, UnsupportedConfig
+from streamllm.weights.errors import UnsupportedConfig, show
 
-# Bytes, and brackets of both kinds: the index of a model with a hundred thousand tensors has 10 MB and four
-# brackets. A value of two bytes can take sixty in memory, so that a file of small ones is refused unparsed.
-LARGEST_JSON = 32 << 20
-MOST_BRACKETS = 100_000
-DEEPEST = 2048  # layers; a model is built before its weights are read, at about a millisecond for each
-LARGEST_NUMBER = 1 << 31  # of a size in a config; beyond it a product would overflow somewhere
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file. Raises CheckpointError where it is none, or not to be read."""
-    try:
-        if path.stat().st_size > LARGEST_JSON:
-            raise CheckpointError(
-                f"{path.name} has {path.stat().st_size} bytes, too many for a JSON file of a model"
-            )
-        text = path.read_text(encoding="utf-8")
-        if text.count("[") + text.count("{") > MOST_BRACKETS:
-            raise CheckpointError(f"{path} holds more lists and objects than a JSON file of a model has")
-        value = json.loads(text)
-    except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path} cannot be read as text: {error}; download the file again") from None
-    except (ValueError, RecursionError) as error:
-        reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
-        raise CheckpointError(f"{path} is not valid JSON: {reason}; download the file again") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} must hold a JSON object, not {_shown(value)}; download the file again")
-    return value
+# A model is built on the meta device before its weights are read, which takes about 1 ms for each layer.
+MAX_LAYERS = 2048
+MAX_SIZE = (1 << 31) - 1  # of a width, a vocabulary or the like; the product of larger ones would overflow
 
 
 class ConfigReader:
-    """A mapping from config.json that knows where it came from and which of its keys were asked for.
+    """The values of config.json, or of an object in it.
 
-    Every getter takes the value that an absent key stands for. `null` counts as absent, but for `has` and
-    the getters that are told otherwise. Raises UnsupportedConfig, naming key and value, for a wrong type.
+    Each getter takes the default for an absent key. A `null` counts as absent, except in `has`. A getter
+    raises UnsupportedConfig, with key and value, where the value has the wrong type or is out of range.
+
+    Attributes:
+        where: what an error calls the file, or the object in it.
+        read: the names of the keys that were read.
     """
 
     def __init__(self, values: Mapping[str, Any], where: str = "config.json") -> None:
@@ -53,42 +31,44 @@ class ConfigReader:
         self.read: set[str] = set()
 
     def has(self, name: str) -> bool:
-        """Whether the key is there, `null` included."""
+        """Whether the key is present, if only with the value `null`."""
         return name in self._values
 
     def get(self, name: str) -> Any:
+        """The value as it is, unchecked; None for an absent key."""
         self.read.add(name)
         return self._values.get(name)
 
     def size(self, name: str, default: int, least: int = 1) -> int:
-        """A whole number, from `least` on."""
+        """A whole number of at least `least`."""
         value = self.get(name)
         if value is None:
             return default
-        if isinstance(value, bool) or not isinstance(value, int) or not least <= value < LARGEST_NUMBER:
-            raise self.wrong(name, value, f"a whole number from {least} on")
+        if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= MAX_SIZE:
+            raise self.wrong(name, value, f"a whole number from {least} to {MAX_SIZE}")
         return value
 
     def depth(self, name: str, default: int) -> int:
         """A number of layers."""
         value = self.size(name, default)
-        if value > DEEPEST:
-            raise self.wrong(name, value, f"a whole number from 1 to {DEEPEST}")
+        if value > MAX_LAYERS:
+            raise self.wrong(name, value, f"a whole number from 1 to {MAX_LAYERS}")
         return value
 
     def number(self, name: str, default: float, least: float = -math.inf) -> float:
+        """A finite number of at least `least`."""
         value = self.get(name)
         if value is None:
             return default
-        # Compared with the largest float, because there are whole numbers beyond it.
-        known = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not known or not max(least, -sys.float_info.max) <= value <= sys.float_info.max:
-            raise self.wrong(
-                name, value, "a finite number" if least == -math.inf else f"a number from {least} on"
-            )
-        return float(value)  # torch takes no whole number beyond 2^63
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        # JSON allows whole numbers beyond the largest float, so the comparison comes before `float()`.
+        if not is_number or not max(least, -sys.float_info.max) <= value <= sys.float_info.max:
+            allowed = "a finite number" if least == -math.inf else f"a finite number of at least {least}"
+            raise self.wrong(name, value, allowed)
+        return float(value)  # torch refuses whole numbers of more than 64 bits
 
     def flag(self, name: str, default: bool) -> bool:
+        """True or false."""
         value = self.get(name)
         if value is None:
             return default
@@ -97,6 +77,7 @@ class ConfigReader:
         return value
 
     def choice(self, name: str, default: str, allowed: Iterable[str]) -> str:
+        """One of the allowed strings."""
         value = self.get(name)
         allowed = sorted(allowed)
         if value is None:
@@ -106,7 +87,7 @@ class ConfigReader:
         return str(value)
 
     def inner(self, name: str) -> ConfigReader | None:
-        """The object under a key; None where it is absent or empty."""
+        """The object under a key; None where the key is absent or the object is empty."""
         value = self.get(name)
         if not value:
             return None
@@ -115,14 +96,9 @@ class ConfigReader:
         return ConfigReader(value, f"{name} in {self.where}")
 
     def wrong(self, name: str, value: object, allowed: str) -> UnsupportedConfig:
-        """The error for a value that is not among what is allowed."""
-        return UnsupportedConfig(f"{self.where}: {name} is {_shown(value)}; supported: {allowed}")
+        """The error for a value that is not supported. The caller raises it."""
+        return UnsupportedConfig(f"{self.where}: {name} is {show(value, 80)}; supported: {allowed}")
 
     def unread(self) -> list[str]:
-        """The keys that nothing asked for: they have no effect."""
+        """The names of the keys that were not read: they have no effect."""
         return sorted(set(self._values) - self.read)
-
-
-def _shown(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "…"

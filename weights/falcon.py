@@ -1,7 +1,7 @@
-"""How Falcon checkpoints are spelled: config.json -> Config, names on disk -> names in models/falcon.py.
+"""Falcon checkpoints: config.json -> Config, names of tensors on disk -> names in models/falcon.py.
 
-Old files say RefinedWeb (40B) or RefinedWebModel (7B, RW) and n_layer, n_head, n_head_kv, n_embed; some say
-both. Where a file has both spellings, the new one counts.
+Old files have the model_type RefinedWeb (40B) or RefinedWebModel (7B, RW) and the keys n_layer, n_head,
+n_head_kv and n_embed. Where a file has an old and a new key for the same number, the new one counts.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from streamllm.weights.rope import read_rope
 
 
 def read_config(config: ConfigReader, match_transformers: bool) -> Config:
-    """The numbers that act, with transformers' defaults for keys that are absent."""
+    """The model's Config. Absent keys have transformers' defaults."""
     width = config.size("n_embed", config.size("hidden_size", 4544))
     heads = config.size("num_attention_heads", config.size("n_head", 71))
     if width % heads:
         raise config.wrong("num_attention_heads", heads, f"a divisor of hidden_size, {width}")
     head_dim = width // heads
 
-    # 40B and its successors share keys among groups of heads; old files say so by having n_head_kv at all.
+    # The 40B model and its successors have grouped-query attention; in old files, n_head_kv indicates it.
     grouped = config.flag("new_decoder_architecture", config.get("n_head_kv") is not None)
     kv_heads = config.size("num_kv_heads", config.size("n_head_kv", heads))
     parallel = config.flag("parallel_attn", True)
@@ -39,7 +39,7 @@ def read_config(config: ConfigReader, match_transformers: bool) -> Config:
             raise config.wrong("parallel_attn", parallel, "true with new_decoder_architecture")
         if norms > 2:
             raise config.wrong("num_ln_in_parallel_attn", norms, "1 or 2")
-    else:  # whatever num_kv_heads says: files that were saved again say num_attention_heads
+    else:  # num_kv_heads has no effect: in files that were saved again it equals num_attention_heads
         kv_heads = 1 if config.flag("multi_query", True) else heads
         if parallel and norms == 2:
             raise config.wrong("num_ln_in_parallel_attn", norms, "1 without new_decoder_architecture")
@@ -50,7 +50,9 @@ def read_config(config: ConfigReader, match_transformers: bool) -> Config:
         trained_length = None
     else:
         if head_dim % 2:
-            raise config.wrong("num_attention_heads", heads, "what makes heads of even width, for rotation")
+            raise config.wrong(
+                "num_attention_heads", heads, "a number that makes the heads even in width, as RoPE needs it"
+            )
         theta = config.number("rope_theta", 10000.0)
         position = read_rope(config, head_dim, theta, positions, match_transformers)
         trained_length = position.trained_length(positions)
@@ -74,18 +76,18 @@ def read_config(config: ConfigReader, match_transformers: bool) -> Config:
 
 
 def respell(values: dict[str, Any]) -> dict[str, Any]:
-    """An old config.json as transformers reads it today: of the old names it knows n_embed only."""
+    """An old config.json with the keys of today. Of the old keys, transformers reads only n_embed."""
     values = dict(values)
     if values.get("new_decoder_architecture") is None:
         values["new_decoder_architecture"] = values.get("n_head_kv") is not None
-    for old, new in OLD.items():
+    for old, new in OLD_KEYS.items():
         value = values.pop(old, None)
         if value is not None and (values.get(new) is None or old == "n_embed"):
             values[new] = value
     return values | {"model_type": "falcon", "architectures": ["FalconForCausalLM"]}
 
 
-OLD = {
+OLD_KEYS = {
     "n_layer": "num_hidden_layers",
     "n_head": "num_attention_heads",
     "n_head_kv": "num_kv_heads",
@@ -94,12 +96,13 @@ OLD = {
 
 
 def split_groups(fused: Tensor, config: Config) -> tuple[Tensor, ...]:
-    """Each key/value head's rows follow those of the queries that it serves: [(H + 2·G) · D, ...] -> q, k, v.
+    """[(H + 2·G) · D, ...] -> q [H · D, ...], k and v [G · D, ...].
 
-    One group of all heads in 7B, one for each head in RW.
+    For each key/value head, the rows are those of its query heads, then its key, then its value. 7B has one
+    such group, RW has one for each head.
     """
-    G, shared = config.kv_heads, config.heads // config.kv_heads
-    groups = fused.view(G, shared + 2, config.head_dim, *fused.shape[1:])
+    queries_per_group = config.heads // config.kv_heads
+    groups = fused.view(config.kv_heads, queries_per_group + 2, config.head_dim, *fused.shape[1:])
     return groups[:, :-2].flatten(0, 2), groups[:, -2].flatten(0, 1), groups[:, -1].flatten(0, 1)
 
 
@@ -108,8 +111,8 @@ TENSORS = {
     **fused_qkv("transformer.h.{}.self_attention.query_key_value", split_groups),
     **with_bias(
         {
-            "transformer.h.{}.input_layernorm": "layers.{}.attention_norm",  # with one norm, or sequential
-            "transformer.h.{}.ln_attn": "layers.{}.attention_norm",  # with two
+            "transformer.h.{}.input_layernorm": "layers.{}.attention_norm",  # one norm, or sequential
+            "transformer.h.{}.ln_attn": "layers.{}.attention_norm",  # two norms
             "transformer.h.{}.ln_mlp": "layers.{}.mlp_norm",
             "transformer.h.{}.post_attention_layernorm": "layers.{}.mlp_norm",  # sequential
             "transformer.h.{}.self_attention.dense": "layers.{}.attention.o",

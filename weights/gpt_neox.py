@@ -1,6 +1,7 @@
-"""How GPT-NeoX checkpoints are spelled: config.json -> Config, names on disk -> names in models/gpt_neox.py.
+"""GPT-NeoX checkpoints: config.json -> Config, names of tensors on disk -> names in models/gpt_neox.py.
 
-Pythia, GPT-NeoX-20B, Dolly v2, RedPajama-INCITE and StableLM-alpha. (model_type "stablelm" is another model.)
+Pythia, GPT-NeoX-20B, Dolly v2, RedPajama-INCITE and StableLM-alpha. (The model_type "stablelm" is another
+architecture.)
 """
 
 from __future__ import annotations
@@ -15,10 +16,10 @@ from streamllm.weights.rope import read_rope
 
 
 def read_config(config: ConfigReader, match_transformers: bool) -> Config:
-    """The numbers that act, with transformers' defaults for keys that are absent.
+    """The model's Config. Absent keys have transformers' defaults.
 
-    The family has names of its own for what others call rope_theta and partial_rotary_factor, which are not
-    read at the top level, only inside of rope_parameters or rope_scaling.
+    At the top level, the family has rotary_emb_base and rotary_pct for what others call rope_theta and
+    partial_rotary_factor. These are read only inside rope_parameters or rope_scaling.
     """
     width = config.size("hidden_size", 6144)
     heads = config.size("num_attention_heads", 64)
@@ -28,9 +29,9 @@ def read_config(config: ConfigReader, match_transformers: bool) -> Config:
     scaling = config.inner("rope_scaling") or config.inner("rope_parameters") or ConfigReader({})
     part = scaling.number("partial_rotary_factor", config.number("rotary_pct", 0.25))
     dim = int(head_dim * part)
-    if not 1 <= dim <= head_dim // 2 * 2:  # an odd dim turns one more
+    if not 1 <= dim <= head_dim // 2 * 2:  # an odd dim rotates one dimension more
         raise config.wrong(
-            "rotary_pct", part, f"what makes 1 to {head_dim // 2 * 2} of {head_dim} dimensions"
+            "rotary_pct", part, f"a share that makes 1 to {head_dim // 2 * 2} of {head_dim} dimensions"
         )
     positions = config.size("max_position_embeddings", 2048)
     rope = read_rope(config, dim, config.number("rotary_emb_base", 10000.0), positions, match_transformers)
@@ -52,7 +53,7 @@ def read_config(config: ConfigReader, match_transformers: bool) -> Config:
 
 
 def split_heads(fused: Tensor, config: Config) -> tuple[Tensor, ...]:
-    """Each head's rows are its q, k and v: [H · 3 · D, ...] -> three of [H · D, ...]."""
+    """[H · 3 · D, ...] -> q, k, v [H · D, ...]. The rows of each head are its q, then its k, then its v."""
     heads = fused.view(config.heads, 3, config.head_dim, *fused.shape[1:])
     return tuple(part.flatten(0, 1) for part in heads.unbind(1))
 
@@ -71,8 +72,8 @@ TENSORS = {
         }
     ),
     "embed_out.weight": "head.weight",
-    "lm_head.weight": "head.weight",  # what transformers calls it in memory
-    "gpt_neox.layers.{}.attention.bias": NOT_NEEDED,  # causal masks of old files
+    "lm_head.weight": "head.weight",  # its name in transformers' memory
+    "gpt_neox.layers.{}.attention.bias": NOT_NEEDED,  # causal masks in old files
     "gpt_neox.layers.{}.attention.masked_bias": NOT_NEEDED,
     "gpt_neox.layers.{}.attention.rotary_emb.inv_freq": NOT_NEEDED,
     "gpt_neox.rotary_emb.inv_freq": NOT_NEEDED,

@@ -1,4 +1,4 @@
-"""How Llama checkpoints are spelled: config.json -> Config, names on disk -> names in models/llama.py."""
+"""Llama checkpoints: config.json -> Config, names of tensors on disk -> names in models/llama.py."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from streamllm.weights.rope import read_rope
 
 
 def read_config(config: ConfigReader, match_transformers: bool) -> Config:
-    """The numbers that act, with transformers' defaults for keys that are absent."""
+    """The model's Config. Absent keys have transformers' defaults."""
     width, heads = config.size("hidden_size", 4096), config.size("num_attention_heads", 32)
     if width % heads:
         raise config.wrong("num_attention_heads", heads, f"a divisor of hidden_size, {width}")
-    return read_kin(
+    return read_llama_like(
         config,
         match_transformers,
         vocab_size=32000,
@@ -27,7 +27,7 @@ def read_config(config: ConfigReader, match_transformers: bool) -> Config:
     )
 
 
-def read_kin(
+def read_llama_like(
     config: ConfigReader,
     match_transformers: bool,
     *,
@@ -42,10 +42,11 @@ def read_kin(
     head_norms: bool = False,
     windows: tuple[int | None, ...] = (),
 ) -> Config:
-    """What is read alike for all that models/llama.py computes.
+    """The Config of any model that models/llama.py computes.
 
-    vocab_size to positions are what an absent key stands for (head_dim None: hidden_size / heads), the others
-    what the model has. num_key_value_heads: null is not absent, but as many as there are heads.
+    `vocab_size` to `positions` are the defaults for absent keys; head_dim None stands for hidden_size / heads.
+    The other arguments are properties of the model. num_key_value_heads null does not count as absent: it
+    stands for the number of heads.
     """
     width = config.size("hidden_size", 4096)
     heads = config.size("num_attention_heads", 32)
@@ -54,7 +55,7 @@ def read_kin(
         raise config.wrong("num_key_value_heads", kv_heads, f"a divisor of num_attention_heads, {heads}")
     head_dim = config.size("head_dim", head_dim or width // heads, 2)
     if head_dim % 2:
-        raise config.wrong("head_dim", head_dim, "an even number: rotary dimensions turn in pairs")
+        raise config.wrong("head_dim", head_dim, "an even number, because RoPE rotates pairs of dimensions")
     positions = config.size("max_position_embeddings", positions)
     rope = read_rope(config, head_dim, config.number("rope_theta", 10000.0), positions, match_transformers)
     return Config(

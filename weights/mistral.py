@@ -1,19 +1,19 @@
-"""How Mistral checkpoints are spelled: as Llama's, with other defaults and a sliding window everywhere."""
+"""Mistral checkpoints: as Llama's, with other defaults and a sliding window in every layer."""
 
 from __future__ import annotations
 
 from streamllm.models.llama import Config, Model
 from streamllm.weights.config_reader import ConfigReader
 from streamllm.weights.family import Family
-from streamllm.weights.llama import TENSORS, read_kin
+from streamllm.weights.llama import TENSORS, read_llama_like
 
 
 def read_config(config: ConfigReader, match_transformers: bool) -> Config:
-    """The numbers that act, with transformers' defaults for keys that are absent."""
-    window = None  # what null says; an absent key says 4096
+    """The model's Config. Absent keys have transformers' defaults."""
+    window = None  # null stands for no window, an absent key for 4096
     if not config.has("sliding_window") or config.get("sliding_window") is not None:
         window = config.size("sliding_window", 4096)
-    return read_kin(
+    return read_llama_like(
         config,
         match_transformers,
         vocab_size=32000,

@@ -1,4 +1,4 @@
-"""How MPT checkpoints are spelled: config.json -> Config, names on disk -> names in models/mpt.py."""
+"""MPT checkpoints: config.json -> Config, names of tensors on disk -> names in models/mpt.py."""
 
 from __future__ import annotations
 
@@ -13,16 +13,17 @@ from streamllm.weights.family import Family, Fused, Target
 
 
 def read_config(config: ConfigReader, match_transformers: bool) -> Config:
-    """The numbers that act. What transformers ignores is honoured or refused, unless it is to be matched.
+    """The model's Config. Absent keys have transformers' defaults.
 
-    Absent keys have transformers' defaults. MosaicML's own code would read an absent `alibi` or `no_bias` as
-    false; such checkpoints hold position embeddings and biases, which are refused by name.
+    Keys that transformers ignores are honoured or refused, but ignored with `match_transformers`. MosaicML's
+    own code reads an absent `alibi` or `no_bias` as false. Such checkpoints hold position embeddings and
+    biases, so they are refused by the names of these tensors.
     """
     attention = config.inner("attn_config") or ConfigReader({}, f"attn_config in {config.where}")
     bias_max = 8.0
     if not match_transformers:
-        _refuse(config, OURS)
-        _refuse(attention, OURS_OF_ATTENTION)
+        _check_values(config, SUPPORTED)
+        _check_values(attention, SUPPORTED_IN_ATTENTION)
         bias_max = attention.number("alibi_bias_max", 8.0, 0.0)
     width = config.size("d_model", 2048)
     heads = config.size("n_heads", 16)
@@ -45,15 +46,15 @@ def read_config(config: ConfigReader, match_transformers: bool) -> Config:
     )
 
 
-# The only values that are computed here, of keys that MosaicML's code reads and transformers does not.
-OURS: dict[str, tuple[Any, ...]] = {
+# The supported values of keys that MosaicML's code reads and transformers ignores. None stands for null.
+SUPPORTED: dict[str, tuple[Any, ...]] = {
     "no_bias": (True,),
     "expansion_ratio": (4,),
     "logit_scale": (None,),
     "norm_type": ("layernorm", "low_precision_layernorm"),
 }
-OURS_OF_ATTENTION: dict[str, tuple[Any, ...]] = {
-    "alibi": (True,),  # beside which learned_pos_emb has no effect
+SUPPORTED_IN_ATTENTION: dict[str, tuple[Any, ...]] = {
+    "alibi": (True,),  # learned_pos_emb has no effect with it
     "attn_type": ("multihead_attention",),
     "kv_n_heads": (None,),
     "prefix_lm": (False,),
@@ -64,15 +65,16 @@ OURS_OF_ATTENTION: dict[str, tuple[Any, ...]] = {
 }
 
 
-def _refuse(config: ConfigReader, ours: dict[str, tuple[Any, ...]]) -> None:
-    for name, values in ours.items():
+def _check_values(config: ConfigReader, supported: dict[str, tuple[Any, ...]]) -> None:
+    for name, values in supported.items():
         value = config.get(name)
         if value is not None and value not in values:
-            raise config.wrong(name, value, " or ".join("nothing" if v is None else str(v) for v in values))
+            allowed = " or ".join("null" if value is None else str(value) for value in values)
+            raise config.wrong(name, value, allowed)
 
 
 def split_blocks(fused: Tensor, config: Config) -> tuple[Tensor, ...]:
-    """All queries, all keys, all values: [3 · C, ...] -> three of [C, ...]."""
+    """[3 · C, ...] -> q, k, v [C, ...]. The rows are all queries, then all keys, then all values."""
     return fused.chunk(3)
 
 

@@ -1,16 +1,18 @@
-"""How Qwen2, Qwen2.5 and Qwen3 checkpoints are spelled: as Llama's, with other defaults, biases and norms."""
+"""Qwen2, Qwen2.5 and Qwen3 checkpoints: as Llama's, with other defaults, biases and norms."""
 
 from __future__ import annotations
 
 from streamllm.models.llama import Config, Model
 from streamllm.weights.config_reader import ConfigReader
 from streamllm.weights.family import Family
-from streamllm.weights.llama import TENSORS, read_kin
+from streamllm.weights.llama import TENSORS, read_llama_like
+
+FULL, SLIDING = "full_attention", "sliding_attention"  # in layer_types
 
 
 def read_qwen2(config: ConfigReader, match_transformers: bool) -> Config:
-    """The numbers that act, with transformers' defaults for keys that are absent."""
-    return read_kin(
+    """The model's Config. Absent keys have transformers' defaults."""
+    return read_llama_like(
         config,
         match_transformers,
         vocab_size=151936,
@@ -25,8 +27,8 @@ def read_qwen2(config: ConfigReader, match_transformers: bool) -> Config:
 
 
 def read_qwen3(config: ConfigReader, match_transformers: bool) -> Config:
-    """The numbers that act, with transformers' defaults for keys that are absent."""
-    return read_kin(
+    """The model's Config. Absent keys have transformers' defaults."""
+    return read_llama_like(
         config,
         match_transformers,
         vocab_size=151936,
@@ -41,7 +43,11 @@ def read_qwen3(config: ConfigReader, match_transformers: bool) -> Config:
 
 
 def _windows(config: ConfigReader) -> tuple[int | None, ...]:
-    """Each layer's sliding window. Most files name one without using it; if used, upper layers have it."""
+    """The sliding window of each layer, or None.
+
+    Most files have a sliding_window that use_sliding_window switches off. Otherwise the upper layers have it,
+    from max_window_layers on.
+    """
     layers = config.depth("num_hidden_layers", 32)
     window = None
     if config.flag("use_sliding_window", False) and (
@@ -52,14 +58,16 @@ def _windows(config: ConfigReader) -> tuple[int | None, ...]:
     if types is None:
         full = config.size("max_window_layers", 28, 0)
         return tuple(window if layer >= full else None for layer in range(layers))
-    if not isinstance(types, list) or len(types) != layers or not set(types) <= {FULL, SLIDING}:
-        raise config.wrong("layer_types", types, f"{FULL} and {SLIDING}, one for each of {layers} layers")
+    if (
+        not isinstance(types, list)
+        or len(types) != layers
+        or not all(kind in (FULL, SLIDING) for kind in types)
+    ):
+        raise config.wrong("layer_types", types, f"{FULL} or {SLIDING} for each of {layers} layers")
     if SLIDING in types and window is None:
         raise config.wrong("layer_types", SLIDING, f"{FULL} without use_sliding_window and sliding_window")
     return tuple(window if kind == SLIDING else None for kind in types)
 
-
-FULL, SLIDING = "full_attention", "sliding_attention"
 
 HEAD_NORMS = {
     "model.layers.{}.self_attn.q_norm.weight": "layers.{}.attention.q_norm.weight",

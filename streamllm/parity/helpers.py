@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from streamllm.load import PROGRESS_FROM
+from streamllm.load import LARGE_CHECKPOINT_BYTES
 from streamllm.models.rotary import Rope
 from streamllm.weights.checkpoint import Checkpoint
 
@@ -24,7 +24,7 @@ def rope_of(config: Any) -> Rope | None:
 
 def free_memory(checkpoint: Checkpoint) -> None:
     """Free what a released model leaves behind. The collector runs only where that model was large."""
-    if checkpoint.nbytes >= PROGRESS_FROM:
+    if checkpoint.nbytes >= LARGE_CHECKPOINT_BYTES:
         gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

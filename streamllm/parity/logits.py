@@ -27,8 +27,9 @@ from streamllm.parity.reference import (
 )
 from streamllm.parity.report import Report, Row
 from streamllm.parity.text import tokens_to_compare
-from streamllm.weights.checkpoint import Checkpoint, Source
+from streamllm.weights.checkpoint import Checkpoint
 from streamllm.weights.errors import UnsupportedConfig
+from streamllm.weights.source import Source
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 TOLERANCE = 5e-5  # largest difference in float32, in units of the standard deviation of the logits
@@ -75,7 +76,7 @@ def compare(
 
     exact = reference.outputs(ids, torch.float32, short)
     half = None if dtype == "float32" else reference.outputs(ids, DTYPES[dtype], short, modules=False)
-    family = f"{checkpoint.keys.get('model_type')}, {checkpoint.config.layers} layers"
+    family = f"{checkpoint.config_reader.get('model_type')}, {checkpoint.config.layers} layers"
     report = Report(
         [
             ("model", f"{source.name} ({family})"),

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from streamllm.weights.checkpoint import Checkpoint, Stored
+from streamllm.weights.checkpoint import Checkpoint, StoredTensor
 from streamllm.weights.family import NOT_NEEDED, Fused
 
 
@@ -64,7 +64,7 @@ def part_of_output(output: Tensor, part: tuple[Fused, int] | None, config: Any) 
     return fused.split(output[0].T.contiguous(), config)[index].T[None]
 
 
-def stored_tensors(checkpoint: Checkpoint, modules: Sequence[str]) -> tuple[Stored, ...]:
+def stored_tensors(checkpoint: Checkpoint, modules: Sequence[str]) -> tuple[StoredTensor, ...]:
     """The tensors on disk that our modules are read from."""
     wanted = {*modules, *(["embed"] if "head" in modules and checkpoint.config.tied else [])}
     found = []

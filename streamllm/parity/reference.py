@@ -15,8 +15,9 @@ from streamllm.models.rotary import DynamicRope, LongRope
 from streamllm.parity.helpers import free_memory, no_warnings, rope_of
 from streamllm.parity.hooks import captured
 from streamllm.parity.names import compared_modules, names_in_transformers
-from streamllm.weights.checkpoint import Checkpoint, Source
+from streamllm.weights.checkpoint import Checkpoint
 from streamllm.weights.errors import CheckpointError
+from streamllm.weights.source import Source
 
 INSTALL = "pip install 'streamllm[parity]'"
 
@@ -42,9 +43,9 @@ def transformers_arguments(source: Source, theirs: str | os.PathLike[str] | None
 
 def longest_text(checkpoint: Checkpoint) -> int | None:
     """The most tokens that transformers accepts: its MPT stops at max_seq_len, the others have no limit."""
-    if checkpoint.keys.get("model_type") != "mpt":
+    if checkpoint.config_reader.get("model_type") != "mpt":
         return None
-    return checkpoint.keys.size("max_seq_len", 2048)
+    return checkpoint.config_reader.size("max_seq_len", 2048)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from streamllm.weights.checkpoint import Stored
+from streamllm.weights.checkpoint import StoredTensor
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Difference:
     parts: tuple[
         tuple[str, str], ...
     ]  # the submodules that differ, (ours, theirs); empty where none stands out
-    tensors: tuple[Stored, ...]  # the tensors on disk that these are read from
+    tensors: tuple[StoredTensor, ...]  # the tensors on disk that these are read from
     before: float  # largest relative difference of the inputs
     after: float  # largest relative difference of the outputs
 

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from streamllm.load import load_tokenizer
 from streamllm.tokenizer import TOKENIZER_FILES
-from streamllm.weights.checkpoint import Checkpoint, Source
+from streamllm.weights.checkpoint import Checkpoint
+from streamllm.weights.source import Source
 
 TEXT = """\
 A stream has no last page. Its reader remembers the last few lines and forgets the rest, except for the very

@@ -1,4 +1,4 @@
-"""The checkpoints that are compared with transformers."""
+"""The checkpoints that are compared with transformers: real ones in miniature, and each key by itself."""
 
 from __future__ import annotations
 
@@ -100,14 +100,14 @@ def _mpt(name: str, attention: dict[str, object] | None = None, **changes: objec
     return _variant(MPT, None, name=f"mpt-{name}", attn_config=attention or {}, **changes)
 
 
-def _kin(
+def _llama_like(
     base: dict[str, object], name: str, rope: dict[str, object] | None = None, **changes: object
 ) -> Variant:
     return _variant(base, rope, name=f"{base['model_type']}-{name}", **changes)
 
 
 def _inv_freq(tensors: Tensors) -> Tensors:
-    wrong = torch.full((8,), 0.5)  # a stored table must not be used
+    wrong = torch.full((8,), 0.5)  # a stored table must be ignored
     return {**tensors, **{f"model.layers.{n}.self_attn.rotary_emb.inv_freq": wrong.clone() for n in range(3)}}
 
 
@@ -124,15 +124,17 @@ def _base_model(tensors: Tensors) -> Tensors:
     return {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
 
 
-def _neox_junk(tensors: Tensors) -> Tensors:
-    junk = {
+def _neox_unused_tensors(tensors: Tensors) -> Tensors:
+    unused = {
         "attention.bias": torch.ones(1, 1, 8, 8, dtype=torch.uint8),
         "attention.masked_bias": torch.tensor(-1e9).half(),
         "attention.rotary_emb.inv_freq": torch.full((2,), 0.5),
     }
     return {
         **tensors,
-        **{f"gpt_neox.layers.{n}.{name}": tensor.clone() for n in range(3) for name, tensor in junk.items()},
+        **{
+            f"gpt_neox.layers.{n}.{name}": tensor.clone() for n in range(3) for name, tensor in unused.items()
+        },
     }
 
 
@@ -153,13 +155,14 @@ def _falcon_copied_head(tensors: Tensors) -> Tensors:
     return {**tensors, "lm_head.weight": tensors["transformer.word_embeddings.weight"].clone()}
 
 
-# What stands in files from before transformers knew the model, and what does not.
+# config.json as it was before transformers supported Falcon: its keys, and None for keys that it lacked.
 _REFINED_WEB = {
     "num_hidden_layers": None, "num_attention_heads": None, "num_kv_heads": None, "n_layer": 3, "n_head": 8,
     "new_decoder_architecture": None, "ffn_hidden_size": None, "activation": None, "rope_parameters": None,
     "num_ln_in_parallel_attn": None, "tie_word_embeddings": None, "max_position_embeddings": None,
 }  # fmt: skip
 
+# config.json as MosaicML wrote it.
 _MOSAIC = {
     "layer_norm_epsilon": None, "tie_word_embeddings": None, "learned_pos_emb": True, "no_bias": True,
     "expansion_ratio": 4, "logit_scale": NULL, "norm_type": "low_precision_layernorm", "verbose": 0,
@@ -222,7 +225,7 @@ VARIANTS = [
     _llama("sharded", shards="60KB"),
     _llama("float16", dtype=torch.float16),
     _llama("bfloat16-sharded", dtype=torch.bfloat16, shards="40KB"),
-    _neox("pythia", dtype=torch.float16, tensors=_neox_junk, hidden_size=128, num_attention_heads=8,
+    _neox("pythia", dtype=torch.float16, tensors=_neox_unused_tensors, hidden_size=128, num_attention_heads=8,
           spell={**_NEOX_OLD, "dtype": None, "torch_dtype": "float16", "use_parallel_residual": True}),
     _neox("20b", hidden_act="gelu_fast", shards="100KB",
           spell={**_NEOX_OLD, "use_parallel_residual": None, "attention_bias": None, "eos_token_id": 2}),
@@ -292,35 +295,35 @@ VARIANTS = [
     _mpt("no-alibi", {"alibi": False}, refused="alibi is False; supported: True"),
     _mpt("all-ignored-keys", {"alibi_bias_max": 4, "qk_ln": True, "prefix_lm": True},
          spell={"no_bias": False, "expansion_ratio": 2, "logit_scale": 0.5}, refused="no_bias is False"),
-    _kin(MISTRAL, "v0.1", spell={"rope_parameters": None, "rope_theta": 10000.0, "head_dim": None}),
-    _kin(MISTRAL, "v0.3", sliding_window=None, rope_theta=1000000.0, spell={"sliding_window": NULL}),
-    _kin(MISTRAL, "nemo", sliding_window=None, head_dim=24, spell={"sliding_window": NULL}, shards="60KB",
-         strays=("consolidated.safetensors",)),
-    _kin(MISTRAL, "window-of-1", sliding_window=1),
-    _kin(MISTRAL, "kv-heads-absent", num_attention_heads=16, num_key_value_heads=8, head_dim=4,
-         spell={"num_key_value_heads": None}),
-    _kin(MISTRAL, "kv-heads-null", num_attention_heads=4, num_key_value_heads=4,
-         disguise={"num_key_value_heads": NULL}),  # transformers' own check refuses what its code can read
-    _kin(MISTRAL, "window-absent", sliding_window=4096, spell={"sliding_window": None}),
-    _kin(MISTRAL, "key-of-llama", spell={"attention_bias": True}),
-    _kin(MISTRAL, "bfloat16", dtype=torch.bfloat16),
-    _kin(QWEN2, "0.5b", tie_word_embeddings=True, num_attention_heads=6, hidden_size=48,
-         spell={"rope_parameters": None, "rope_theta": 1000000.0, "layer_types": None, "sliding_window": 32,
-                "max_window_layers": 1, "use_sliding_window": False}),
-    _kin(QWEN2, "7b-bfloat16", dtype=torch.bfloat16, shards="60KB"),
-    _kin(QWEN2, "upper-layers-slide", use_sliding_window=True, sliding_window=40, max_window_layers=1,
-         spell={"layer_types": None}),
-    _kin(QWEN2, "layer-types", use_sliding_window=True, sliding_window=40,
-         layer_types=["sliding_attention", "full_attention", "sliding_attention"]),
-    _kin(QWEN2, "head-dim", head_dim=24),
-    _kin(QWEN2, "key-of-llama", spell={"attention_bias": False}),
-    _kin(QWEN2, "kv-heads-absent", num_attention_heads=64, num_key_value_heads=32, head_dim=4,
-         spell={"num_key_value_heads": None}),
-    _kin(QWEN2, "yarn", {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256}),
-    _kin(QWEN3, "8b", spell={"layer_types": None}),
-    _kin(QWEN3, "0.6b", tie_word_embeddings=True, dtype=torch.bfloat16),
-    _kin(QWEN3, "head-dim-absent", head_dim=128, spell={"head_dim": None}, num_hidden_layers=2),
-    _kin(QWEN3, "biased", attention_bias=True),
-    _kin(QWEN3, "slides", use_sliding_window=True, sliding_window=40, max_window_layers=2,
-         spell={"layer_types": None}),
+    _llama_like(MISTRAL, "v0.1", spell={"rope_parameters": None, "rope_theta": 10000.0, "head_dim": None}),
+    _llama_like(MISTRAL, "v0.3", sliding_window=None, rope_theta=1000000.0, spell={"sliding_window": NULL}),
+    _llama_like(MISTRAL, "nemo", sliding_window=None, head_dim=24, spell={"sliding_window": NULL}, shards="60KB",
+                strays=("consolidated.safetensors",)),
+    _llama_like(MISTRAL, "window-of-1", sliding_window=1),
+    _llama_like(MISTRAL, "kv-heads-absent", num_attention_heads=16, num_key_value_heads=8, head_dim=4,
+                spell={"num_key_value_heads": None}),
+    _llama_like(MISTRAL, "kv-heads-null", num_attention_heads=4, num_key_value_heads=4,
+                disguise={"num_key_value_heads": NULL}),  # transformers reads null but its check refuses it
+    _llama_like(MISTRAL, "window-absent", sliding_window=4096, spell={"sliding_window": None}),
+    _llama_like(MISTRAL, "key-of-llama", spell={"attention_bias": True}),
+    _llama_like(MISTRAL, "bfloat16", dtype=torch.bfloat16),
+    _llama_like(QWEN2, "0.5b", tie_word_embeddings=True, num_attention_heads=6, hidden_size=48,
+                spell={"rope_parameters": None, "rope_theta": 1000000.0, "layer_types": None, "sliding_window": 32,
+                       "max_window_layers": 1, "use_sliding_window": False}),
+    _llama_like(QWEN2, "7b-bfloat16", dtype=torch.bfloat16, shards="60KB"),
+    _llama_like(QWEN2, "upper-layers-slide", use_sliding_window=True, sliding_window=40, max_window_layers=1,
+                spell={"layer_types": None}),
+    _llama_like(QWEN2, "layer-types", use_sliding_window=True, sliding_window=40,
+                layer_types=["sliding_attention", "full_attention", "sliding_attention"]),
+    _llama_like(QWEN2, "head-dim", head_dim=24),
+    _llama_like(QWEN2, "key-of-llama", spell={"attention_bias": False}),
+    _llama_like(QWEN2, "kv-heads-absent", num_attention_heads=64, num_key_value_heads=32, head_dim=4,
+                spell={"num_key_value_heads": None}),
+    _llama_like(QWEN2, "yarn", {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256}),
+    _llama_like(QWEN3, "8b", spell={"layer_types": None}),
+    _llama_like(QWEN3, "0.6b", tie_word_embeddings=True, dtype=torch.bfloat16),
+    _llama_like(QWEN3, "head-dim-absent", head_dim=128, spell={"head_dim": None}, num_hidden_layers=2),
+    _llama_like(QWEN3, "biased", attention_bias=True),
+    _llama_like(QWEN3, "slides", use_sliding_window=True, sliding_window=40, max_window_layers=2,
+                spell={"layer_types": None}),
 ]  # fmt: skip

@@ -13,8 +13,7 @@ from torch import Tensor
 
 from streamllm.models import alibi, attention, base, falcon, gpt_neox, llama, rotary
 from streamllm.models.alibi import Alibi
-from streamllm.weights import FAMILIES, checkpoint
-from streamllm.weights.checkpoint import Checkpoint
+from streamllm.weights.checkpoint import Checkpoint, checkpoint, shards
 from streamllm.weights.config_reader import ConfigReader
 from streamllm.weights.family import Fused, Target
 
@@ -25,8 +24,8 @@ ABSENT = object()  # among the values of `keys`
 
 def change_families(patch: Patch, change: Callable[[Any], Any]) -> None:
     """Replace every Family by change(family)."""
-    for model_type, family in FAMILIES.items():
-        patch.setitem(FAMILIES, model_type, change(family))
+    changed = {model_type: change(family) for model_type, family in checkpoint.FAMILIES.items()}
+    patch.setattr(checkpoint, "FAMILIES", changed)
 
 
 def config(**changes: Any) -> Mutation:
@@ -226,8 +225,8 @@ def another_file(name: str) -> Mutation:
     """The weights are read from a file that no index names."""
 
     def mutation(patch: Patch) -> None:
-        patch.setattr(checkpoint, "INDEX", "no.json")
-        patch.setattr(checkpoint, "SINGLE", name)
+        patch.setattr(shards, "INDEX", "no.json")
+        patch.setattr(shards, "SINGLE", name)
 
     return mutation
 

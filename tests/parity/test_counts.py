@@ -1,8 +1,7 @@
 """Parameter counts of well-known checkpoints, from their published configs, without their weights.
 
-Each config stands here as its repository publishes it, as far as it acts on shapes, with a public source that
-has the same numbers; litgpt is litgpt/config.py of github.com/Lightning-AI/litgpt at 26857050. What no source
-was found for is said.
+Each config has the published keys that act on shapes, and names a public source with the same numbers. litgpt
+is litgpt/config.py of github.com/Lightning-AI/litgpt at 26857050. Numbers without a source are named.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from streamllm.weights.config_reader import ConfigReader
 class Published:
     name: str
     config: dict[str, Any]
-    parameters: int  # a tied head is not counted twice
+    parameters: int  # a tied head counts once
 
 
 PUBLISHED = [
@@ -50,7 +49,7 @@ PUBLISHED = [
         6_857_302_016,
     ),
     Published(  # configs/20B.yml of github.com/EleutherAI/gpt-neox, and table 1 of arXiv 2204.06745.
-        # The vocabulary, padded to 50432, was not seen there, but the sum is the paper's 20.55 billion.
+        # The padded vocabulary, 50432, has no source, but the sum is the paper's 20.55 billion.
         "EleutherAI/gpt-neox-20b",
         {"model_type": "gpt_neox", "hidden_size": 6144, "intermediate_size": 24576, "num_attention_heads": 64,
          "num_hidden_layers": 44, "vocab_size": 50432, "hidden_act": "gelu_fast", "rotary_pct": 0.25,
@@ -78,8 +77,8 @@ PUBLISHED = [
          "alibi": False, "bias": False, "vocab_size": 65024},
         178_557_088_768,
     ),
-    Published(  # The count is that of keras_hub/src/models/falcon/falcon_presets.py of github.com/keras-team/
-        # keras-hub; the sizes were not confirmed one by one, but make it.
+    Published(  # The count: keras_hub/src/models/falcon/falcon_presets.py of github.com/keras-team/keras-hub.
+        # The single sizes have no source, but they give this count.
         "tiiuae/falcon-rw-1b",
         {"model_type": "falcon", "hidden_size": 2048, "num_attention_heads": 32, "num_hidden_layers": 24,
          "multi_query": False, "parallel_attn": False, "new_decoder_architecture": False, "alibi": True,
@@ -87,7 +86,7 @@ PUBLISHED = [
         1_311_625_216,
     ),
     Published(  # Layers, heads and MLP: github.com/vllm-project/vllm/issues/5010. Key heads and theta:
-        # github.com/erfanzar/EasyDeL/issues/152. Not confirmed: tie_word_embeddings and the number of norms.
+        # github.com/erfanzar/EasyDeL/issues/152. Without a source: tie_word_embeddings and the number of norms.
         "tiiuae/falcon-11B",
         {"model_type": "falcon", "hidden_size": 4096, "num_attention_heads": 32, "num_hidden_layers": 60,
          "num_kv_heads": 8, "new_decoder_architecture": True, "parallel_attn": True, "alibi": False,
@@ -95,15 +94,15 @@ PUBLISHED = [
          "tie_word_embeddings": False, "rope_theta": 500042.0, "max_position_embeddings": 8192},
         11_102_822_400,
     ),
-    Published(  # scripts/train/yamls/pretrain/mpt-7b.yaml of github.com/mosaicml/llm-foundry; the vocabulary
-        # of the published config, which pads more, from a printed copy of it
+    Published(  # scripts/train/yamls/pretrain/mpt-7b.yaml of github.com/mosaicml/llm-foundry. The vocabulary,
+        # which is padded further, is from a printed copy of the published config.
         "mosaicml/mpt-7b",
         {"model_type": "mpt", "d_model": 4096, "n_heads": 32, "n_layers": 32, "vocab_size": 50432,
          "max_seq_len": 2048, "expansion_ratio": 4, "no_bias": True, "learned_pos_emb": True,
          "attn_config": {"alibi": True, "alibi_bias_max": 8, "attn_impl": "torch", "clip_qkv": None}},
         6_649_286_656,
     ),
-    Published(  # As above, mpt-30b.yaml, which has 56 heads (to no effect). Not confirmed: the vocabulary
+    Published(  # As above, mpt-30b.yaml; its 56 heads do not change the count. Without a source: the vocabulary
         "mosaicml/mpt-30b",
         {"model_type": "mpt", "d_model": 7168, "n_heads": 64, "n_layers": 48, "vocab_size": 50432,
          "max_seq_len": 8192, "expansion_ratio": 4, "no_bias": True, "learned_pos_emb": True,
@@ -141,7 +140,7 @@ def count(model: nn.Module) -> int:
 
 
 @pytest.mark.parametrize("published", PUBLISHED, ids=lambda published: published.name)
-def test_parameters_are_counted_as_transformers_counts_them(published: Published) -> None:
+def test_parameter_counts_equal_those_published_and_of_transformers(published: Published) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     with torch.device("meta"):

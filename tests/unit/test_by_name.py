@@ -1,5 +1,4 @@
-"""streamllm.load("org/name"): in a process of its own that knows the hub by HF_ENDPOINT only, then
-offline."""
+"""streamllm.load("org/name"): from a hub on loopback, then offline."""
 
 import json
 import subprocess
@@ -37,6 +36,7 @@ def hub():
 
 
 def loaded(asked, variables):
+    """The logits of each (name, revision), or the error, in a new process with these environment variables."""
     arguments = [sys.executable, "-c", PROGRAM, json.dumps(asked)]
     done = subprocess.run(arguments, env=variables, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
@@ -44,11 +44,12 @@ def loaded(asked, variables):
 
 
 def expected(folder, files):
+    """The logits of a local checkpoint with these files."""
     model, tokenizer = streamllm.load(tiny.write(folder, files))
     return model(torch.tensor([tokenizer.encode("streams")]))[0, -1].tolist()
 
 
-def test_by_name_then_offline(hub, tmp_path):
+def test_load_from_the_hub_then_offline(hub, tmp_path):
     hub.add("org/plain", PLAIN | OTHERS)
     commit = hub.add("org/sharded", SHARDED | OTHERS)
     hub.add("org/sharded", tiny.checkpoint(weights=tiny.tensors(seed=1)), revision="refs/pr/1")
@@ -66,7 +67,7 @@ def test_by_name_then_offline(hub, tmp_path):
         assert result == pytest.approx(wanted, abs=1e-5)
     assert plain != pytest.approx(other, abs=1e-2)
     assert "check the name" in results[4]
-    assert hub.fetched == sorted({*PLAIN, *SHARDED})  # nothing of the others
+    assert hub.fetched == sorted({*PLAIN, *SHARDED})  # none of OTHERS
 
     hub.forget()
     offline = loaded([*asked, ("org/none", None)], environment(None, tmp_path / "home"))
@@ -75,7 +76,7 @@ def test_by_name_then_offline(hub, tmp_path):
     assert hub.asked == []
 
 
-def test_each_file_is_fetched_once_and_a_second_load_asks_once(hub, tmp_path):
+def test_each_file_is_downloaded_once_and_a_second_load_sends_one_request(hub, tmp_path):
     hub.add("org/sharded", SHARDED | OTHERS)
     with client(hub, tmp_path):
         streamllm.load("org/sharded")
@@ -86,8 +87,7 @@ def test_each_file_is_fetched_once_and_a_second_load_asks_once(hub, tmp_path):
         assert hub.asked == ["HEAD /org/sharded/resolve/main/config.json"]
 
 
-def test_only_pickles(hub, tmp_path):
-    """Told from their being there: gigabytes that will not be read are not fetched."""
+def test_pickles_are_refused_without_downloading_them(hub, tmp_path):
     files = {name: data for name, data in PLAIN.items() if name != tiny.SINGLE}
     hub.add("org/old", files | {"pytorch_model.bin": b"pickle"})
     with (
@@ -98,7 +98,7 @@ def test_only_pickles(hub, tmp_path):
     assert "pytorch_model.bin" not in hub.fetched
 
 
-def test_a_shard_that_the_hub_does_not_have(hub, tmp_path):
+def test_shard_that_the_hub_lacks(hub, tmp_path):
     lost = "model-00002-of-00003.safetensors"
     hub.add("org/broken", {name: data for name, data in SHARDED.items() if name != lost})
     with (
@@ -122,8 +122,7 @@ def test_offline_without_the_weights(hub, tmp_path):
         streamllm.load("org/plain")
 
 
-def test_what_is_small_comes_first(hub, tmp_path):
-    """A checkpoint that cannot be used for its small files is refused before its weights are fetched."""
+def test_small_files_are_checked_before_weights_are_downloaded(hub, tmp_path):
     for name, lacking in (("org/no-tokenizer", "tokenizer.json"), ("org/no-config", "config.json")):
         hub.add(name, {file: data for file, data in PLAIN.items() if file != lacking})
         with client(hub, tmp_path), pytest.raises(streamllm.CheckpointNotFound):

@@ -171,7 +171,7 @@ BROKEN = {
     "lost-shard": (remove_a_shard, "model-00001-of-00001.safetensors"),
     "cut-off": (
         lambda folder: os.truncate(folder / "model.safetensors", 9999),
-        "not a whole safetensors file",
+        "not an intact safetensors file",
     ),
     "lost-tensor": (lambda folder: tensors(folder, **{"model.norm.weight": None}), "norm.weight"),
     "misshapen": (

@@ -1,4 +1,4 @@
-"""config.json of each family: what absent keys stand for, what is refused by name, how long a text may be."""
+"""config.json of each family: defaults of absent keys, values that are refused, and trained lengths."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from streamllm.models.alibi import Alibi
-from streamllm.weights import FAMILIES, UnsupportedConfig
+from streamllm.weights import MODEL_TYPES, UnsupportedConfig
 from streamllm.weights.checkpoint import read_config
 from streamllm.weights.config_reader import ConfigReader
 
@@ -16,7 +16,7 @@ def read(model_type: str, match_transformers: bool = False, **keys: Any) -> Any:
     return read_config(ConfigReader({"model_type": model_type, **keys}), match_transformers)[1]
 
 
-THEIRS = {  # what transformers calls our numbers
+TRANSFORMERS_NAMES = {  # our names -> names in transformers' configs
     "vocab_size": ("vocab_size",),
     "width": ("hidden_size",),
     "mlp_width": ("intermediate_size", "ffn_hidden_size"),
@@ -31,19 +31,19 @@ THEIRS = {  # what transformers calls our numbers
     "bias": ("bias",),
     "parallel": ("parallel_attn", "use_parallel_residual"),
 }
-NEW = [model_type for model_type in FAMILIES if not model_type.startswith("RefinedWeb")]
+KNOWN_TO_TRANSFORMERS = [name for name, row in MODEL_TYPES.items() if row.replaced_by is None]
 
 
-@pytest.mark.parametrize("model_type", NEW)
-def test_absent_keys_stand_for_what_they_stand_for_in_transformers(model_type: str) -> None:
+@pytest.mark.parametrize("model_type", KNOWN_TO_TRANSFORMERS)
+def test_absent_keys_have_the_defaults_of_transformers(model_type: str) -> None:
     from transformers import AutoConfig
 
     theirs, ours = AutoConfig.for_model(model_type), read(model_type)
     compared = 0
-    for name, spellings in THEIRS.items():
-        for spelling in spellings:
-            if hasattr(ours, name) and hasattr(theirs, spelling):
-                assert getattr(ours, name) == getattr(theirs, spelling), name
+    for name, their_names in TRANSFORMERS_NAMES.items():
+        for their_name in their_names:
+            if hasattr(ours, name) and hasattr(theirs, their_name):
+                assert getattr(ours, name) == getattr(theirs, their_name), name
                 compared += 1
     assert compared >= 7
 
@@ -52,11 +52,11 @@ def test_absent_keys_stand_for_what_they_stand_for_in_transformers(model_type: s
     ("model_type", "kv_heads", "head_dim"),
     [("llama", 32, 128), ("mistral", 8, 128), ("qwen2", 32, 128), ("qwen3", 32, 128), ("falcon", 1, 64)],
 )
-def test_heads_of_absent_keys(model_type: str, kv_heads: int, head_dim: int) -> None:
+def test_default_heads(model_type: str, kv_heads: int, head_dim: int) -> None:
     assert (read(model_type).kv_heads, read(model_type).head_dim) == (kv_heads, head_dim)
 
 
-def test_key_heads_are_absent_or_null() -> None:
+def test_absent_and_null_key_heads() -> None:
     for model_type in ("llama", "mistral", "qwen2", "qwen3"):
         config = read(model_type, num_attention_heads=64, num_key_value_heads=None)
         assert config.kv_heads == 64
@@ -66,14 +66,14 @@ def test_key_heads_are_absent_or_null() -> None:
     assert read("qwen3", num_attention_heads=64).head_dim == 128
 
 
-def test_thetas() -> None:
+def test_default_thetas() -> None:
     for model_type in ("llama", "mistral", "qwen2", "qwen3", "gpt_neox"):
         assert read(model_type).rope.theta == 10000
     assert read("falcon").position.theta == 10000
     assert read("gpt_neox").rope.dim == 24  # a quarter of 96
 
 
-def test_windows() -> None:
+def test_sliding_windows() -> None:
     two = {"num_hidden_layers": 2}
     assert read("llama", **two, sliding_window=9).windows == ()
     assert read("mistral", **two).windows == (4096, 4096)
@@ -82,7 +82,7 @@ def test_windows() -> None:
     for model_type in ("qwen2", "qwen3"):
         assert read(model_type, **two, sliding_window=131072).windows == (None, None)
         used = {**two, "use_sliding_window": True}
-        assert read(model_type, **used).windows == (None, None)  # the first 28 layers see all
+        assert read(model_type, **used).windows == (None, None)  # the window begins at layer 28
         assert read(model_type, **used, max_window_layers=1).windows == (None, 4096)
         assert read(model_type, **used, max_window_layers=0, sliding_window=None).windows == (None, None)
         types = ["sliding_attention", "full_attention"]
@@ -95,7 +95,7 @@ OLD_RW = {"n_layer": 24, "n_head": 32, "hidden_size": 2048, "multi_query": False
           "alibi": True, "bias": True, "vocab_size": 50304}  # fmt: skip
 
 
-def test_old_falcon_spellings() -> None:
+def test_old_keys_of_falcon() -> None:
     large, small, rw = (
         read("RefinedWeb", **OLD_40B),
         read("RefinedWebModel", **OLD_7B),
@@ -144,7 +144,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("falcon", {**OLD_40B, "num_ln_in_parallel_attn": 3}, "num_ln_in_parallel_attn is 3"),
     ("falcon", {"num_ln_in_parallel_attn": 2}, "num_ln_in_parallel_attn is 2"),
     ("falcon", {"activation": "swiglu"}, "activation is 'swiglu'"),
-    ("falcon", {"hidden_size": 71, "num_attention_heads": 71}, "heads of even width"),
+    ("falcon", {"hidden_size": 71, "num_attention_heads": 71}, "makes the heads even in width"),
     ("gpt_neox", {"rotary_pct": 0.0}, "rotary_pct is 0.0"),
     ("gpt_neox", {"rotary_pct": 2.0}, "rotary_pct is 2.0"),
     ("gpt_neox", {"num_attention_heads": 5}, "num_attention_heads is 5"),
@@ -158,14 +158,12 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("model_type", "keys", "message"), REFUSED)
-def test_what_is_not_supported_is_refused_by_name(
-    model_type: str, keys: dict[str, Any], message: str
-) -> None:
+def test_unsupported_values_are_named(model_type: str, keys: dict[str, Any], message: str) -> None:
     with pytest.raises(UnsupportedConfig, match=message):
         read(model_type, **keys)
 
 
-def test_what_transformers_ignores_is_ignored_to_match_it() -> None:
+def test_match_transformers_ignores_the_same_keys() -> None:
     ignored = {
         "alibi": False,
         "alibi_bias_max": 16,
@@ -179,7 +177,7 @@ def test_what_transformers_ignores_is_ignored_to_match_it() -> None:
     assert read("mpt", attn_config={"alibi_bias_max": 16}).alibi == Alibi(16, bias_max=16)
 
 
-def test_what_is_honoured() -> None:
+def test_supported_values_take_effect() -> None:
     config = read("mpt", attn_config={"clip_qkv": 6.0, "softmax_scale": 0.1})
     assert (config.clip_qkv, config.softmax_scale) == (6.0, 0.1)
     assert read("mpt", attn_config={"clip_qkv": None, "softmax_scale": None}).softmax_scale == 128**-0.5

@@ -1,4 +1,4 @@
-"""convert(): whatever can be loaded comes out as safetensors that transformers and streamllm read alike."""
+"""convert(): any checkpoint that loads becomes safetensors that both transformers and streamllm read."""
 
 import json
 import pickle
@@ -75,21 +75,22 @@ SOURCES = {
     "sharded": tiny.checkpoint(shards=3),
     "pickle": OLD,
     "pickles": old_shards(),
-    "pickle of 2019": OLD | {"pytorch_model.bin": pickled(TENSORS, _use_new_zipfile_serialization=False)},
+    "pickle of an old torch": OLD
+    | {"pytorch_model.bin": pickled(TENSORS, _use_new_zipfile_serialization=False)},
     "without prefix": WHOLE | {SINGLE: save({n.removeprefix("model."): t for n, t in TENSORS.items()})},
-    "with junk": WHOLE
+    "with a stored rotary table": WHOLE
     | {SINGLE: save(TENSORS | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(2)})},
 }
 
 
 @pytest.mark.parametrize("size", ["5GB", 20_000, "1KB"])
 @pytest.mark.parametrize("source", SOURCES)
-def test_round_trip(tmp_path, source, size):
-    right = logits(tiny.write(tmp_path / "right", WHOLE))
+def test_weights_stay_the_same(tmp_path, source, size):
+    expected = logits(tiny.write(tmp_path / "expected", WHOLE))
     out = convert(
         tiny.write(tmp_path / "in", SOURCES[source]), tmp_path / "out", max_shard_size=size, allow_pickle=True
     )
-    torch.testing.assert_close(logits(out), right, rtol=0, atol=1e-5)
+    torch.testing.assert_close(logits(out), expected, rtol=0, atol=1e-5)
     found = stored(out)
     assert found.keys() == TENSORS.keys()
     assert all(torch.equal(found[name], TENSORS[name]) for name in TENSORS)
@@ -104,11 +105,17 @@ def test_round_trip(tmp_path, source, size):
     assert json.loads((out / "config.json").read_text()) == CONFIG
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         assert (out / name).read_bytes() == WHOLE[name]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out", "right"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["expected", "in", "out"]
+
+
+def test_chat_templates_are_copied(tmp_path):
+    templates = {"chat_template.jinja": b"plain", "additional_chat_templates/tool_use.jinja": b"with tools"}
+    out = convert(tiny.write(tmp_path / "in", WHOLE | templates), tmp_path / "out")
+    assert streamllm.load_tokenizer(out).chat_template == {"default": "plain", "tool_use": "with tools"}
 
 
 @pytest.mark.parametrize("source", ["single", "pickles", "without prefix"])
-def test_transformers_reads_it(tmp_path, source):
+def test_transformers_reads_the_result(tmp_path, source):
     folder = tiny.write(tmp_path / "in", SOURCES[source])
     out = convert(folder, tmp_path / "out", max_shard_size="20KB", allow_pickle=True)
     torch.testing.assert_close(of_transformers(out), logits(out), rtol=0, atol=1e-5)
@@ -138,10 +145,10 @@ def test_each_family(tmp_path, family):
 
 @pytest.mark.parametrize("base", ["falcon", "falcon 40b", "falcon rw"])
 @pytest.mark.parametrize("model_type", ["falcon", "RefinedWebModel"])
-def test_old_falcon_becomes_new(tmp_path, base, model_type):
-    """transformers reads a config of that time as 71 heads, or not at all without the code beside it."""
+def test_old_falcon_config_is_renewed(tmp_path, base, model_type):
+    """transformers reads an old config as 71 heads, or not at all without the code of its repository."""
     folder = make(tmp_path / "in", Variant("", FAMILIES[base]))
-    right = of_transformers(folder)
+    expected = of_transformers(folder)
     old = json.loads((folder / "config.json").read_text()) | {
         "model_type": model_type,
         "auto_map": {"AutoModel": "x.Y"},
@@ -152,12 +159,12 @@ def test_old_falcon_becomes_new(tmp_path, base, model_type):
         old["n_head_kv"] = kv_heads
     (folder / "config.json").write_text(json.dumps(old))
     out = convert(folder, tmp_path / "out")
-    assert torch.equal(of_transformers(out), right)
+    assert torch.equal(of_transformers(out), expected)
     assert "auto_map" not in json.loads((out / "config.json").read_text())
 
 
 @pytest.mark.parametrize("kept", [(EMBED, HEAD), (EMBED,), (HEAD,)], ids=["both", "embedding", "head"])
-def test_tied(tmp_path, kept):
+def test_tied_head(tmp_path, kept):
     alone = {name: tensor for name, tensor in TENSORS.items() if name not in (EMBED, HEAD)}
     files = WHOLE | {
         "config.json": json.dumps(CONFIG | {"tie_word_embeddings": True}).encode(),
@@ -170,7 +177,7 @@ def test_tied(tmp_path, kept):
 
 
 @pytest.mark.filterwarnings("ignore:.*ties the head")
-def test_tied_in_words_only(tmp_path):
+def test_config_ties_a_head_that_the_files_hold_apart(tmp_path):
     folder = tiny.write(
         tmp_path / "in", WHOLE | {"config.json": json.dumps(CONFIG | {"tie_word_embeddings": True}).encode()}
     )
@@ -180,14 +187,14 @@ def test_tied_in_words_only(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", ["float16", torch.bfloat16, "float64"])
-def test_cast(tmp_path, dtype):
+def test_weights_are_cast(tmp_path, dtype):
     out = convert(tiny.write(tmp_path / "in", WHOLE), tmp_path / "out", dtype=dtype)
     wanted = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     assert {tensor.dtype for tensor in stored(out).values()} == {wanted}
     assert logits(out).dtype == wanted == of_transformers(out).dtype
 
 
-def test_types_stay_without_a_cast(tmp_path):
+def test_each_tensor_keeps_its_type_without_a_cast(tmp_path):
     mixed = TENSORS | {NORM: TENSORS[NORM].double(), HEAD: TENSORS[HEAD].half()}
     out = convert(
         tiny.write(tmp_path / "in", WHOLE | {SINGLE: save(mixed)}), tmp_path / "out", max_shard_size="10KB"
@@ -196,11 +203,11 @@ def test_types_stay_without_a_cast(tmp_path):
     assert {t.dtype for t in stored(out).values()} == {torch.float64, torch.float32, torch.float16}
 
 
-def test_what_is_wrong_leaves_nothing_behind(tmp_path):
+def test_errors_leave_no_files(tmp_path):
     folder = tiny.write(tmp_path / "in", WHOLE)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "x").touch()
-    with pytest.raises(ValueError, match="is there already, and not empty: give a new folder"):
+    with pytest.raises(ValueError, match="exists already and is not empty: give a new folder"):
         convert(folder, tmp_path / "full")
     for size in ("5 bananas", "-1", 0, "", None):
         with pytest.raises(ValueError, match="max_shard_size is"):
@@ -218,7 +225,7 @@ def test_what_is_wrong_leaves_nothing_behind(tmp_path):
 # Pickles.
 
 
-def test_pickles_need_consent(tmp_path):
+def test_pickles_need_permission(tmp_path):
     folder = tiny.write(tmp_path / "in", OLD)
     pattern = (
         r"only as pytorch_model.bin, a pickle, .* allow_pickle=True, .*'streamllm convert --allow-pickle'"
@@ -227,11 +234,13 @@ def test_pickles_need_consent(tmp_path):
         with pytest.raises(streamllm.UnsupportedConfig, match=pattern):
             refuse(folder)
     model, _ = streamllm.load(folder, allow_pickle=True, device="cpu")
-    right = logits(tiny.write(tmp_path / "right", WHOLE))
-    torch.testing.assert_close(model(TOKENS), right, rtol=0, atol=1e-5)
+    expected = logits(tiny.write(tmp_path / "expected", WHOLE))
+    torch.testing.assert_close(model(TOKENS), expected, rtol=0, atol=1e-5)
 
 
 class Evil:
+    """Writes a file when it is unpickled."""
+
     def __init__(self, mark):
         self.mark = mark
 
@@ -240,6 +249,7 @@ class Evil:
 
 
 def archive(tmp_path, compression):
+    """The pickle in a compressed archive."""
     plain = tmp_path / "plain.bin"
     plain.write_bytes(pickled(TENSORS))
     with zipfile.ZipFile(plain) as old, zipfile.ZipFile(tmp_path / "made.bin", "w", compression) as new:
@@ -256,18 +266,21 @@ HOSTILE = {
     ),
     "empty": (lambda tmp: b"", "cannot be read as a pickle of tensors"),
     "noise": (lambda tmp: b"\x80\x02" + bytes(range(256)) * 4, "cannot be read as a pickle of tensors"),
-    "half": (lambda tmp: OLD["pytorch_model.bin"][:5000], "cannot be read as a pickle of tensors"),
+    "half of the file": (
+        lambda tmp: OLD["pytorch_model.bin"][:5000],
+        "cannot be read as a pickle of tensors",
+    ),
     "a list": (lambda tmp: pickled([1, 2]), "holds a list, not tensors by name"),
-    "numbers": (lambda tmp: pickled(TENSORS | {"a": 7}), "'a' is no plain tensor"),
-    "names of numbers": (lambda tmp: pickled({7: torch.ones(1)}), "not tensors by name"),
-    "a sparse tensor": (lambda tmp: pickled({NORM: torch.eye(9).to_sparse()}), "is no plain tensor"),
-    "one number for a trillion": (
+    "numbers": (lambda tmp: pickled(TENSORS | {"a": 7}), "'a' is not a plain tensor"),
+    "numbers as names": (lambda tmp: pickled({7: torch.ones(1)}), "not tensors by name"),
+    "a sparse tensor": (lambda tmp: pickled({NORM: torch.eye(9).to_sparse()}), "is not a plain tensor"),
+    "one number expanded to a trillion": (
         lambda tmp: pickled({NORM: torch.ones(1).expand(10**6, 10**6)}),
         "claims to be larger than the file",
     ),
     "compressed": (lambda tmp: archive(tmp, zipfile.ZIP_DEFLATED), "is a compressed archive"),
-    "one missing": (lambda tmp: pickled(without(TENSORS, NORM)), "lack the weights of norm.weight"),
-    "whole numbers": (lambda tmp: pickled(TENSORS | {NORM: torch.ones(16).long()}), "stored as torch.int64"),
+    "a missing tensor": (lambda tmp: pickled(without(TENSORS, NORM)), "lack the weights of norm.weight"),
+    "integers": (lambda tmp: pickled(TENSORS | {NORM: torch.ones(16).long()}), "stored as torch.int64"),
 }
 
 
@@ -282,14 +295,14 @@ def test_hostile_pickles(tmp_path, case):
     assert not (tmp_path / "ran").exists()
 
 
-def test_views_and_shared_memory_in_pickles(tmp_path):
+def test_pickled_views_are_written_contiguously(tmp_path):
     both = TENSORS | {NORM: torch.stack([TENSORS[NORM]] * 2)[1], EMBED: TENSORS[EMBED].T.contiguous().T}
     folder = tiny.write(tmp_path / "in", OLD | {"pytorch_model.bin": pickled(both)})
     out = convert(folder, tmp_path / "out", allow_pickle=True)
     assert all(torch.equal(tensor, TENSORS[name]) for name, tensor in stored(out).items())
 
 
-def test_the_command(tmp_path):
+def test_command_line(tmp_path):
     tiny.write(tmp_path / "in", OLD)
     command = [
         sys.executable,

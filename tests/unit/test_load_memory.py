@@ -1,4 +1,4 @@
-"""Loading holds the result, and beside it one tensor and the pages of a few others."""
+"""Loading needs the memory of the result, of one tensor, and of a few mapped pages."""
 
 import json
 
@@ -6,14 +6,14 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 import streamllm
-from streamllm.models import linear as layers
-from streamllm.weights import checkpoint
+from streamllm.models import linear
+from streamllm.weights.checkpoint import reader
 from tools import load_memory
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_the_peak_is_the_larger_of_file_and_result(tmp_path, monkeypatch, dtype):
-    monkeypatch.setitem(load_memory.CONFIG, "vocab_size", 2000)  # so that no tensor has more than 23 MB
+def test_peak_is_the_larger_of_file_and_result(tmp_path, monkeypatch, dtype):
+    monkeypatch.setitem(load_memory.CONFIG, "vocab_size", 2000)  # the largest tensor has 23 MB
     size = load_memory.make(tmp_path, 250_000_000)
     peak, _, result, _ = load_memory.measure(tmp_path, "streamllm", dtype)
     assert result > 0.99 * size
@@ -21,8 +21,8 @@ def test_the_peak_is_the_larger_of_file_and_result(tmp_path, monkeypatch, dtype)
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-def test_what_stays_mapped_shares_no_mapping_with_what_was_copied(tmp_path, monkeypatch, threads):
-    """Or every page that was read for the copies would stay, too: the file's, beside the model's."""
+def test_mapped_and_copied_tensors_use_different_maps(tmp_path, monkeypatch, threads):
+    """A mapped tensor keeps its whole map in memory, with the pages that were read for copies."""
     monkeypatch.setitem(load_memory.CONFIG, "vocab_size", 1000)
     monkeypatch.setitem(load_memory.CONFIG, "hidden_size", 128)
     monkeypatch.setitem(load_memory.CONFIG, "intermediate_size", 256)
@@ -43,15 +43,15 @@ def test_what_stays_mapped_shares_no_mapping_with_what_was_copied(tmp_path, monk
 
         return remembered
 
-    opening = checkpoint._open
-    monkeypatch.setattr(checkpoint, "_open", counted)
-    monkeypatch.setattr(layers.torch, "get_num_threads", lambda: threads)
+    opening = reader._open
+    monkeypatch.setattr(reader, "_open", counted)
+    monkeypatch.setattr(linear.torch, "get_num_threads", lambda: threads)
     model = streamllm.load_model(tmp_path, device="cpu")
     held = {weight.data_ptr() for weight in model.parameters()}
     stay = [[tensor.data_ptr() in held for tensor in tensors] for tensors in opened]
     assert any(all(tensors) for tensors in stay)
     assert all(all(tensors) or not any(tensors) for tensors in stay)
-    # Nor for a few bytes: the pages around them would stay.
+    # Small tensors are copied: a mapped one would keep the pages around it in memory.
     mapped = {tensor.data_ptr() for tensors in opened for tensor in tensors}
     assert model.embed.weight.data_ptr() in mapped
     assert model.norm.weight.data_ptr() not in mapped

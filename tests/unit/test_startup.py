@@ -75,7 +75,6 @@ def test_help_is_light(args: tuple[str, ...]) -> None:
     assert_light(args, 0)
 
 
-@pytest.mark.xfail(reason="streamllm.weights imports torch with the families")
 def test_the_list_of_models_is_light() -> None:
     assert_light(("models",), 0)
 

@@ -1,0 +1,12 @@
+"""Text to token ids and back, for tokenizer.json (the tokenizers library) and tokenizer.model (sentencepiece).
+
+Neither transformers, protobuf nor torch is needed. The files are untrusted: a damaged or hostile file raises a
+TokenizerError that names it.
+"""
+
+from streamllm.tokenizer.decoder import IncrementalDecoder
+from streamllm.tokenizer.errors import TokenizerError
+from streamllm.tokenizer.files import TOKENIZER_FILES, load_tokenizer_files
+from streamllm.tokenizer.tokenizer import Tokenizer
+
+__all__ = ["TOKENIZER_FILES", "IncrementalDecoder", "Tokenizer", "TokenizerError", "load_tokenizer_files"]

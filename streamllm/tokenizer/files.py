@@ -1,0 +1,140 @@
+"""load_tokenizer_files(): a folder -> its Tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+from streamllm.tokenizer.errors import TokenizerError
+from streamllm.tokenizer.json_backend import JsonBackend
+from streamllm.tokenizer.sentencepiece_backend import SentencePieceBackend
+from streamllm.tokenizer.special_tokens import (
+    extra_tokens,
+    named_tokens,
+    read_added_tokens_decoder,
+    read_added_tokens_file,
+)
+from streamllm.tokenizer.tokenizer import Tokenizer
+from streamllm.weights.errors import CheckpointError, show
+from streamllm.weights.files import read_bytes, read_json, read_text
+
+#: Every file that `load_tokenizer_files` may read. One of the first two is required.
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "additional_chat_templates/tool_use.jinja",
+)
+# Files of other tokenizers, which are named in the error if a folder has nothing else.
+UNSUPPORTED_FILES = ("vocab.json", "merges.txt", "vocab.txt", "tekken.json", "tiktoken.model", "spiece.model")
+MAX_TOKENIZER_BYTES = 256 << 20  # of tokenizer.json and tokenizer.model; Gemma's tokenizer.json has 33 MB
+
+T = TypeVar("T")
+
+
+def load_tokenizer_files(folder: Path) -> Tokenizer:
+    """The tokenizer whose files (`TOKENIZER_FILES`) are in a folder.
+
+    `tokenizer.json` is preferred; its post-processor alone decides about BOS and EOS. With `tokenizer.model`
+    alone, `add_bos_token` and `add_eos_token` of tokenizer_config.json decide. If they are absent, BOS is
+    added if the model has one, and EOS is not: that is how the Llama models with such files were trained.
+
+    Raises:
+        TokenizerError: there is no such file, or one of them is damaged.
+    """
+    folder = Path(folder)
+    config = _read_optional_json(folder / "tokenizer_config.json")
+    # Newer writers put everything into tokenizer_config.json. Older files beside it may be out of date.
+    is_legacy = config.get("added_tokens_decoder") is None
+    if is_legacy:
+        config |= _read_optional_json(folder / "special_tokens_map.json")
+    named = named_tokens(folder, config)
+    path = folder / "tokenizer.json"
+    if path.exists():
+        json_backend = JsonBackend(path, _read(partial(read_text, max_bytes=MAX_TOKENIZER_BYTES), path))
+        names = {name: token.content for name, token in named.items()}
+        return Tokenizer(json_backend, names, _chat_template(folder, config))
+    path = folder / "tokenizer.model"
+    if not path.exists():
+        raise _no_tokenizer(folder)
+    extra = extra_tokens(folder, config)
+    if is_legacy:
+        special = {token.content for token in (*named.values(), *extra)}
+        added_file = folder / "added_tokens.json"
+        added = read_added_tokens_file(added_file, _read_optional_json(added_file), special)
+    else:
+        added = read_added_tokens_decoder(folder, config["added_tokens_decoder"])
+    prefix = "none" if _flag(folder, config, "add_prefix_space") is False else "first"
+    if _flag(folder, config, "legacy") is not False:
+        prefix = "every"
+    backend = SentencePieceBackend(
+        path,
+        _read(partial(read_bytes, max_bytes=MAX_TOKENIZER_BYTES), path),
+        added,
+        named,
+        extra,
+        add_bos=_flag(folder, config, "add_bos_token"),
+        add_eos=_flag(folder, config, "add_eos_token") or False,
+        prefix=prefix,
+    )
+    return Tokenizer(backend, backend.special_tokens, _chat_template(folder, config))
+
+
+def _read(read: Callable[[Path], T], path: Path) -> T:
+    """The content of a file, read by a function of `weights.files`. Raises TokenizerError."""
+    try:
+        return read(path)
+    except CheckpointError as error:
+        raise TokenizerError(str(error)) from error
+
+
+def _read_optional_json(path: Path) -> dict[str, Any]:
+    """A JSON object, {} if there is no such file."""
+    return _read(read_json, path) if path.exists() else {}
+
+
+def _chat_template(folder: Path, config: Mapping[str, Any]) -> str | dict[str, str] | None:
+    """The template, or several by name. If there are files of templates, tokenizer_config.json is ignored."""
+    files = {path.stem: path for path in sorted(folder.glob("additional_chat_templates/*.jinja"))}
+    if (folder / "chat_template.jinja").exists():
+        files["default"] = folder / "chat_template.jinja"
+    if files:
+        found = {name: _read(read_text, path) for name, path in files.items()}
+        return found["default"] if set(found) == {"default"} else found
+    value = config.get("chat_template")
+    if value is None or isinstance(value, str):
+        return value
+    named = value
+    if isinstance(value, list) and all(isinstance(entry, dict) for entry in value):
+        named = {str(entry.get("name")): entry.get("template") for entry in value}
+    if isinstance(named, dict) and named and all(isinstance(text, str) for text in named.values()):
+        return named
+    raise TokenizerError(
+        f"{folder}/tokenizer_config.json: chat_template is {show(value)}; it must be a string, or a list of "
+        f"objects with a name and a template"
+    )
+
+
+def _no_tokenizer(folder: Path) -> TokenizerError:
+    supported = "streamllm reads tokenizer.json (tokenizers) and tokenizer.model (sentencepiece)"
+    others = [name for name in UNSUPPORTED_FILES if (folder / name).exists()]
+    if not others:
+        return TokenizerError(f"{folder} holds no tokenizer: {supported}; put one of them there")
+    return TokenizerError(
+        f"{folder} has only {' and '.join(others)} for a tokenizer; {supported}. Load it once with "
+        f"transformers' AutoTokenizer and call save_pretrained(), which writes a tokenizer.json"
+    )
+
+
+def _flag(folder: Path, config: Mapping[str, Any], name: str) -> bool | None:
+    value = config.get(name)
+    if value is None or isinstance(value, bool):
+        return value
+    raise TokenizerError(
+        f"{folder}/tokenizer_config.json: {name} is {show(value)}; it must be true, false or absent"
+    )
