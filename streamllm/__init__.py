@@ -8,9 +8,7 @@
 Importing the package does not import torch: a public name is imported from its module when it is first used.
 """
 
-import sys
 from importlib import import_module
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -18,7 +16,7 @@ if TYPE_CHECKING:
     from streamllm.compiled import CompileError, compile
     from streamllm.generation import generate
     from streamllm.generation_config import GenerationConfig
-    from streamllm.load import load, load_model, load_tokenizer
+    from streamllm.loading import load, load_model, load_tokenizer
     from streamllm.stream import Stream
     from streamllm.tokenizer import Tokenizer, TokenizerError
     from streamllm.weights.errors import CheckpointError, CheckpointNotFound, UnsupportedConfig
@@ -55,9 +53,9 @@ _MODULE_OF = {
     "UnsupportedConfig": "streamllm.weights.errors",
     "compile": "streamllm.compiled",
     "generate": "streamllm.generation",
-    "load": "streamllm.load",
-    "load_model": "streamllm.load",
-    "load_tokenizer": "streamllm.load",
+    "load": "streamllm.loading",
+    "load_model": "streamllm.loading",
+    "load_tokenizer": "streamllm.loading",
 }
 
 if not TYPE_CHECKING:  # a type checker that sees __getattr__ accepts every misspelled name
@@ -71,19 +69,3 @@ if not TYPE_CHECKING:  # a type checker that sees __getattr__ accepts every miss
 
     def __dir__() -> list[str]:
         return sorted({*globals(), *__all__})
-
-
-class _Package(ModuleType):
-    """This package. The functions compile, generate and load have the names of the modules that define them.
-
-    When Python imports a submodule, it sets it as an attribute of the package: streamllm.generate would be
-    the module from then on. The function is set in its place.
-    """
-
-    def __setattr__(self, name: str, value: object) -> None:
-        if isinstance(value, ModuleType) and value.__name__ == _MODULE_OF.get(name):
-            value = getattr(value, name)
-        super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package

@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 
 import torch
 
-from streamllm.load import open_source, weights_progress
+from streamllm.loading import open_source, weights_progress
 from streamllm.tokenizer import TOKENIZER_FILES
 from streamllm.weights.checkpoint import (
     DTYPES,

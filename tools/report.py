@@ -364,7 +364,7 @@ def main(
     scale: float,
 ) -> None:
     """Make every table and picture of the README."""
-    from streamllm.load import open_source
+    from streamllm.loading import open_source
 
     torch.set_num_threads(threads)
     out.mkdir(parents=True, exist_ok=True)

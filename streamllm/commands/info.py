@@ -26,7 +26,7 @@ def info(name: str | None, revision: str | None, sinks: int, window: int | None,
     --dtype change the sizes that are printed for the parameters and the cache.
     """
     from streamllm.info import describe
-    from streamllm.load import open_source
+    from streamllm.loading import open_source
     from streamllm.weights.checkpoint import Checkpoint
 
     checkpoint = Checkpoint(open_source(name, revision=revision))

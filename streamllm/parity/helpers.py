@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from streamllm.load import LARGE_CHECKPOINT_BYTES
+from streamllm.loading import LARGE_CHECKPOINT_BYTES
 from streamllm.models.rotary import Rope
 from streamllm.weights.checkpoint import Checkpoint
 

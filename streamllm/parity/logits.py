@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from streamllm.cache import SinkCache
-from streamllm.load import open_source
+from streamllm.loading import open_source
 from streamllm.parity.helpers import free_memory, no_warnings
 from streamllm.parity.locate import first_difference
 from streamllm.parity.reference import (

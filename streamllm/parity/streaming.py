@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from streamllm.cache import SinkCache
-from streamllm.load import open_source
+from streamllm.loading import open_source
 from streamllm.models.rotary import Rope
 from streamllm.models.step import Plan, Step
 from streamllm.parity.helpers import no_warnings, rope_of

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from streamllm.load import load_tokenizer
+from streamllm.loading import load_tokenizer
 from streamllm.tokenizer import TOKENIZER_FILES
 from streamllm.weights.checkpoint import Checkpoint
 from streamllm.weights.source import Source

@@ -72,7 +72,7 @@ def within(name: str, package: str) -> bool:
 
 
 def test_imports_are_found() -> None:
-    found = dict(imports(ROOT / "streamllm" / "load.py"))
+    found = dict(imports(ROOT / "streamllm" / "loading.py"))
     assert found["streamllm.weights.checkpoint"] is True
     assert found["tqdm"] is False
     assert "streamllm.cache.ring" in dict(imports(ROOT / "streamllm" / "cache" / "sink_cache.py"))

@@ -13,7 +13,7 @@ import torch
 import streamllm
 from streamllm.cli import main
 from streamllm.info import describe
-from streamllm.load import open_source
+from streamllm.loading import open_source
 from streamllm.weights import MODEL_TYPES
 from streamllm.weights.checkpoint import Checkpoint, TensorReader
 from tests import tiny
