@@ -201,7 +201,7 @@ def int8_kernel(scale: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -
     if int8_matmul is None or rows >= INT8_DEQUANTIZE_ROWS or not on_cpu:
         return F.linear(x, weight.to(x.dtype) * scale.to(x.dtype)[:, None], bias)
     product = int8_matmul(x.reshape(rows, x.shape[-1]), weight, scale).view(*x.shape[:-1], -1)
-    return product if bias is None else product + bias
+    return product if bias is None else product + bias  # type: ignore[no-any-return]
 
 
 LAYOUTS: dict[torch.dtype, Callable[[Linear], None]] = {

@@ -102,7 +102,7 @@ class SinkCache:
         self.dtype, self.device = weight.dtype, weight.device
         # Tokens seen per row, and a commit that may be unfinished. One attribute, replaced as a whole: an
         # interrupt cannot split the two.
-        self._state: tuple[list[int], _SinkPlan | None] = ([0] * batch_size, None)
+        self._state: tuple[list[int], SinkPlan | None] = ([0] * batch_size, None)
         self._trim = False  # whether a chunk of many tokens has come since the heap was trimmed
         # A layer whose own window w is shorter keeps min(W, w). One plan per distinct window.
         self._layouts = {
@@ -199,7 +199,7 @@ class SinkCache:
 
     # The contract of a forward (models/step.py: Cache)
 
-    def plan(self, length: int, lengths: Sequence[int] | None = None) -> Plan:
+    def plan(self, length: int, lengths: Sequence[int] | None = None) -> SinkPlan:
         """Where `length` new tokens per row stand; `lengths` [B] of them are real. No row advances."""
         self.finish_commit()
         if length == 1 and (lengths is None or all(lengths)):
@@ -224,7 +224,7 @@ class SinkCache:
         The chunk counts as seen before it is stored. Where an interrupt or a lack of memory cuts the storing
         off, the next use of the cache completes it.
         """
-        assert isinstance(plan, _SinkPlan)
+        assert isinstance(plan, SinkPlan)
         chunked = any(store.writes.on_commit is not None for store in plan.stores)
         seen = [seen + count for seen, count in zip(self._seen, plan.advance, strict=True)]
         self._state = seen, plan if chunked else None
@@ -283,7 +283,7 @@ class SinkCache:
             for own, layout in self._layouts.items()
         }
 
-    def plan_token(self, places: Tensor, kinds: TokenKinds, origin: Tensor | None = None) -> Plan:
+    def plan_token(self, places: Tensor, kinds: TokenKinds, origin: Tensor | None = None) -> SinkPlan:
         """The plan of one token per row from its places int64 [R], whose values are not read here.
 
         origin int64 [1]: the cache's origin as a tensor; then the plan serves caches of any origin.
@@ -292,7 +292,7 @@ class SinkCache:
         planned = {own: plan_token(self._layouts[own], start, kind, places) for own, kind in kinds.items()}
         return self._plan(planned, [1] * self.batch_size)
 
-    def _plan(self, planned: Mapping[int | None, tuple[Step, Writes]], advance: list[int]) -> _SinkPlan:
+    def _plan(self, planned: Mapping[int | None, tuple[Step, Writes]], advance: list[int]) -> SinkPlan:
         stores = [LayerStore(ring, planned[own][1]) for own, ring in self._rings]
         # Frequencies that depend on a length depend on the cache's, also where a layer's window is shorter.
         slots = self.sinks + self.window
@@ -300,11 +300,13 @@ class SinkCache:
             own: step if step.rope_length == slots else replace(step, rope_length=slots)
             for own, (step, _) in planned.items()
         }
-        return _SinkPlan(steps, stores, advance)
+        return SinkPlan(steps, stores, advance)
 
 
 @dataclass(frozen=True, eq=False)
-class _SinkPlan(Plan):
+class SinkPlan(Plan):
+    """The plan of a forward with a SinkCache."""
+
     stores: Sequence[LayerStore]
     advance: list[int]  # how many tokens each row takes in
 

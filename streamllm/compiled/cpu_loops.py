@@ -67,7 +67,7 @@ class LoopStore:
 def dequantized(sinks: Tensor, numbers: Sequence[Tensor], scales: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """`dequantize` as one call of a recording, in whose place sums over the stored numbers are put."""
     if has_torch_function_unary(sinks):
-        return handle_torch_function(dequantized, (sinks,), sinks, numbers, scales)  # type: ignore[no-any-return]
+        return handle_torch_function(dequantized, (sinks,), sinks, numbers, scales)
     return dequantize(sinks, numbers, scales)
 
 

@@ -40,7 +40,7 @@ class CompileError(RuntimeError):
 
 def check() -> None:
     """Raises CompileError where there is no C++ compiler, or torch cannot load what it compiles."""
-    if torch_private.aoti_runner_cpu is None:
+    if torch_private.aoti_runner_cpu is None or torch_private.fake_tensor_mode is None:
         raise CompileError(
             f'backend="inductor" needs a torch that loads compiled libraries, and {torch.__version__} does not: '
             f'use backend="flat", or another version of torch'
@@ -192,7 +192,8 @@ class _Request:
                 graph.output(args[0])
             else:
                 made.append(graph.create_node(op, target, args, kwargs))
-        with torch._subclasses.FakeTensorMode():
+        assert torch_private.fake_tensor_mode is not None  # see `check`
+        with torch_private.fake_tensor_mode():
             inputs = [torch.empty_strided(size, stride, dtype=dtype) for size, stride, dtype in self.inputs]
         return fx.GraphModule(nn.Module(), graph), tuple(inputs)
 
@@ -264,10 +265,11 @@ def _kill(process: subprocess.Popen[bytes]) -> None:
 
 def main() -> None:
     """The other process: compile the request on standard input to the file in argv[1]."""
-    from torch._inductor import aot_compile, config
-
+    inductor = torch_private.inductor()
+    if inductor is None:
+        sys.exit(f"torch {torch.__version__} has no inductor")
     request = pickle.load(sys.stdin.buffer)
     module, inputs = request.graph()
-    known = config.get_config_copy()
+    known = inductor.config.get_config_copy()
     options = {name: value for name, value in request.options.items() if name in known}
-    aot_compile(module, inputs, options={**options, "aot_inductor.output_path": sys.argv[1]})
+    inductor.aot_compile(module, inputs, options={**options, "aot_inductor.output_path": sys.argv[1]})
