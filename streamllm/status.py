@@ -34,7 +34,7 @@ class Status:
         self._live = not quiet and terminal.isatty() and os.environ.get("TERM") != "dumb"
         self._shared = self._live and text.isatty() and self._size().lines > 2
         self._rows = 0
-        self._tokens_before = stream.emitted
+        self._tokens_before = stream.said
         self._refreshed = self._started = time.monotonic()
 
     def __enter__(self) -> Status:
@@ -86,7 +86,7 @@ class Status:
 
     def _tokens(self) -> int:
         """Tokens generated since this object was made."""
-        return self._stream.emitted - self._tokens_before
+        return self._stream.said - self._tokens_before
 
     def _refresh(self) -> None:
         size = self._size()

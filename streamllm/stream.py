@@ -37,7 +37,7 @@ class Stream:
         self._loop = Loop(model, self.cache)
         self._decoder = tokenizer.decoder()
         self._held = ""  # the end of the generated text, while it may still become a stop string
-        self._emitted = 0
+        self._generated = 0
         self._started = False
 
     @property
@@ -46,9 +46,9 @@ class Stream:
         return int(self.cache.seen[0])
 
     @property
-    def emitted(self) -> int:
+    def said(self) -> int:
         """How many tokens the model has generated."""
-        return self._emitted
+        return self._generated
 
     def __repr__(self) -> str:
         return f"Stream({self._loop.model.__class__.__module__.rpartition('.')[2]}, {self.cache!r})"
@@ -92,7 +92,7 @@ class Stream:
         self._loop = Loop(self._loop.model, self.cache)
         self._decoder = self.tokenizer.decoder()
         self._held = ""
-        self._emitted = 0
+        self._generated = 0
         self._started = False
 
     def _encode(self, text: str) -> list[int]:
@@ -112,7 +112,7 @@ class Stream:
 
     def _pieces(self, tokens: Iterator[int], stops: Sequence[str]) -> Iterator[str]:
         for token in tokens:
-            self._emitted += 1
+            self._generated += 1
             self._held += self._decoder.push(token)
             # The stop string that ends first, however the text is cut into tokens; of two, the longer one.
             ends = [(at + len(stop), at) for stop in stops if (at := self._held.find(stop)) >= 0]
