@@ -11,14 +11,14 @@ import torch
 from streamllm import GenerationConfig, SinkCache
 from streamllm import generation as LOOP
 from streamllm.sampling import choose, next_token
-from tests.laws.scenarios import Interrupted, failing, text, tiny
+from tests.laws.scenarios import Interrupted, failing, random_tokens, tiny_llama
 
 CONFIGS = {
     "greedy": GenerationConfig(),
     "sampled": GenerationConfig(temperature=1.0),
     "penalty": GenerationConfig(temperature=0.8, top_k=20, top_p=0.9, repetition_penalty=1.3),
 }
-PROMPT = text(9)[0].tolist()
+PROMPT = random_tokens(9)[0].tolist()
 
 
 @pytest.fixture(autouse=True)
@@ -34,7 +34,7 @@ class Plain(LOOP.Loop):
 
 
 def pair(model=None, window: int = 6):
-    model = model or tiny()
+    model = model or tiny_llama()
     return [kind(model, SinkCache(model, 2, window, chunk=4)) for kind in (Plain, LOOP.Loop)]
 
 
@@ -97,7 +97,7 @@ def test_one_forward_runs_for_each_token() -> None:
         nonlocal calls
         calls += 1
 
-    _, other = pair(tiny.__wrapped__())
+    _, other = pair(tiny_llama.__wrapped__())
     other.model.register_forward_hook(counting)
     for count in (10, 1, 5):
         calls = 0
@@ -114,22 +114,22 @@ def test_one_forward_runs_for_each_token() -> None:
 
 @pytest.mark.parametrize("touch", ["forward", "failed", "state", "back"])
 def test_who_uses_the_cache_between_two_tokens_finds_it_as_it_was(touch: str) -> None:
-    model = tiny.__wrapped__()
+    model = tiny_llama.__wrapped__()
     loops, tokens = pair(model), []
     for loop in loops:
         run = loop.run(CONFIGS["greedy"], 20, None, PROMPT)
         said = list(itertools.islice(run, 8))
         if touch == "forward":
-            model(text(3, seed=5), loop.cache)
+            model(random_tokens(3, seed=5), loop.cache)
         elif touch == "failed":  # a forward of another token leaves its key where the next token's will stand
             with failing(model.layers[2]), pytest.raises(Interrupted):
-                model(text(1, seed=5), loop.cache)
+                model(random_tokens(1, seed=5), loop.cache)
         elif touch == "state":
             state = {name: tensor.clone() for name, tensor in loop.cache.state_dict().items()}
             loop.cache.reset()
             loop.cache.load_state_dict(state)
         else:
-            model(text(1, seed=5), loop.cache)
+            model(random_tokens(1, seed=5), loop.cache)
             loop.cache.step_back()
         tokens.append(said + list(run))
     assert tokens[0] == tokens[1]
@@ -141,7 +141,7 @@ def test_who_uses_the_cache_between_two_tokens_finds_it_as_it_was(touch: str) ->
 def test_an_error_comes_in_its_turn(part: str, kind: type[BaseException]) -> None:
     for after in range(1, 6):
         results = []
-        for loop in pair(tiny.__wrapped__()):
+        for loop in pair(tiny_llama.__wrapped__()):
             module, left, said = loop.model.get_submodule(part), [after], []
 
             def hook(*_, left=left) -> None:
@@ -166,7 +166,7 @@ def test_an_error_comes_in_its_turn(part: str, kind: type[BaseException]) -> Non
 
 def test_an_interruption_is_not_lost_on_one_who_stops_asking() -> None:
     for kind, raised in ((KeyboardInterrupt, True), (Interrupted, False)):
-        _, loop = pair(tiny.__wrapped__())
+        _, loop = pair(tiny_llama.__wrapped__())
         calls = []
 
         def hook(*_, calls=calls, kind=kind) -> None:
@@ -183,7 +183,7 @@ def test_an_interruption_is_not_lost_on_one_who_stops_asking() -> None:
         else:  # a plain loop would not have come to it
             run.close()
         handle.remove()
-        plain, _ = pair(tiny.__wrapped__())
+        plain, _ = pair(tiny_llama.__wrapped__())
         assert said + list(loop.run(CONFIGS["greedy"], 5, None)) == list(
             plain.run(CONFIGS["greedy"], 7, None, PROMPT[:4])
         )
@@ -191,7 +191,7 @@ def test_an_interruption_is_not_lost_on_one_who_stops_asking() -> None:
 
 def test_logits_that_are_no_numbers_are_an_error_before_the_token_is_said() -> None:
     for config in CONFIGS.values():
-        loops = pair(tiny.__wrapped__())
+        loops = pair(tiny_llama.__wrapped__())
         for loop in loops:
             handle = loop.model.head.register_forward_hook(lambda *given: given[2] * torch.nan)
             with pytest.raises(ValueError, match="not finite"):
@@ -232,7 +232,7 @@ def test_nothing_is_looked_at_where_it_is_computed() -> None:
     for config in GRID:
         token, best = choose(logits, config, None, said)
         assert (token.dtype, token.shape, best.shape) == (torch.int64, (1,), (1,))
-    model = tiny.__wrapped__(dtype=torch.float32).to("meta")
+    model = tiny_llama.__wrapped__(dtype=torch.float32).to("meta")
     cache = SinkCache(model, 2, 6)
     for _ in range(12):
         logits = model(token[None], cache, logits_to_keep=1)

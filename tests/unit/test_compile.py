@@ -10,7 +10,16 @@ import streamllm
 from streamllm.cache import SinkCache
 from streamllm.compiled.recorder import Recorder
 from streamllm.models.linear import arrange
-from tests.laws.scenarios import TOLERANCE, Rows, defined, error, feed, mixed, text, tiny
+from tests.laws.scenarios import (
+    TOLERANCE,
+    Rows,
+    error,
+    feed,
+    feed_mixed_chunks,
+    random_tokens,
+    reference_logits,
+    tiny_llama,
+)
 
 SHAPES = [(0, 1), (0, 5), (4, 1), (4, 6), (8, 3), (1, 30)]
 
@@ -24,62 +33,62 @@ def filling_and_full(sinks, window) -> int:
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize(("sinks", "window"), SHAPES)
 def test_one_by_one_keeps_the_definition(sinks, window, rows, origin):
-    model = streamllm.compile(tiny(), "flat")
-    tokens = text(70, rows)
+    model = streamllm.compile(tiny_llama(), "flat")
+    tokens = random_tokens(70, rows)
     cache = SinkCache(model, sinks, window, rows, origin=origin)
     with torch.inference_mode():
         got = feed(model, cache, tokens)
-    assert error(got, defined(tiny(), tokens, sinks, window)) <= TOLERANCE
+    assert error(got, reference_logits(tiny_llama(), tokens, sinks, window)) <= TOLERANCE
     assert model.recordings == filling_and_full(sinks, window)
 
 
 @pytest.mark.parametrize("rope", ["default", "yarn", "dynamic", "partial, odd"])
 @pytest.mark.parametrize("kv_heads", [1, 4])
 def test_every_rotation_and_head_count(rope, kv_heads):
-    plain = tiny(rope, kv_heads=kv_heads)
-    tokens = text(60)
+    plain = tiny_llama(rope, kv_heads=kv_heads)
+    tokens = random_tokens(60)
     model = streamllm.compile(plain, "flat")
     got = feed(model, SinkCache(model, 4, 9), tokens)
-    assert error(got, defined(plain, tokens, 4, 9)) <= TOLERANCE
+    assert error(got, reference_logits(plain, tokens, 4, 9)) <= TOLERANCE
 
 
 def test_single_tokens_between_chunks_and_ragged_rows():
-    model = streamllm.compile(tiny(), "flat")
-    rows = mixed(model)
-    rows.model = tiny()  # whose weights the reference reads
+    model = streamllm.compile(tiny_llama(), "flat")
+    rows = feed_mixed_chunks(model)
+    rows.model = tiny_llama()  # whose weights the reference reads
     assert rows.error() <= TOLERANCE
     assert model.recordings == 3  # rows in lockstep, rows at different places, rows of which one fills again
 
 
 def test_a_ragged_batch_is_recorded_once():
-    model = streamllm.compile(tiny(), "flat")
+    model = streamllm.compile(tiny_llama(), "flat")
     rows = Rows(model, SinkCache(model, 4, 30, 8))
-    rows.feed(text(40, 8), [40, 3, 9, 17, 1, 30, 38, 2])
+    rows.feed(random_tokens(40, 8), [40, 3, 9, 17, 1, 30, 38, 2])
     for seed in range(60):
-        rows.feed(text(1, 8, seed=seed + 1))
-    rows.model = tiny()
+        rows.feed(random_tokens(1, 8, seed=seed + 1))
+    rows.model = tiny_llama()
     assert rows.error() <= TOLERANCE
     assert model.recordings == 2  # until all of them are full, and from then on
 
 
 def test_from_the_first_token_to_past_eviction_a_stream_is_recorded_three_times():
     """With a window of 1,020: 256 slots are read, then 1,024 with a mask, then 1,024."""
-    model = streamllm.compile(tiny(layers=1), "flat")
-    tokens = text(1100)
+    model = streamllm.compile(tiny_llama(layers=1), "flat")
+    tokens = random_tokens(1100)
     with torch.inference_mode():
         got = feed(model, SinkCache(model, 4, 1020), tokens)
-        wanted = tiny(layers=1)(tokens, SinkCache(model, 4, 1020))
+        wanted = tiny_llama(layers=1)(tokens, SinkCache(model, 4, 1020))
     assert error(got, wanted) <= TOLERANCE
     assert model.recordings == 3
 
 
 def test_recordings_serve_every_cache_of_the_same_sizes():
-    model = streamllm.compile(tiny(), "flat")
-    tokens = text(40)
+    model = streamllm.compile(tiny_llama(), "flat")
+    tokens = random_tokens(40)
     for seed, (sinks, window) in enumerate([(2, 5), (2, 5), (4, 6), (2, 5)]):
         cache = SinkCache(model, sinks, window, origin=seed)
         got = feed(model, cache, tokens)
-        assert error(got, defined(tiny(), tokens, sinks, window)) <= TOLERANCE
+        assert error(got, reference_logits(tiny_llama(), tokens, sinks, window)) <= TOLERANCE
     assert model.recordings == 4  # two sizes, filling and full
 
 
@@ -87,10 +96,10 @@ def test_recordings_serve_every_cache_of_the_same_sizes():
     ("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 0.0), (torch.float16, 0.0)], ids=str
 )
 def test_compiled_equals_eager(dtype, tolerance):
-    plain, other = (tiny.__wrapped__(dtype=dtype) for _ in range(2))
+    plain, other = (tiny_llama.__wrapped__(dtype=dtype) for _ in range(2))
     arrange(other)
     compiled = streamllm.compile(other, "flat")
-    tokens = text(80)
+    tokens = random_tokens(80)
     with torch.inference_mode():
         wanted = feed(plain, SinkCache(plain, 4, 12), tokens)
         eager = feed(other, SinkCache(other, 4, 12), tokens)
@@ -109,12 +118,12 @@ def test_compiled_equals_eager(dtype, tolerance):
 )
 def test_fusing_leaves_the_weights_what_they_were(threaded, dtype, threads):
     threaded(threads)
-    plain, model = tiny.__wrapped__(dtype=dtype), tiny.__wrapped__(dtype=dtype)
+    plain, model = tiny_llama.__wrapped__(dtype=dtype), tiny_llama.__wrapped__(dtype=dtype)
     arrange(model)
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     compiled = streamllm.compile(model, "flat")
     for sinks in (2, 3):  # recorded again, fused once
-        feed(compiled, SinkCache(compiled, sinks, 3), text(20))
+        feed(compiled, SinkCache(compiled, sinks, 3), random_tokens(20))
     assert compiled.recordings == 4
     assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
     bytes_of = lambda model: sum(  # noqa: E731
@@ -130,10 +139,14 @@ def test_fusing_leaves_the_weights_what_they_were(threaded, dtype, threads):
 
 
 def test_it_can_be_used_where_the_model_can():
-    model = tiny()
+    model = tiny_llama()
     compiled = streamllm.compile(model)
-    said = list(streamllm.generate(compiled, text(20)[0], SinkCache(compiled, 2, 6), max_new_tokens=30))
-    assert said == list(streamllm.generate(model, text(20)[0], SinkCache(model, 2, 6), max_new_tokens=30))
+    said = list(
+        streamllm.generate(compiled, random_tokens(20)[0], SinkCache(compiled, 2, 6), max_new_tokens=30)
+    )
+    assert said == list(
+        streamllm.generate(model, random_tokens(20)[0], SinkCache(model, 2, 6), max_new_tokens=30)
+    )
     assert compiled.recordings == 1
     assert compiled.config is model.config
     assert streamllm.compile(compiled).model is model
@@ -143,7 +156,7 @@ def test_what_cannot_be_compiled_says_so():
     with pytest.raises(TypeError, match="not a model of this library"):
         streamllm.compile(nn.Linear(2, 2))
     with pytest.raises(ValueError, match="backend must be one of flat"):
-        streamllm.compile(tiny(), backend="llvm")
+        streamllm.compile(tiny_llama(), backend="llvm")
 
 
 def test_a_recording_is_a_function_of_its_inputs():

@@ -92,14 +92,14 @@ def test_a_graph_that_is_compiled_is_the_graph_and_is_kept(compiled):
 
 @pytest.mark.parametrize("rows", [1, 2])
 def test_a_step_is_found_again_and_for_as_many_threads_only(quick, threaded, rows):
-    from tests.laws.scenarios import text, tiny
+    from tests.laws.scenarios import random_tokens, tiny_llama
 
     def ask() -> int:
-        model = streamllm.compile(tiny.__wrapped__(layers=1), "inductor")
+        model = streamllm.compile(tiny_llama.__wrapped__(layers=1), "inductor")
         cache = streamllm.SinkCache(model, 2, 3, rows)
-        model(text(5, rows), cache)
+        model(random_tokens(5, rows), cache)
         with pytest.raises(TypeError, match="not callable"), torch.inference_mode():
-            model(text(1, rows), cache)
+            model(random_tokens(1, rows), cache)
         return len(quick)
 
     threaded(1)
@@ -316,10 +316,10 @@ def test_it_imports_what_its_parent_does_and_nothing_from_where_it_is_run(compil
 
 
 def test_without_a_compiler_it_is_said_at_once(monkeypatch):
-    from tests.laws.scenarios import tiny
+    from tests.laws.scenarios import tiny_llama
 
     monkeypatch.setenv("CXX", "/nonexistent")
     with pytest.raises(
         RuntimeError, match=r"needs a C\+\+ compiler, and /nonexistent was not found: install"
     ):
-        streamllm.compile(tiny(layers=1), "inductor")
+        streamllm.compile(tiny_llama(layers=1), "inductor")

@@ -8,7 +8,15 @@ import torch
 from streamllm.cache import SinkCache
 from streamllm.models import attention
 from streamllm.models.step import Step
-from tests.laws.scenarios import TOLERANCE, cuts, defined, error, feed, text, tiny
+from tests.laws.scenarios import (
+    TOLERANCE,
+    error,
+    feed,
+    random_split,
+    random_tokens,
+    reference_logits,
+    tiny_llama,
+)
 
 
 @pytest.mark.parametrize("tile", [1, 3, 16])
@@ -16,9 +24,9 @@ from tests.laws.scenarios import TOLERANCE, cuts, defined, error, feed, text, ti
 @pytest.mark.parametrize(("sinks", "window"), [(0, 1), (0, 5), (4, 1), (4, 6), (8, 3), (1, 30), (3, 200)])
 def test_tiles_of_any_size_keep_the_definition(monkeypatch, sinks, window, origin, tile):
     monkeypatch.setattr(attention, "TILE_QUERIES", tile)
-    model, tokens = tiny(), text(70, rows=2)
-    wanted = defined(model, tokens, sinks, window)
-    for parts in ([70], [1, 2, 67], [5, 30, 1, 34], cuts(70, seed=2)):
+    model, tokens = tiny_llama(), random_tokens(70, rows=2)
+    wanted = reference_logits(model, tokens, sinks, window)
+    for parts in ([70], [1, 2, 67], [5, 30, 1, 34], random_split(70, seed=2)):
         cache = SinkCache(model, sinks, window, 2, origin=origin)
         assert error(feed(model, cache, tokens, parts), wanted) <= TOLERANCE
 
@@ -35,28 +43,28 @@ def test_tiles_of_a_text_without_a_cache(monkeypatch, window, tile):
 @pytest.mark.parametrize("seen", [0, 2, 9, 40])
 def test_tiles_with_a_bias(monkeypatch, seen, tile):
     monkeypatch.setattr(attention, "TILE_QUERIES", tile)
-    model = tiny()
+    model = tiny_llama()
     for sinks, window in [(4, 6), (0, 7), (3, 90)]:
         cache = SinkCache(model, sinks, window)
         if seen:
-            model(text(seen), cache)
+            model(random_tokens(seen), cache)
         check(cache.plan(33).steps[None], bias=True)
 
 
 @pytest.mark.parametrize("kv_heads", [4, 1])
 def test_gradients_pass_through_tiles(monkeypatch, kv_heads):
     """Also where a forward in inference mode has filled the cache of masks before."""
-    tokens = text(40, rows=2)
+    tokens = random_tokens(40, rows=2)
 
     def gradients():
-        model = tiny.__wrapped__(kv_heads=kv_heads, windows=(7, 7, 7)).requires_grad_(True)
+        model = tiny_llama.__wrapped__(kv_heads=kv_heads, windows=(7, 7, 7)).requires_grad_(True)
         model(tokens).square().mean().backward()
         return torch.cat([weight.grad.flatten() for weight in model.parameters()])
 
     monkeypatch.setattr(attention, "TILE_QUERIES", 16)
     with torch.inference_mode():
         attention._run_bias.cache_clear()
-        tiny.__wrapped__(windows=(7, 7, 7))(tokens)
+        tiny_llama.__wrapped__(windows=(7, 7, 7))(tokens)
     got = gradients()
     monkeypatch.setattr(attention, "flash_attention_cpu", None)
     wanted = gradients()
