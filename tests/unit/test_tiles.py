@@ -1,4 +1,4 @@
-"""Tiles of any size compute the softmax over all keys, with and without bias, past eviction."""
+"""The tiles kernel equals the softmax over all keys, for any tile size, with and without a bias."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.laws.scenarios import (
 @pytest.mark.parametrize("tile", [1, 3, 16])
 @pytest.mark.parametrize("origin", [0, 10**9])
 @pytest.mark.parametrize(("sinks", "window"), [(0, 1), (0, 5), (4, 1), (4, 6), (8, 3), (1, 30), (3, 200)])
-def test_tiles_of_any_size_keep_the_definition(monkeypatch, sinks, window, origin, tile):
+def test_logits_equal_the_definition_for_any_tile_size(monkeypatch, sinks, window, origin, tile):
     monkeypatch.setattr(attention, "TILE_QUERIES", tile)
     model, tokens = tiny_llama(), random_tokens(70, rows=2)
     wanted = reference_logits(model, tokens, sinks, window)
@@ -33,27 +33,27 @@ def test_tiles_of_any_size_keep_the_definition(monkeypatch, sinks, window, origi
 
 @pytest.mark.parametrize("tile", [1, 7, 64])
 @pytest.mark.parametrize("window", [1, 6, 25, 100])
-def test_tiles_of_a_text_without_a_cache(monkeypatch, window, tile):
+def test_tiles_compute_attention_without_a_cache(monkeypatch, window, tile):
     monkeypatch.setattr(attention, "TILE_QUERIES", tile)
-    check(Step.dense(40, window), bias=False)
-    check(Step.dense(40, window), bias=True)
+    assert_attend_equals_softmax(Step.dense(40, window), bias=False)
+    assert_attend_equals_softmax(Step.dense(40, window), bias=True)
 
 
 @pytest.mark.parametrize("tile", [1, 7, 64])
 @pytest.mark.parametrize("seen", [0, 2, 9, 40])
-def test_tiles_with_a_bias(monkeypatch, seen, tile):
+def test_tiles_compute_attention_with_a_bias(monkeypatch, seen, tile):
     monkeypatch.setattr(attention, "TILE_QUERIES", tile)
     model = tiny_llama()
     for sinks, window in [(4, 6), (0, 7), (3, 90)]:
         cache = SinkCache(model, sinks, window)
         if seen:
             model(random_tokens(seen), cache)
-        check(cache.plan(33).steps[None], bias=True)
+        assert_attend_equals_softmax(cache.plan(33).steps[None], bias=True)
 
 
 @pytest.mark.parametrize("kv_heads", [4, 1])
-def test_gradients_pass_through_tiles(monkeypatch, kv_heads):
-    """Also where a forward in inference mode has filled the cache of masks before."""
+def test_gradients_equal_those_of_the_plain_kernel(monkeypatch, kv_heads):
+    """Masks that were cached in inference mode can be used by autograd."""
     tokens = random_tokens(40, rows=2)
 
     def gradients():
@@ -71,18 +71,18 @@ def test_gradients_pass_through_tiles(monkeypatch, kv_heads):
     assert (got - wanted).abs().max() <= TOLERANCE * wanted.abs().max()
 
 
-def check(step: Step, bias: bool) -> None:
-    """attend() against the plain softmax over all keys, with the mask that follows from the places."""
+def assert_attend_equals_softmax(step: Step, bias: bool) -> None:
+    """Compares attend() with the softmax over all keys and the mask of the step."""
     generator = torch.Generator().manual_seed(5)
     draw = lambda *shape: torch.randn(*shape, dtype=torch.float64, generator=generator)  # noqa: E731
     T, K, S = step.query_place.shape[1], step.key_place.shape[1], step.sinks
     query, sink_query, keys, values = draw(2, 4, T, 8), draw(2, 4, T, 8), draw(2, 2, K, 8), draw(2, 2, K, 8)
-    added = draw(1, 4, T, K) if bias else None
-    got = attention.attend(query, sink_query if S else None, keys, values, step, 0.3, added)
+    bias_tensor = draw(1, 4, T, K) if bias else None
+    got = attention.attend(query, sink_query if S else None, keys, values, step, 0.3, bias_tensor)
     scores = query @ keys.repeat_interleave(2, 1).transpose(2, 3)
     if S:
         scores[..., :S] = sink_query @ keys[:, :, :S].repeat_interleave(2, 1).transpose(2, 3)
-    scores = scores * 0.3 if added is None else scores * 0.3 + added
+    scores = scores * 0.3 if bias_tensor is None else scores * 0.3 + bias_tensor
     mask = step.mask()
     if mask is not None:
         scores = scores.masked_fill(~mask[:, None], -torch.inf)
