@@ -57,9 +57,8 @@ def test_single_tokens_between_chunks_and_ragged_rows_equal_the_definition():
     rows = feed_mixed_chunks(model)
     rows.model = tiny_llama()  # the reference reads its weights
     assert rows.error() <= TOLERANCE
-    assert (
-        model.recordings == 3
-    )  # rows in lockstep, rows at different places, and one of the rows filling again
+    # One for rows in lockstep, one for rows at different places, one while a row fills again.
+    assert model.recordings == 3
 
 
 def test_a_ragged_batch_is_recorded_twice():

@@ -123,9 +123,8 @@ def test_single_tokens_between_chunks_and_ragged_rows_equal_the_definition() -> 
     rows.feed(random_tokens(1, 3, seed=8))
     rows.model = tiny_llama()  # the reference reads its weights
     assert rows.error() <= TOLERANCE
-    assert (
-        model.recordings == 3
-    )  # rows in lockstep, rows at different places, and one of the rows filling again
+    # One for rows in lockstep, one for rows at different places, one while a row fills again.
+    assert model.recordings == 3
 
 
 def test_graphs_belong_to_one_cache_and_are_freed_with_it() -> None:

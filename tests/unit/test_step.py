@@ -33,9 +33,8 @@ def test_the_example_in_the_docstring_of_step():
 
 def test_a_first_chunk_sees_its_sinks_once():
     step = SinkCache(tiny_llama(), sinks=2, window=3).plan(4).steps[None]
-    assert step.key_place.tolist() == [
-        [0, 1, 0, 1, 2, 3]
-    ]  # the sinks, then the chunk, in which the sinks are masked
+    # The sinks, then the chunk, in which the sinks are masked.
+    assert step.key_place.tolist() == [[0, 1, 0, 1, 2, 3]]
     assert not step.mask()[0, :, 2:4].any()
     seen = [step.key_place[0, visible].tolist() for visible in step.mask()[0]]
     assert seen == [[0], [0, 1], [0, 1, 2], [0, 1, 2, 3]]
