@@ -51,7 +51,7 @@ def imports(path: Path) -> list[tuple[str, bool]]:
             base = package[: len(package) - node.level + 1] if node.level else []
             name = ".".join([*base, *([node.module] if node.module else [])])
             inner = [f"{name}.{alias.name}" for alias in node.names if name in PACKAGES]
-            # "from package import module" imports the package only in passing.
+            # "from package import module" counts as an import of the module, not of the package.
             if not inner or not MODULES.issuperset(inner):
                 found.append((name, at_import))
             found.extend((module, at_import) for module in inner)
