@@ -127,7 +127,7 @@ class Hub:
         """Break the next downloads after `after` bytes: close the connection, or reset it."""
         self.faults.append(Fault(part, times, ("GET",), cut_after=after, reset=reset))
 
-    # What the handler needs.
+    # For the handler
 
     def fault(self, method: str, path: str) -> Fault | None:
         for fault in self.faults:

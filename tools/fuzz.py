@@ -129,9 +129,9 @@ def run(
     cases: int,
     seconds: float | None = None,
     keep: Path | None = None,
-    say: Callable[[str], object] = print,
+    report: Callable[[str], object] = print,
 ) -> tuple[collections.Counter[tuple[str, str]], list[tuple[int, str, str]]]:
-    """Counts of (file mutated, outcome), and the failures as (number, file, what happened)."""
+    """Counts of (file mutated, outcome), and the failures as (number, file, failure)."""
     torch.set_num_threads(1)  # a process with threads must not fork
     bases = Bases()
     counts: collections.Counter[tuple[str, str]] = collections.Counter()
@@ -162,7 +162,7 @@ def run(
                 counts[fields[1], fields[2]] += 1
                 if fields[2] == "failed":
                     failures.append((fields[0], fields[1], fields[3]))
-                    say(f"case {fields[0]} ({fields[1]}): {fields[3]}")
+                    report(f"case {fields[0]} ({fields[1]}): {fields[3]}")
                 number, begun = fields[0] + 1, None
                 bar.update()
                 if end is not None and time.monotonic() > end:
@@ -176,10 +176,10 @@ def run(
                     raise RuntimeError("the child process failed between two cases")
                 hung = os.WIFSIGNALED(code) and os.WTERMSIG(code) == signal.SIGKILL
                 exit_code = os.waitstatus_to_exitcode(code)
-                what = "it does not end" if hung else f"the process died ({exit_code})"
+                failure = "it does not end" if hung else f"the process died ({exit_code})"
                 counts[begun[1], "failed"] += 1
-                failures.append((*begun, what))
-                say(f"case {begun[0]} ({begun[1]}): {what}")
+                failures.append((*begun, failure))
+                report(f"case {begun[0]} ({begun[1]}): {failure}")
                 number = begun[0] + 1
                 bar.update()
     return counts, failures

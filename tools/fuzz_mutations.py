@@ -10,7 +10,7 @@ import struct
 from collections.abc import Iterator
 from typing import Any
 
-# What JSON values are replaced by.
+# JSON values are replaced by these.
 VALUES: list[Any] = [
     *(None, True, False, 0, 1, -1, 2, 3, 7, 16, 255, 300, 2**31 - 1, 2**31, 2**32, 2**53, 2**63 - 1, 2**63),
     *(2**64, 10**30, 10**400, 0.5, -0.0, 1e300, -1e300, 1e-300, float("nan"), float("inf")),
@@ -18,7 +18,7 @@ VALUES: list[Any] = [
     *("float16", "F16", "I64", "llama", "linear", "yarn", "Sequence", "Regex"),
     *([], [[]], {}, {"a": 1}, [0] * 1000, [1, 2]),
 ]
-# What is inserted into JSON text.
+# These are inserted into JSON text.
 SNIPPETS = [
     b"null",
     b"-1",
@@ -128,7 +128,7 @@ def mutate_safetensors(data: bytes, rng: random.Random) -> bytes:
 
 
 _WORDS = re.compile(r"\w+|[^\w\s]+|\s+")
-# What is inserted into templates: attempts to reach more than a template may, or to take very long.
+# These are inserted into templates: attempts to reach more than a template may, or to take very long.
 ATTACKS = [
     "messages",
     "messages.append",

@@ -1,4 +1,4 @@
-"""What each family has to say to the definition of streaming: its weights, for one token at a time."""
+"""Each family's layers for one token in NumPy, for the reference implementation of streaming."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.laws.reference import Array
 
 
 class Llama(reference.Llama):
-    """With what Mistral and Qwen add: windows of a layer's own, norms of the heads."""
+    """Also Mistral and Qwen: sliding windows of layers, and norms of query and key heads."""
 
     def __init__(self, model: llama.Model) -> None:
         super().__init__(model)
@@ -29,8 +29,8 @@ class Llama(reference.Llama):
         return q, k, v
 
 
-class Layered(reference.Llama):
-    """Norms that subtract the mean, and an MLP without a gate."""
+class WithLayerNorm(reference.Llama):
+    """The base of the other families: LayerNorm instead of RMSNorm, and an MLP without a gate."""
 
     def mlp(self, layer: int, x: Array) -> Array:
         assert self.config.activation == "gelu"
@@ -44,33 +44,33 @@ class Layered(reference.Llama):
         return x + self.weights.get(f"{name}.bias", 0.0)
 
 
-class GPTNeoX(Layered):
-    def join(self, layer: int, x: Array, read: Array) -> Array:
-        after = x + self.linear(f"layers.{layer}.attention.o", read.reshape(-1))
-        seen = x if self.config.parallel else after
-        return after + self.mlp(layer, self.norm(f"layers.{layer}.mlp_norm", seen))
+class GPTNeoX(WithLayerNorm):
+    def join(self, layer: int, x: Array, heads: Array) -> Array:
+        after = x + self.linear(f"layers.{layer}.attention.o", heads.reshape(-1))
+        mlp_input = x if self.config.parallel else after
+        return after + self.mlp(layer, self.norm(f"layers.{layer}.mlp_norm", mlp_input))
 
 
-class Falcon(Layered):
-    def encoding(self, span: int) -> reference.Encoding:
+class Falcon(WithLayerNorm):
+    def encoding(self, rope_length: int) -> reference.Encoding:
         position = self.config.position
         if not isinstance(position, Alibi):
-            return reference.Rotary(position.frequencies(span), position.attention_factor)
-        return reference.Alibi(position.slopes().double() * self.scale)  # added before scaling
+            return reference.Rotary(position.frequencies(rope_length), position.attention_factor)
+        return reference.Alibi(position.slopes().double() * self.scale)  # the bias is scaled with the scores
 
-    def join(self, layer: int, x: Array, read: Array) -> Array:
-        after = x + self.linear(f"layers.{layer}.attention.o", read.reshape(-1))
+    def join(self, layer: int, x: Array, heads: Array) -> Array:
+        after = x + self.linear(f"layers.{layer}.attention.o", heads.reshape(-1))
         norm = "attention_norm" if self.config.shared_norm else "mlp_norm"
-        seen = x if self.config.parallel else after
-        return after + self.mlp(layer, self.norm(f"layers.{layer}.{norm}", seen))
+        mlp_input = x if self.config.parallel else after
+        return after + self.mlp(layer, self.norm(f"layers.{layer}.{norm}", mlp_input))
 
 
-class MPT(Layered):
+class MPT(WithLayerNorm):
     def __init__(self, model: mpt.Model) -> None:
         super().__init__(model)
         self.scale = self.config.softmax_scale
 
-    def encoding(self, span: int) -> reference.Alibi:
+    def encoding(self, rope_length: int) -> reference.Alibi:
         return reference.Alibi(self.config.alibi.slopes())
 
     def project(self, layer: int, x: Array) -> tuple[Array, Array, Array]:
@@ -78,8 +78,8 @@ class MPT(Layered):
         q, k, v = (np.clip(part, -clip, clip) for part in super().project(layer, x))
         return q, k, v
 
-    def join(self, layer: int, x: Array, read: Array) -> Array:
-        x = x + self.linear(f"layers.{layer}.attention.o", read.reshape(-1))
+    def join(self, layer: int, x: Array, heads: Array) -> Array:
+        x = x + self.linear(f"layers.{layer}.attention.o", heads.reshape(-1))
         return x + self.mlp(layer, self.norm(f"layers.{layer}.mlp_norm", x))
 
 

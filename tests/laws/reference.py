@@ -1,7 +1,8 @@
-"""The definition of streaming, spelled out: token by token, evicting one by one, a key's rank as its place.
+"""The definition of streaming as a reference implementation: one token at a time, with a list of cached keys.
 
-Slow and plain on purpose, in float64 and NumPy. From the library it takes weights, sizes and the constants of
-float32 values (frequencies, slopes); it shares no arithmetic with it. `Network` is what a family has to say.
+Positions are positions inside the cache. The code is slow and simple on purpose, in float64 and NumPy. From the
+library it takes only weights, sizes and the constants with float32 values (rotary frequencies, ALiBi slopes). It
+shares no arithmetic with the library.
 """
 
 from __future__ import annotations
@@ -19,55 +20,55 @@ Array = NDArray[np.float64]
 
 
 class Encoding(Protocol):
-    """How a place acts on attention: by turning queries and keys, or by a bias on the scores."""
+    """A position encoding: a rotation of queries and keys, or a bias on the scores."""
 
-    def turn(self, x: Array, place: int) -> Array:
-        """Heads [heads, D] as they look at a place."""
+    def rotate(self, x: Array, place: int) -> Array:
+        """Heads [heads, D], rotated for a place."""
         ...
 
-    def turn_back(self, x: Array, place: int) -> Array:
-        """The inverse of `turn`."""
+    def rotate_back(self, x: Array, place: int) -> Array:
+        """The inverse of `rotate`."""
         ...
 
     def bias(self, distance: int) -> Array:
-        """What is added to the scores of the heads ([H], or [1] for all alike), for a key that far back."""
+        """The bias on the scores of a key `distance` tokens before the query: [H], or [1] for all heads."""
         ...
 
 
 class Rotary:
-    """Dimension i turns with dimension i + n, by place · frequencies[i], for the n frequencies."""
+    """Rotates dimensions i and i + n by place · frequencies[i], for the n frequencies. The rest stays."""
 
     def __init__(self, frequencies: torch.Tensor, factor: float = 1.0) -> None:
         assert frequencies.dtype == torch.float32
         self.frequencies = frequencies.double().numpy()
         self.factor = factor
 
-    def turn(self, x: Array, place: int) -> Array:
-        return self._turn(x, self.factor, place)
+    def rotate(self, x: Array, place: int) -> Array:
+        return self._rotate(x, self.factor, place)
 
-    def turn_back(self, x: Array, place: int) -> Array:
-        return self._turn(x, 1 / self.factor, -place)
+    def rotate_back(self, x: Array, place: int) -> Array:
+        return self._rotate(x, 1 / self.factor, -place)
 
-    def _turn(self, x: Array, factor: float, place: int) -> Array:
+    def _rotate(self, x: Array, factor: float, place: int) -> Array:
         n = len(self.frequencies)
         pairs = x[:, :n] + 1j * x[:, n : 2 * n]
-        turned = factor * np.exp(1j * place * self.frequencies) * pairs
-        return np.concatenate((turned.real, turned.imag, x[:, 2 * n :]), axis=1)
+        rotated = factor * np.exp(1j * place * self.frequencies) * pairs
+        return np.concatenate((rotated.real, rotated.imag, x[:, 2 * n :]), axis=1)
 
     def bias(self, distance: int) -> Array:
         return np.zeros(1)
 
 
 class Alibi:
-    """A slope per head: the further the key, the lower its score."""
+    """Subtracts slope · distance from the scores of each head."""
 
     def __init__(self, slopes: torch.Tensor) -> None:
         self.slopes = slopes.double().numpy()
 
-    def turn(self, x: Array, place: int) -> Array:
+    def rotate(self, x: Array, place: int) -> Array:
         return x
 
-    def turn_back(self, x: Array, place: int) -> Array:
+    def rotate_back(self, x: Array, place: int) -> Array:
         return x
 
     def bias(self, distance: int) -> Array:
@@ -75,45 +76,51 @@ class Alibi:
 
 
 class Network(Protocol):
-    """A family, for one token x [C]. `windows` are the model's own, one per layer."""
+    """A model, for one token x [C].
+
+    Attributes:
+        windows: the sliding window of each layer, None where it has none.
+        scale: of the scores.
+    """
 
     windows: Sequence[int | None]
     scale: float
 
-    def encoding(self, span: int) -> Encoding: ...
+    def encoding(self, rope_length: int) -> Encoding: ...
     def embed(self, token: int) -> Array: ...
     def project(self, layer: int, x: Array) -> tuple[Array, Array, Array]:
         """Queries [H, D], keys [G, D] and values [G, D], before any rotation."""
         ...
 
-    def join(self, layer: int, x: Array, read: Array) -> Array:
-        """The rest of a block, after its heads have read [H, D]."""
+    def join(self, layer: int, x: Array, heads: Array) -> Array:
+        """The rest of a block: x is its input, heads [H, D] is what attention returns."""
         ...
 
     def logits(self, x: Array) -> Array: ...
 
 
 class Cached(NamedTuple):
-    token: int  # its index in the stream, to look at while debugging: nothing depends on it
+    token: int  # its index in the stream, for debugging only
     key: Array  # [G, D], not rotated
     value: Array  # [G, D]
 
 
-def in_int8(x: Array) -> Array:
-    """Each row [D] as whole numbers in -127 … 127 times a scale, which the largest of them decides."""
+def rounded_to_int8(x: Array) -> Array:
+    """Each row [D] rounded to whole numbers in -127 … 127 times a scale, and multiplied by it again."""
     scale = np.abs(x).max(1, keepdims=True) / 127
     return np.rint(x / scale) * scale
 
 
 class Stream:
-    """A stream with sinks and a window, from its first token on.
+    """A stream with sinks and a window.
 
-    `int8`: recent keys and values are rounded when they come, keys as they stand at their place in the text.
+    `int8`: recent keys and values are rounded when they are appended, the keys in their rotation for their place in
+    the text.
     """
 
     def __init__(self, network: Network, sinks: int, window: int, int8: bool = False) -> None:
         self.network, self.sinks, self.int8 = network, sinks, int8
-        self.windows = [window if own is None else min(window, own) for own in network.windows]
+        self.windows = [window if sliding is None else min(window, sliding) for sliding in network.windows]
         self.encodings = [network.encoding(sinks + window)] * len(self.windows)
         self.cached: list[list[Cached]] = [[] for _ in self.windows]
         self.seen = 0
@@ -125,24 +132,26 @@ class Stream:
             queries, keys, values = self.network.project(layer, x)
             if self.int8 and self.seen >= self.sinks:
                 encoding, place = self.encodings[layer], self.seen
-                keys = encoding.turn_back(in_int8(encoding.turn(keys, place)), place)
-                values = in_int8(values)
+                keys = encoding.rotate_back(rounded_to_int8(encoding.rotate(keys, place)), place)
+                values = rounded_to_int8(values)
             cached.append(Cached(self.seen, keys, values))
             if len(cached) > self.sinks + self.windows[layer]:
                 del cached[self.sinks]
-            read = self.attend(queries, cached, self.encodings[layer])
-            x = self.network.join(layer, x, read)
+            heads = self.attend(queries, cached, self.encodings[layer])
+            x = self.network.join(layer, x, heads)
         self.seen += 1
         return self.network.logits(x)
 
     def attend(self, queries: Array, cached: Sequence[Cached], encoding: Encoding) -> Array:
-        """The query stands at the last rank. [H, D] in and out."""
+        """The heads [H, D] of the newest token, which is the last one in `cached`. Its place is its index there."""
         last = len(cached) - 1
-        owner = np.arange(len(queries)) * len(cached[0].key) // len(queries)  # neighbours share a key head
-        keys = np.stack([encoding.turn(entry.key, rank) for rank, entry in enumerate(cached)])[:, owner]
-        values = np.stack([entry.value for entry in cached])[:, owner]  # [n, H, D]
-        bias = np.stack([encoding.bias(last - rank) for rank in range(len(cached))])  # [n, H]
-        scores = (encoding.turn(queries, last) * keys).sum(2) * self.network.scale + bias
+        key_head = np.arange(len(queries)) * len(cached[0].key) // len(queries)  # of each query head
+        keys = np.stack([encoding.rotate(entry.key, place) for place, entry in enumerate(cached)])[
+            :, key_head
+        ]
+        values = np.stack([entry.value for entry in cached])[:, key_head]  # [n, H, D]
+        bias = np.stack([encoding.bias(last - place) for place in range(len(cached))])  # [n, H]
+        scores = (encoding.rotate(queries, last) * keys).sum(2) * self.network.scale + bias
         weights = np.exp(scores - scores.max(0))
         weights /= weights.sum(0)
         return (weights[:, :, None] * values).sum(0)
@@ -155,7 +164,7 @@ def run(network: Network, tokens: Sequence[int], sinks: int, window: int, int8: 
 
 
 class Llama:
-    """The weights of a `streamllm.models.llama.Model`, read by name."""
+    """A `streamllm.models.llama.Model`, computed from its weights."""
 
     def __init__(self, model: nn.Module) -> None:
         self.config = c = model.config
@@ -163,8 +172,8 @@ class Llama:
         self.windows = [None] * c.layers
         self.scale = 1 / math.sqrt(c.head_dim)
 
-    def encoding(self, span: int) -> Rotary:
-        return Rotary(self.config.rope.frequencies(span), self.config.rope.attention_factor)
+    def encoding(self, rope_length: int) -> Rotary:
+        return Rotary(self.config.rope.frequencies(rope_length), self.config.rope.attention_factor)
 
     def embed(self, token: int) -> Array:
         return self.weights["embed.weight"][token]
@@ -175,8 +184,8 @@ class Llama:
         D = self.config.head_dim
         return q.reshape(-1, D), k.reshape(-1, D), v.reshape(-1, D)
 
-    def join(self, layer: int, x: Array, read: Array) -> Array:
-        x = x + self.linear(f"layers.{layer}.attention.o", read.reshape(-1))
+    def join(self, layer: int, x: Array, heads: Array) -> Array:
+        x = x + self.linear(f"layers.{layer}.attention.o", heads.reshape(-1))
         normed = self.norm(f"layers.{layer}.mlp_norm", x)
         gate = self.linear(f"layers.{layer}.mlp.gate", normed)
         up = self.linear(f"layers.{layer}.mlp.up", normed)

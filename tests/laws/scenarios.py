@@ -1,4 +1,4 @@
-"""Loud little models, texts, and ways to feed them: what the tests of the laws share."""
+"""Tiny models with large random weights, random tokens, and ways to feed them to a cache."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ ROPES = {
 
 
 @lru_cache(maxsize=64)
-def tiny(
+def tiny_llama(
     rope: str = "default",
     heads: int = 4,
     kv_heads: int = 2,
@@ -43,50 +43,54 @@ def tiny(
     trained_length: int = 10**6,
     **changes: object,
 ) -> llama.Model:
-    """Three layers, 32 wide, every weight, norm and bias random and large, so that no mistake stays quiet."""
+    """A Llama of three layers and width 32, with large random weights."""
     config = llama.Config(
         vocab_size=VOCABULARY, width=32, mlp_width=48, layers=3, heads=heads, kv_heads=kv_heads, head_dim=8,
         rope=ROPES[rope], trained_length=trained_length, norm_eps=1e-5, activation="silu",
         attention_bias=True, mlp_bias=True, tied=False,
     )  # fmt: skip
     model = llama.Model(replace(config, **changes))
-    return loud(model, dtype)
+    return randomize(model, dtype)
 
 
-def loud(model: nn.Module, dtype: torch.dtype = torch.float64) -> nn.Module:
-    """The model with weights that are random and large, so that no mistake stays quiet."""
+def randomize(model: nn.Module, dtype: torch.dtype = torch.float64) -> nn.Module:
+    """The model with large random weights, norms and biases, so that every mistake changes the logits clearly."""
     generator = torch.Generator().manual_seed(7)
     for name, weight in model.named_parameters():
         std = 0.3 if "embed" not in name else 1.0
-        centre = 1.0 if "norm" in name else 0.0
-        weight.data = (torch.randn(weight.shape, generator=generator) * std + centre).to(dtype)
+        mean = 1.0 if "norm" in name else 0.0
+        weight.data = (torch.randn(weight.shape, generator=generator) * std + mean).to(dtype)
     return model.requires_grad_(False)
 
 
-def text(length: int, rows: int = 1, seed: int = 0) -> Tensor:
+def random_tokens(length: int, rows: int = 1, seed: int = 0) -> Tensor:
     """Random tokens [rows, length]."""
     return torch.randint(VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(seed))
 
 
-def defined(model: llama.Model, tokens: Tensor, sinks: int, window: int, int8: bool = False) -> Tensor:
-    """The logits [B, T, V] that the definition gives for streams [B, T]."""
-    return torch.stack([_defined(model, tuple(row.tolist()), sinks, window, int8) for row in tokens])
+def reference_logits(
+    model: llama.Model, tokens: Tensor, sinks: int, window: int, int8: bool = False
+) -> Tensor:
+    """The logits [B, T, V] of the reference implementation for streams [B, T]."""
+    return torch.stack([_reference_logits(model, tuple(row.tolist()), sinks, window, int8) for row in tokens])
 
 
 @lru_cache(maxsize=512)
-def _defined(model: llama.Model, tokens: tuple[int, ...], sinks: int, window: int, int8: bool) -> Tensor:
+def _reference_logits(
+    model: llama.Model, tokens: tuple[int, ...], sinks: int, window: int, int8: bool
+) -> Tensor:
     return reference.run(network(model), tokens, sinks, window, int8)
 
 
 def error(got: Tensor, wanted: Tensor) -> float:
-    """The largest difference, in standard deviations of what was wanted; infinite if anything is NaN."""
+    """The largest difference, in standard deviations of `wanted`; infinite where a number is NaN."""
     assert got.shape == wanted.shape, (got.shape, wanted.shape)
     difference = ((got - wanted).abs().max() / wanted.std()).item()
     return difference if difference == difference else float("inf")
 
 
-def cuts(length: int, seed: int, longest: int = 20) -> list[int]:
-    """A random split of `length` into parts of 1 to `longest`."""
+def random_split(length: int, seed: int, longest: int = 20) -> list[int]:
+    """A random split of `length` into parts of 1 to `longest` tokens."""
     generator = torch.Generator().manual_seed(seed)
     parts: list[int] = []
     while (left := length - sum(parts)) > 0:
@@ -96,51 +100,56 @@ def cuts(length: int, seed: int, longest: int = 20) -> list[int]:
 
 
 def feed(model: nn.Module, cache: SinkCache, tokens: Tensor, parts: Iterable[int] | None = None) -> Tensor:
-    """The logits of all tokens [B, T], given to the model in such parts (None: one by one)."""
+    """The logits of all tokens [B, T], fed in forwards of `parts` tokens (None: one by one)."""
     parts = [1] * tokens.shape[1] if parts is None else list(parts)
     assert sum(parts) == tokens.shape[1]
     return torch.cat([model(part, cache) for part in tokens.split(parts, 1)], 1)
 
 
 class Rows:
-    """Streams of a batch that move at different speeds: what each was given, and what came out."""
+    """Streams of one batch that are fed different numbers of tokens.
+
+    Attributes:
+        fed: the tokens of each row since it started.
+        logits: of each of these tokens.
+    """
 
     def __init__(self, model: nn.Module, cache: SinkCache) -> None:
         self.model, self.cache = model, cache
-        self.given: list[list[int]] = [[] for _ in range(cache.batch_size)]
+        self.fed: list[list[int]] = [[] for _ in range(cache.batch_size)]
         self.logits: list[list[Tensor]] = [[] for _ in range(cache.batch_size)]
 
     def feed(self, tokens: Tensor, lengths: Sequence[int] | None = None) -> None:
-        """Tokens [B, T], of which each row has `lengths`."""
+        """Feed tokens [B, T], of which each row has `lengths` (None: T)."""
         lengths_tensor = None if lengths is None else torch.tensor(lengths)
         out = self.model(tokens, self.cache, lengths=lengths_tensor)
         for row, count in enumerate([tokens.shape[1]] * len(tokens) if lengths is None else lengths):
-            self.given[row] += tokens[row, :count].tolist()
+            self.fed[row] += tokens[row, :count].tolist()
             self.logits[row] += list(out[row, :count])
 
     def restart(self, rows: Sequence[int]) -> None:
         self.cache.reset(rows)
         for row in rows:
-            self.given[row], self.logits[row] = [], []
+            self.fed[row], self.logits[row] = [], []
 
     def error(self) -> float:
-        """How far the worst row is from being that stream alone."""
+        """The largest difference of any row from the reference for that stream alone."""
         cache, worst = self.cache, []
-        for given, logits in zip(self.given, self.logits, strict=True):
-            if given:
+        for tokens, logits in zip(self.fed, self.logits, strict=True):
+            if tokens:
                 int8 = cache.quantize == "int8"
-                wanted = defined(self.model, torch.tensor([given]), cache.sinks, cache.window, int8)
+                wanted = reference_logits(self.model, torch.tensor([tokens]), cache.sinks, cache.window, int8)
                 worst.append(error(torch.stack(logits)[None], wanted))
         return max(worst)
 
 
 class Interrupted(Exception):
-    """Raised on purpose."""
+    """Raised by `failing`."""
 
 
 @contextmanager
 def failing(module: nn.Module, after: int = 0) -> Iterator[None]:
-    """The module raises once it has computed, at its call number `after`."""
+    """Within this context, the module raises Interrupted after its forward `after` (from 0) and later ones."""
     calls = 0
 
     def hook(*_: object) -> None:
@@ -156,15 +165,15 @@ def failing(module: nn.Module, after: int = 0) -> Iterator[None]:
         handle.remove()
 
 
-def mixed(model) -> Rows:
-    """Three rows fed by single tokens, chunks and ragged chunks in turn, and one of them begun again."""
+def feed_mixed_chunks(model: nn.Module) -> Rows:
+    """Three rows that are fed single tokens, chunks and ragged chunks in turn. One of them is reset."""
     rows = Rows(model, SinkCache(model, 2, 5, 3, chunk=4))
-    rows.feed(text(9, 3))
+    rows.feed(random_tokens(9, 3))
     for turn, lengths in enumerate([None, [1, 1, 1], [3, 0, 1], [1, 4, 3], None]):
         for extra in range(3):
-            rows.feed(text(1, 3, seed=10 * turn + extra))
-        rows.feed(text(4 if lengths else 6, 3, seed=turn), lengths)
+            rows.feed(random_tokens(1, 3, seed=10 * turn + extra))
+        rows.feed(random_tokens(4 if lengths else 6, 3, seed=turn), lengths)
     rows.restart([1])
     for extra in range(20):
-        rows.feed(text(1, 3, seed=100 + extra))
+        rows.feed(random_tokens(1, 3, seed=100 + extra))
     return rows

@@ -22,8 +22,8 @@ class Case:
     """One checkpoint of the grid on disk, and transformers' logits for it.
 
     Attributes:
-        folder: what we load.
-        theirs: what transformers loads: the same, but with a config that it can read.
+        folder: the checkpoint that we load.
+        theirs: the one that transformers loads: the same with a config that it can read.
         reference: (length, dtype, mend) -> transformers' logits; with `mend`, its faults are corrected.
     """
 

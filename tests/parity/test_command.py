@@ -159,9 +159,9 @@ BROKEN = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("what", BROKEN)
-def test_a_changed_tensor_is_found(made, tmp_path: Path, what: str) -> None:
-    name, change, module, parts, tensors = BROKEN[what]
+@pytest.mark.parametrize("fault", BROKEN)
+def test_a_changed_tensor_is_found(made, tmp_path: Path, fault: str) -> None:
+    name, change, module, parts, tensors = BROKEN[fault]
     report = compare(broken(made(name), tmp_path / "broken", change), made(name), tokens=TOKENS)
     assert not report.passed
     found = report.difference
@@ -178,11 +178,11 @@ MISREAD = {
 }
 
 
-@pytest.mark.parametrize("what", MISREAD)
+@pytest.mark.parametrize("fault", MISREAD)
 def test_a_wrong_reading_of_the_config_is_found_in_the_module_that_it_changes(
-    made, tmp_path: Path, what: str
+    made, tmp_path: Path, fault: str
 ) -> None:
-    changes, where = MISREAD[what]
+    changes, where = MISREAD[fault]
     shutil.copytree(made("llama-gqa"), tmp_path / "misread")
     respell(tmp_path / "misread", changes)
     report = compare(tmp_path / "misread", made("llama-gqa"), tokens=TOKENS)

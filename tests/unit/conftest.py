@@ -1,4 +1,4 @@
-"""A small, complete checkpoint with loud weights: a Llama with a byte-level tokenizer, made without transformers."""
+"""A small, complete checkpoint with large random weights: a Llama with a byte-level tokenizer, without transformers."""
 
 from __future__ import annotations
 
@@ -63,15 +63,15 @@ def write_llama(folder: Path, vocab_size: int, **changes: object) -> Path:
     }
     generator = torch.Generator().manual_seed(3)
 
-    def loud(*shape: int) -> torch.Tensor:
+    def random_weight(*shape: int) -> torch.Tensor:
         noise = torch.randn(shape, generator=generator)
         return 1 + 0.3 * noise if len(shape) == 1 else noise * 1.5 / shape[1] ** 0.5
 
     C, M, V = 32, 48, vocab_size
-    tensors = {"model.embed_tokens.weight": loud(V, C), "model.norm.weight": loud(C)}
+    tensors = {"model.embed_tokens.weight": random_weight(V, C), "model.norm.weight": random_weight(C)}
     for n in range(2):
         tensors |= {
-            f"model.layers.{n}.{name}.weight": loud(*shape)
+            f"model.layers.{n}.{name}.weight": random_weight(*shape)
             for name, shape in {
                 "input_layernorm": (C,),
                 "self_attn.q_proj": (C, C),
@@ -84,7 +84,7 @@ def write_llama(folder: Path, vocab_size: int, **changes: object) -> Path:
                 "mlp.down_proj": (C, M),
             }.items()
         }
-    tensors["lm_head.weight"] = loud(V, C)
+    tensors["lm_head.weight"] = random_weight(V, C)
     (folder / "config.json").write_text(json.dumps(config))
     save_file(tensors, folder / "model.safetensors")
     return folder

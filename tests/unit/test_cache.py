@@ -1,4 +1,4 @@
-"""SinkCache as its user meets it: what it refuses and says, copies, and windows of the model's own."""
+"""SinkCache: arguments, resets, copies, other models, state_dict, and models with sliding windows."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from tests.laws import reference
 from tests.laws.scenarios import (
     TOLERANCE,
     Interrupted,
-    cuts,
-    defined,
     error,
     failing,
     feed,
-    text,
-    tiny,
+    random_split,
+    random_tokens,
+    reference_logits,
+    tiny_llama,
 )
 
-rounded_or_not = pytest.mark.parametrize("quantize", [None, "int8"])
+quantized_or_not = pytest.mark.parametrize("quantize", [None, "int8"])
 
 
 @pytest.mark.parametrize(
-    ("given", "says"),
+    ("arguments", "message"),
     [
         ({"sinks": -1}, "sinks must be a whole number of at least 0, not -1"),
         ({"sinks": True}, "sinks must be a whole number of at least 0, not True"),
@@ -45,27 +45,27 @@ rounded_or_not = pytest.mark.parametrize("quantize", [None, "int8"])
         ({"quantize": ["int8"]}, 'quantize must be None or "int8", not'),
     ],
 )
-def test_a_cache_that_cannot_be_is_refused_in_one_sentence(given, says):
-    with pytest.raises(ValueError, match=says) as caught:
-        SinkCache(tiny(), **given)
+def test_wrong_arguments_are_refused_in_one_line(arguments, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        SinkCache(tiny_llama(), **arguments)
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
     "rows", [[3], [-1], [0, 3], 1, [True, False, False], torch.tensor([True, False, True]), [0.5], "0", [[0]]]
 )
-def test_rows_that_are_none_are_refused_and_nothing_is_reset(rows):
-    cache = SinkCache(tiny(), 2, 4, batch_size=3)
-    tiny()(text(5, 3), cache)
+def test_wrong_rows_are_refused_and_nothing_is_reset(rows):
+    cache = SinkCache(tiny_llama(), 2, 4, batch_size=3)
+    tiny_llama()(random_tokens(5, 3), cache)
     with pytest.raises(ValueError, match="rows must be a list of row numbers in 0 … 2, not"):
         cache.reset(rows)
     assert cache.seen.tolist() == [5, 5, 5]
 
 
 @pytest.mark.parametrize("rows", [[1], (1,), {1}, range(1, 2), torch.tensor([1]), torch.tensor([1]).numpy()])
-def test_rows_are_reset_alone(rows):
-    cache = SinkCache(tiny(), 2, 4, batch_size=3)
-    tiny()(text(5, 3), cache)
+def test_only_the_given_rows_are_reset(rows):
+    cache = SinkCache(tiny_llama(), 2, 4, batch_size=3)
+    tiny_llama()(random_tokens(5, 3), cache)
     cache.reset(rows)
     assert cache.seen.tolist() == [5, 0, 5]
     cache.reset([])
@@ -74,55 +74,55 @@ def test_rows_are_reset_alone(rows):
     assert cache.seen.tolist() == [0, 0, 0]
 
 
-def test_the_window_by_default_is_what_the_model_was_trained_for_and_at_most_1020():
+def test_the_default_window_fits_the_trained_length_and_is_at_most_1020():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert SinkCache(tiny(trained_length=4096)).window == 1020
-        assert SinkCache(tiny(trained_length=100)).window == 96
-        assert SinkCache(tiny(trained_length=100), sinks=99).window == 1
-        assert SinkCache(tiny(trained_length=100), sinks=4, window=96).window == 96
+        assert SinkCache(tiny_llama(trained_length=4096)).window == 1020
+        assert SinkCache(tiny_llama(trained_length=100)).window == 96
+        assert SinkCache(tiny_llama(trained_length=100), sinks=99).window == 1
+        assert SinkCache(tiny_llama(trained_length=100), sinks=4, window=96).window == 96
     with pytest.raises(
         ValueError, match="100 sinks leave no room for a window: the model was trained for 100"
     ):
-        SinkCache(tiny(trained_length=100), sinks=100)
+        SinkCache(tiny_llama(trained_length=100), sinks=100)
 
 
-def test_more_than_the_model_was_trained_for_is_allowed_with_a_warning():
+def test_a_cache_longer_than_the_trained_length_causes_a_warning():
     with pytest.warns(UserWarning, match=r"sinks \+ window = 101 is longer than the 100 tokens .* window=96"):
-        SinkCache(tiny(trained_length=100), sinks=4, window=97)
+        SinkCache(tiny_llama(trained_length=100), sinks=4, window=97)
 
 
-def test_a_cache_says_what_it_is():
-    cache = SinkCache(tiny(), sinks=4, window=1020, batch_size=2, chunk=64)
-    bytes_held = 3 * 2 * 2 * 2 * 1024 * 8 * 8  # layers, keys and values, B, G, slots, D, bytes
-    assert cache.nbytes == bytes_held == 1572864
+def test_repr_and_nbytes_describe_the_cache():
+    cache = SinkCache(tiny_llama(), sinks=4, window=1020, batch_size=2, chunk=64)
+    nbytes = 3 * 2 * 2 * 2 * 1024 * 8 * 8  # layers, keys and values, B, G, slots, D, bytes
+    assert cache.nbytes == nbytes == 1572864
     assert repr(cache) == (
         "SinkCache(sinks=4, window=1020, batch_size=2, chunk=64, seen=0, 1.6 MB of torch.float64 on cpu)"
     )
-    tiny()(text(5, 2), cache, lengths=[5, 3])
+    tiny_llama()(random_tokens(5, 2), cache, lengths=[5, 3])
     assert "seen=[5, 3]" in repr(cache)
-    assert cache.nbytes == bytes_held
+    assert cache.nbytes == nbytes
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-def test_a_cache_in_int8_holds_a_byte_for_a_number_and_a_scale_for_a_vector(dtype):
-    cache = SinkCache(tiny(dtype=dtype), sinks=4, window=1020, batch_size=2, quantize="int8")
+def test_an_int8_cache_holds_one_byte_per_number_and_one_scale_per_vector(dtype):
+    cache = SinkCache(tiny_llama(dtype=dtype), sinks=4, window=1020, batch_size=2, quantize="int8")
     vectors = 3 * 2 * 2 * 2  # layers, keys and values, B, G
-    bytes_held = vectors * (4 * 8 * dtype.itemsize + 1020 * (8 + dtype.itemsize))
-    assert cache.nbytes == bytes_held == sum(tensor.nbytes for tensor in held(cache))
-    assert f"seen=0, {bytes_held / 1e6:.1f} MB of int8 on cpu" in repr(cache)
-    tiny(dtype=dtype)(text(2000, 2), cache)
-    assert cache.nbytes == bytes_held
-    assert {tensor.dtype for tensor in held(cache)} == {dtype, torch.int8}
+    nbytes = vectors * (4 * 8 * dtype.itemsize + 1020 * (8 + dtype.itemsize))
+    assert cache.nbytes == nbytes == sum(tensor.nbytes for tensor in layer_tensors(cache))
+    assert f"seen=0, {nbytes / 1e6:.1f} MB of int8 on cpu" in repr(cache)
+    tiny_llama(dtype=dtype)(random_tokens(2000, 2), cache)
+    assert cache.nbytes == nbytes
+    assert {tensor.dtype for tensor in layer_tensors(cache)} == {dtype, torch.int8}
 
 
-def held(cache):
+def layer_tensors(cache):
     return [tensor for name, tensor in cache.state_dict().items() if name.startswith("layers")]
 
 
-def test_seen_is_a_count_that_nobody_can_write_to():
-    cache = SinkCache(tiny(), 2, 4, batch_size=2)
-    tiny()(text(5, 2), cache)
+def test_changing_the_returned_seen_does_not_change_the_cache():
+    cache = SinkCache(tiny_llama(), 2, 4, batch_size=2)
+    tiny_llama()(random_tokens(5, 2), cache)
     seen = cache.seen
     assert seen.dtype == torch.int64
     seen += 1
@@ -130,80 +130,80 @@ def test_seen_is_a_count_that_nobody_can_write_to():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_a_cache_has_the_models_type(dtype):
-    cache = SinkCache(tiny(dtype=dtype), 2, 4)
+def test_a_cache_has_the_dtype_of_the_model(dtype):
+    cache = SinkCache(tiny_llama(dtype=dtype), 2, 4)
     assert cache.dtype == dtype
-    assert tiny(dtype=dtype)(text(20), cache).dtype == dtype
+    assert tiny_llama(dtype=dtype)(random_tokens(20), cache).dtype == dtype
 
 
-@pytest.mark.parametrize("twin", [copy.deepcopy, lambda cache: pickle.loads(pickle.dumps(cache))])
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda cache: pickle.loads(pickle.dumps(cache))])
 @pytest.mark.parametrize("before", [0, 3, 20])
-@rounded_or_not
-def test_a_copy_goes_its_own_way(twin, before, quantize):
-    model, tokens, other = tiny(), text(30), text(30, seed=1)
+@quantized_or_not
+def test_a_copy_is_a_stream_of_its_own(copied, before, quantize):
+    model, tokens, other = tiny_llama(), random_tokens(30), random_tokens(30, seed=1)
     cache = SinkCache(model, 2, 5, quantize=quantize)
     if before:
         model(tokens[:, :before], cache)
-    with failing(model.layers[1]), pytest.raises(Interrupted):  # a copy of an interrupted one is no worse
+    with failing(model.layers[1]), pytest.raises(Interrupted):  # also the copy of an interrupted stream
         model(other[:, :9], cache)
-    copied = twin(cache)
+    copy_of_cache = copied(cache)
     other[:, :before] = tokens[:, :before]
-    for stream, given in [(copied, other), (cache, tokens)]:
-        got = feed(model, stream, given[:, before:], cuts(30 - before, seed=1))
-        assert error(got, defined(model, given, 2, 5, quantize == "int8")[:, before:]) <= TOLERANCE
+    for stream, fed in [(copy_of_cache, other), (cache, tokens)]:
+        got = feed(model, stream, fed[:, before:], random_split(30 - before, seed=1))
+        assert error(got, reference_logits(model, fed, 2, 5, quantize == "int8")[:, before:]) <= TOLERANCE
 
 
-def test_a_copy_is_no_larger_than_what_is_held():
-    cache = SinkCache(tiny(), 2, 500)
+def test_a_pickle_is_no_larger_than_the_cache():
+    cache = SinkCache(tiny_llama(), 2, 500)
     assert len(pickle.dumps(cache)) < 1.05 * cache.nbytes + 10_000
 
 
-@rounded_or_not
-def test_a_cache_made_in_inference_mode_works_outside_of_it_and_the_other_way_round(quantize):
-    model, tokens = tiny(), text(30)
+@quantized_or_not
+def test_a_cache_works_inside_and_outside_of_inference_mode(quantize):
+    model, tokens = tiny_llama(), random_tokens(30)
     with torch.inference_mode():
-        inside = SinkCache(model, 2, 5, quantize=quantize)
-        model(tokens[:, :7], inside)
-    outside = SinkCache(model, 2, 5, quantize=quantize)
-    model(tokens[:, :7], outside)
+        made_inside = SinkCache(model, 2, 5, quantize=quantize)
+        model(tokens[:, :7], made_inside)
+    made_outside = SinkCache(model, 2, 5, quantize=quantize)
+    model(tokens[:, :7], made_outside)
     with torch.inference_mode():
-        first = feed(model, outside, tokens[:, 7:], [1, 10, 12])
-        inside.reset()
-    second = feed(model, inside, tokens, [7, 1, 10, 12])[:, 7:]
+        first = feed(model, made_outside, tokens[:, 7:], [1, 10, 12])
+        made_inside.reset()
+    second = feed(model, made_inside, tokens, [7, 1, 10, 12])[:, 7:]
     assert torch.equal(first, second)
-    outside.reset()
+    made_outside.reset()
 
 
-@rounded_or_not
-def test_what_was_not_a_number_in_one_row_stays_there_and_leaves_with_it(quantize):
-    """A row of NaN, reset, leaves nothing behind: neither what is masked nor what is multiplied by zero."""
-    model = type(tiny())(tiny().config).double()
-    model.load_state_dict(tiny().state_dict())
+@quantized_or_not
+def test_nan_in_one_row_stays_in_that_row_and_is_gone_after_its_reset(quantize):
+    """Old NaN values must not reach the new stream through masked scores or through products with zero."""
+    model = type(tiny_llama())(tiny_llama().config).double()
+    model.load_state_dict(tiny_llama().state_dict())
     model.requires_grad_(False)
-    tokens = text(30, 2) % 60  # token 60 stands for what overflows
+    tokens = random_tokens(30, 2) % 60  # token 60 is the one whose embedding is NaN
     model.embed.weight[60] = torch.nan
     cache = SinkCache(model, 2, 5, batch_size=2, quantize=quantize)
-    poisoned = tokens[:, :9].clone()
-    poisoned[1] = 60
-    out = [model(poisoned, cache)]
+    with_nan = tokens[:, :9].clone()
+    with_nan[1] = 60
+    out = [model(with_nan, cache)]
     cache.reset([1])
     out += [model(tokens[:, 9:10], cache), model(tokens[:, 10:16], cache, lengths=[3, 6])]
     assert out[0][1].isnan().all()
-    whole = defined(tiny(), tokens, 2, 5, quantize == "int8")
+    whole = reference_logits(tiny_llama(), tokens, 2, 5, quantize == "int8")
     assert error(torch.cat((out[0][0], out[1][0], out[2][0, :3])), whole[0, :13]) <= TOLERANCE
-    alone = defined(tiny(), tokens[1:, 9:16], 2, 5, quantize == "int8")[0]
+    alone = reference_logits(tiny_llama(), tokens[1:, 9:16], 2, 5, quantize == "int8")[0]
     assert error(torch.cat((out[1][1], out[2][1])), alone) <= TOLERANCE
 
 
 @pytest.mark.parametrize("length", [1, 2, 9])
-@rounded_or_not
-def test_a_model_of_another_type_is_refused_in_one_sentence_and_does_no_harm(length, quantize):
-    model, tokens = tiny(), text(30)
+@quantized_or_not
+def test_a_model_of_another_dtype_is_refused_and_does_not_change_the_stream(length, quantize):
+    model, tokens = tiny_llama(), random_tokens(30)
     cache = SinkCache(model, 2, 4, quantize=quantize)
     model(tokens[:, :9], cache)
     with pytest.raises(ValueError, match=r"made for torch\.float64, the model computes in torch\.float32"):
-        tiny(dtype=torch.float32)(text(length), cache)
-    wanted = defined(model, tokens, 2, 4, quantize == "int8")
+        tiny_llama(dtype=torch.float32)(random_tokens(length), cache)
+    wanted = reference_logits(model, tokens, 2, 4, quantize == "int8")
     assert error(model(tokens[:, 9:], cache), wanted[:, 9:]) <= TOLERANCE
 
 
@@ -211,63 +211,63 @@ def test_a_model_of_another_type_is_refused_in_one_sentence_and_does_no_harm(len
 @pytest.mark.parametrize(
     "other", [{"kv_heads": 4}, {"kv_heads": 1}, {"head_dim": 12}, {"layers": 1}, {"layers": 5}], ids=str
 )
-@rounded_or_not
-def test_a_model_of_another_shape_does_no_harm(other, length, quantize):
-    model, tokens = tiny(), text(30)
+@quantized_or_not
+def test_a_model_of_another_shape_does_not_change_the_stream(other, length, quantize):
+    model, tokens = tiny_llama(), random_tokens(30)
     cache = SinkCache(model, 2, 4, quantize=quantize)
     model(tokens[:, :9], cache)
     with pytest.raises((ValueError, RuntimeError)):
-        tiny(**other)(text(length), cache)
-    wanted = defined(model, tokens, 2, 4, quantize == "int8")
+        tiny_llama(**other)(random_tokens(length), cache)
+    wanted = reference_logits(model, tokens, 2, 4, quantize == "int8")
     assert error(model(tokens[:, 9:], cache), wanted[:, 9:]) <= TOLERANCE
 
 
 @pytest.mark.parametrize("length", [1, 9])
-def test_autocast_is_refused_in_one_sentence(length):
-    model = tiny(dtype=torch.float32)
+def test_autocast_is_refused(length):
+    model = tiny_llama(dtype=torch.float32)
     with (
         torch.autocast("cpu", torch.bfloat16),
         pytest.raises(ValueError, match=r"computes in torch\.bfloat16.* leave autocast off"),
     ):
-        model(text(length), SinkCache(model, 2, 4))
+        model(random_tokens(length), SinkCache(model, 2, 4))
 
 
-@pytest.mark.parametrize("given", [{"sinks": 3, "window": 5}, {"sinks": 1, "window": 7}, {"origin": 9}])
-def test_a_state_of_other_sizes_is_refused_though_its_tensors_fit(given):
-    cache = SinkCache(tiny(), **({"sinks": 2, "window": 6} | given))
-    tiny()(text(20), cache)
-    other = SinkCache(tiny(), sinks=2, window=6)
-    tiny()(text(9), other)
+@pytest.mark.parametrize("changes", [{"sinks": 3, "window": 5}, {"sinks": 1, "window": 7}, {"origin": 9}])
+def test_a_state_dict_of_other_sizes_is_refused_although_its_tensors_fit(changes):
+    cache = SinkCache(tiny_llama(), **({"sinks": 2, "window": 6} | changes))
+    tiny_llama()(random_tokens(20), cache)
+    other = SinkCache(tiny_llama(), sinks=2, window=6)
+    tiny_llama()(random_tokens(9), other)
     with pytest.raises(ValueError, match=r"other sinks, window and origin: \[.*\], here \[2, 6, 0\]"):
         other.load_state_dict(cache.state_dict())
     assert other.seen.tolist() == [9]
 
 
-def test_a_state_of_another_model_is_refused_by_name():
-    other = SinkCache(tiny(), 2, 6)
+def test_a_state_dict_of_another_model_is_refused():
+    other = SinkCache(tiny_llama(), 2, 6)
     with pytest.raises(ValueError, match="other layers"):
-        other.load_state_dict(SinkCache(tiny(layers=1), 2, 6).state_dict())
+        other.load_state_dict(SinkCache(tiny_llama(layers=1), 2, 6).state_dict())
     with pytest.raises(ValueError, match=r"layers\.0\.keys is torch\.float32"):
-        other.load_state_dict(SinkCache(tiny(dtype=torch.float32), 2, 6).state_dict())
+        other.load_state_dict(SinkCache(tiny_llama(dtype=torch.float32), 2, 6).state_dict())
 
 
 @pytest.mark.parametrize("quantize", ["int8", None])
-def test_a_state_is_not_rounded_and_not_made_exact_again(quantize):
-    cache, other = SinkCache(tiny(), 2, 6, quantize=quantize), SinkCache(tiny(), 2, 6)
+def test_a_state_dict_with_another_quantization_is_refused(quantize):
+    cache, other = SinkCache(tiny_llama(), 2, 6, quantize=quantize), SinkCache(tiny_llama(), 2, 6)
     if quantize is None:
-        other = SinkCache(tiny(), 2, 6, quantize="int8")
-    tiny()(text(9), other)
-    says = f"quantize={quantize!r}, here it is {other.quantize!r}"
-    with pytest.raises(ValueError, match=says):
+        other = SinkCache(tiny_llama(), 2, 6, quantize="int8")
+    tiny_llama()(random_tokens(9), other)
+    message = f"quantize={quantize!r}, here it is {other.quantize!r}"
+    with pytest.raises(ValueError, match=message):
         other.load_state_dict(cache.state_dict())
     assert other.seen.tolist() == [9]
 
 
-# A model whose layers have windows of their own
+# A model whose layers have different sliding windows
 
 
-class Layered(llama.Model):
-    """Llama with sliding windows, to show that a cache keeps one plan for each distinct window."""
+class LlamaWithWindows(llama.Model):
+    """Llama with a sliding window in two of its layers."""
 
     windows = (None, 3, 8)
 
@@ -277,48 +277,48 @@ class Layered(llama.Model):
 
     def hidden(self, tokens, plan):
         x = self.embed(tokens)
-        for layer, memory, window in zip(self.layers, plan.stores, self.windows, strict=True):
+        for layer, store, window in zip(self.layers, plan.stores, self.windows, strict=True):
             step = plan.steps[window]
-            x = layer(x, step, llama.rotation(self.config.rope, step, x.dtype), memory)
+            x = layer(x, step, llama.rotation(self.config.rope, step, x.dtype), store)
         return self.norm(x)
 
 
 @pytest.fixture(scope="module")
-def layered():
-    model = Layered(tiny().config).double()
-    model.load_state_dict(tiny().state_dict())
+def model_and_reference():
+    model = LlamaWithWindows(tiny_llama().config).double()
+    model.load_state_dict(tiny_llama().state_dict())
     network = reference.Llama(model)
-    network.windows = list(Layered.windows)
+    network.windows = list(LlamaWithWindows.windows)
     return model.requires_grad_(False), network
 
 
 @pytest.mark.parametrize(("sinks", "window"), [(0, 5), (2, 2), (2, 5), (4, 20), (0, 100)])
-def test_each_layer_keeps_its_own_window(layered, sinks, window):
-    model, network = layered
-    tokens = text(40)
+def test_each_layer_keeps_its_own_window(model_and_reference, sinks, window):
+    model, network = model_and_reference
+    tokens = random_tokens(40)
     wanted = reference.run(network, tokens[0].tolist(), sinks, window)[None]
-    for parts in (None, cuts(40, seed=2), [40]):
+    for parts in (None, random_split(40, seed=2), [40]):
         cache = SinkCache(model, sinks, window, origin=len(parts or []) * 10**9, chunk=13)
         assert error(feed(model, cache, tokens, parts), wanted) <= TOLERANCE
-    slots = [sinks + min(window, own or window) for own in Layered.windows]
+    slots = [sinks + min(window, sliding or window) for sliding in LlamaWithWindows.windows]
     assert cache.nbytes == sum(2 * 2 * slot * 8 * 8 for slot in slots)
 
 
-def test_without_sinks_a_layer_window_is_the_band_of_the_dense_forward(layered):
-    model, network = layered
-    tokens = text(40)
+def test_without_sinks_windows_of_layers_equal_those_of_the_dense_forward(model_and_reference):
+    model, network = model_and_reference
+    tokens = random_tokens(40)
     dense = model(tokens)
     assert error(dense, reference.run(network, tokens[0].tolist(), 0, 100)[None]) <= TOLERANCE
-    assert error(feed(model, SinkCache(model, 0, 100), tokens, cuts(40, seed=3)), dense) <= TOLERANCE
+    assert error(feed(model, SinkCache(model, 0, 100), tokens, random_split(40, seed=3)), dense) <= TOLERANCE
 
 
-def test_an_interruption_leaves_every_layer_whatever_its_window(layered):
-    model, network = layered
-    tokens = text(40)
+def test_an_interruption_does_not_change_any_layer(model_and_reference):
+    model, network = model_and_reference
+    tokens = random_tokens(40)
     cache = SinkCache(model, 2, 6)
     model(tokens[:, :15], cache)
     for length in (1, 12):
         with failing(model.layers[2]), pytest.raises(Interrupted):
-            model(text(length, seed=4), cache)
+            model(random_tokens(length, seed=4), cache)
     wanted = reference.run(network, tokens[0].tolist(), 2, 6)[None]
     assert error(feed(model, cache, tokens[:, 15:], [1, 4, 20]), wanted[:, 15:]) <= TOLERANCE

@@ -72,7 +72,7 @@ def test_the_prompt_may_come_from_a_file_or_from_standard_input(run, checkpoint,
     assert run("generate", "--file", tmp_path / "prompt.txt", *options) == expected
     assert run("generate", *options, typed="für alle\nZeilen".encode()) == expected
     assert run("generate", "--file", "-", *options, typed="für alle\nZeilen".encode()) == expected
-    assert run("generate", *options).code == 0  # a terminal, and a tokenizer with BOS
+    assert run("generate", *options).code == 0  # no prompt, on a terminal, with a tokenizer that adds BOS
 
 
 def test_options_reach_the_stream(run, checkpoint, loaded) -> None:
@@ -102,7 +102,7 @@ def test_the_cache_can_be_stored_in_int8(run, checkpoint, loaded) -> None:
     assert "'int4' is not 'int8'" in wrong.err
 
 
-def test_weights_in_int8_with_a_compiled_step(run, checkpoint) -> None:
+def test_weights_can_be_stored_in_int8_with_a_compiled_step(run, checkpoint) -> None:
     model = streamllm.load_model(checkpoint, quantize="int8")
     stream = streamllm.Stream(
         streamllm.compile(model, "flat"), streamllm.load_tokenizer(checkpoint), window=9
@@ -193,9 +193,9 @@ BROKEN = {
 }
 
 
-@pytest.mark.parametrize("what", BROKEN)
-def test_a_broken_checkpoint_is_an_error_of_one_sentence(run, copy: Path, what: str) -> None:
-    change, message = BROKEN[what]
+@pytest.mark.parametrize("fault", BROKEN)
+def test_a_broken_checkpoint_is_an_error_of_one_sentence(run, copy: Path, fault: str) -> None:
+    change, message = BROKEN[fault]
     change(copy)
     result = run("generate", "one", "-m", copy, "-q", "-n", 3)
     assert result.code == 2
@@ -225,9 +225,9 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize("what", WRONG)
-def test_a_wrong_option_is_an_error_of_one_sentence(run, checkpoint: Path, what: str) -> None:
-    options, message = WRONG[what]
+@pytest.mark.parametrize("fault", WRONG)
+def test_a_wrong_option_is_an_error_of_one_sentence(run, checkpoint: Path, fault: str) -> None:
+    options, message = WRONG[fault]
     model = [] if "-m" in options else ["-m", checkpoint]
     result = run("generate", "one", *model, *options)
     assert result.code == 2

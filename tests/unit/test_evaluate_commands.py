@@ -44,7 +44,7 @@ def cells(output, first):
     return line.split()
 
 
-def test_perplexity_is_that_of_the_library(run, text, tmp_path, model, tokenizer):
+def test_perplexity_equals_that_of_the_library(run, text, tmp_path, model, tokenizer):
     output = run(
         perplexity, text, "--mode", "all", "--sinks", "0,2", "--window", "30", "--positions", "20",
         "--dense-tokens", "100", "--json", str(tmp_path / "out.json"),
@@ -134,7 +134,7 @@ def test_an_interrupted_run_is_finished_by_the_next_one(run, text, tmp_path, tok
     assert "another model, text or setting" in output
 
 
-def test_inspect_recommends(run, text, tmp_path):
+def test_inspect_recommends_a_number_of_sinks(run, text, tmp_path):
     file, picture = tmp_path / "out.json", tmp_path / "out.png"
     output = run(
         inspect, text, "--samples", "3", "--length", "20", "--span", "16", "--sinks", "0,1,2",
@@ -150,7 +150,7 @@ def test_inspect_recommends(run, text, tmp_path):
     assert not MATPLOTLIB or picture.stat().st_size > 10_000
 
 
-def test_recall_by_distance(run, tmp_path):
+def test_recall_reports_scores_by_distance(run, tmp_path):
     file = tmp_path / "out.json"
     output = run(
         recall, "--lines", "30", "--back", "1,20", "--distances", "120,300", "--samples", "2",

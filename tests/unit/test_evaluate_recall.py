@@ -1,4 +1,4 @@
-"""Recall by distance, of a model that copies what is still in its window."""
+"""Recall by distance, with a model that copies from the tokens in its window."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""generate() and Stream: what is said, where it ends, and what an interruption leaves behind."""
+"""generate() and Stream: the generated tokens, where generation ends, and continuing after an interruption."""
 
 from __future__ import annotations
 
@@ -8,25 +8,23 @@ import pytest
 import torch
 
 import streamllm
-from streamllm import GenerationConfig, SinkCache, Stream, generate
-from streamllm import generation as LOOP
+from streamllm import GenerationConfig, SinkCache, Stream, generate, generation
 from streamllm.weights.errors import UnsupportedConfig
 
 PROMPT = [0, 40, 50, 60, 70, 80, 90]
 TEXT = "def once(upon):\n    return"
-NEVER = "\ue000"  # a character that the model does not say
+NOT_GENERATED = "\ue000"  # a character that the model never generates
 
 
-@pytest.fixture(params=["", "ahead"], autouse=True)
-def ahead(request, monkeypatch) -> bool:
-    """Every test here runs twice: the second time as on a device that is never waited for."""
+@pytest.fixture(params=["", "run ahead"], autouse=True)
+def run_ahead(request, monkeypatch) -> None:
+    """Every test runs twice, the second time with the loop that runs one forward ahead."""
     if request.param:
-        monkeypatch.setattr(LOOP, "RUN_AHEAD", ("cpu",))
-    return bool(request.param)
+        monkeypatch.setattr(generation, "RUN_AHEAD", ("cpu",))
 
 
 def greedy(model: torch.nn.Module, tokens: list[int], count: int) -> list[int]:
-    """By a dense forward of the whole text for every token."""
+    """The next tokens by a dense forward over the whole text for each."""
     tokens = list(tokens)
     for _ in range(count):
         with torch.no_grad():
@@ -34,23 +32,23 @@ def greedy(model: torch.nn.Module, tokens: list[int], count: int) -> list[int]:
     return tokens[-count:]
 
 
-def cache_of(model: torch.nn.Module, **numbers: int) -> SinkCache:
-    return SinkCache(model, **{"sinks": 2, "window": 10, "chunk": 4, **numbers})
+def cache_of(model: torch.nn.Module, **options: int) -> SinkCache:
+    return SinkCache(model, **{"sinks": 2, "window": 10, "chunk": 4, **options})
 
 
 # Tokens
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 64])
-def test_greedy_is_a_dense_argmax_while_nothing_is_evicted(model, chunk: int) -> None:
+def test_greedy_decoding_without_eviction_equals_the_argmax_of_dense_forwards(model, chunk: int) -> None:
     cache = SinkCache(model, sinks=4, window=60, chunk=chunk)
-    said = list(generate(model, PROMPT, cache, max_new_tokens=30, eos=[]))
-    assert said == greedy(model, PROMPT, 30)
-    assert len(set(said)) > 10  # a text that a wrong cache would show in
+    generated = list(generate(model, PROMPT, cache, max_new_tokens=30, eos=[]))
+    assert generated == greedy(model, PROMPT, 30)
+    assert len(set(generated)) > 10  # varied enough that a fault of the cache would change it
     assert cache.seen.tolist() == [len(PROMPT) + 29]
 
 
-def test_a_tensor_is_a_prompt_too_and_a_batch_is_not(model) -> None:
+def test_a_prompt_may_be_a_tensor_but_not_a_batch(model) -> None:
     wanted = list(generate(model, PROMPT, max_new_tokens=5, eos=[]))
     assert list(generate(model, torch.tensor(PROMPT), max_new_tokens=5, eos=[])) == wanted
     assert list(generate(model, torch.tensor([PROMPT]), max_new_tokens=5, eos=[])) == wanted
@@ -60,7 +58,7 @@ def test_a_tensor_is_a_prompt_too_and_a_batch_is_not(model) -> None:
         generate(model, PROMPT, cache_of(model, batch_size=2))
 
 
-def test_the_next_call_goes_on_with_the_last_token(model) -> None:
+def test_a_call_with_the_last_token_continues_the_stream(model) -> None:
     whole = list(generate(model, PROMPT, cache_of(model), max_new_tokens=40, eos=[]))
     cache = cache_of(model)
     first = list(generate(model, PROMPT, cache, max_new_tokens=15, eos=[]))
@@ -68,7 +66,7 @@ def test_the_next_call_goes_on_with_the_last_token(model) -> None:
     assert first + second == whole
 
 
-def test_eos_is_the_last_token(model) -> None:
+def test_generation_ends_after_an_eos_token(model) -> None:
     whole = list(generate(model, PROMPT, max_new_tokens=30, eos=[]))
     end = whole[9]
     expected = whole[: whole.index(end) + 1]
@@ -76,17 +74,17 @@ def test_eos_is_the_last_token(model) -> None:
         assert list(generate(model, PROMPT, max_new_tokens=30, eos=eos)) == expected
     by_config = GenerationConfig(eos=(end,))
     assert list(generate(model, PROMPT, max_new_tokens=30, generation_config=by_config)) == expected
-    assert list(generate(model, [end, *PROMPT], max_new_tokens=2, eos=end))  # in the prompt it ends nothing
+    assert list(generate(model, [end, *PROMPT], max_new_tokens=2, eos=end))  # eos in the prompt has no effect
 
 
-def test_the_checkpoint_says_what_eos_is(model) -> None:
+def test_eos_is_read_from_the_checkpoint(model) -> None:
     assert model.generation_config.eos == (1,)
     whole = list(generate(model, PROMPT, max_new_tokens=300))
     assert whole == list(generate(model, PROMPT, max_new_tokens=300, eos=[]))[: len(whole)]
     assert 1 not in whole[:-1]
 
 
-def test_no_tokens_and_no_end(model) -> None:
+def test_max_new_tokens_may_be_0_or_none(model) -> None:
     cache = cache_of(model)
     assert list(generate(model, PROMPT, cache, max_new_tokens=0)) == []
     assert cache.seen.tolist() == [0]
@@ -96,7 +94,7 @@ def test_no_tokens_and_no_end(model) -> None:
 
 
 @pytest.mark.parametrize(
-    ("tokens", "arguments", "said"),
+    ("tokens", "arguments", "message"),
     [
         ([], {}, "no tokens to begin with"),
         ([5, -1], {}, "token id -1 is outside"),
@@ -107,32 +105,32 @@ def test_no_tokens_and_no_end(model) -> None:
         (PROMPT, {"seed": 2**80}, "seed"),
     ],
 )
-def test_what_is_wrong_is_said_at_the_call(model, tokens, arguments, said: str) -> None:
+def test_wrong_arguments_are_refused_at_the_call(model, tokens, arguments, message: str) -> None:
     cache = cache_of(model)
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=message):
         generate(model, tokens, cache, **arguments)
     assert cache.seen.tolist() == [0]
 
 
-def test_a_token_that_is_no_whole_number_is_an_error_at_the_call(model) -> None:
+def test_tokens_that_are_not_integers_are_refused_at_the_call(model) -> None:
     with pytest.raises(TypeError):
         generate(model, [5.0])
     with pytest.raises(TypeError):
         generate(model, torch.tensor([5.0]))
 
 
-def test_what_the_checkpoint_asks_for_and_cannot_have_is_refused_unless_overridden(model) -> None:
-    beams = GenerationConfig(unsupported=("num_beams=4",))
+def test_an_unsupported_generation_config_is_refused(model) -> None:
+    config = GenerationConfig(unsupported=("num_beams=4",))
     with pytest.raises(UnsupportedConfig, match="num_beams=4"):
-        generate(model, PROMPT, generation_config=beams)
+        generate(model, PROMPT, generation_config=config)
 
 
-def test_a_seed_is_a_text_and_streams_do_not_share_their_chance(model) -> None:
-    def text(seed: int) -> list[int]:
+def test_a_seed_makes_a_stream_repeatable_and_independent_of_other_streams(model) -> None:
+    def sampled(seed: int) -> list[int]:
         return list(generate(model, PROMPT, max_new_tokens=30, temperature=1.5, seed=seed, eos=[]))
 
-    first, second = text(1), text(2)
-    assert text(1) == first != second
+    first, second = sampled(1), sampled(2)
+    assert sampled(1) == first != second
     state = torch.get_rng_state()
     pairs = zip(
         generate(model, PROMPT, max_new_tokens=30, temperature=1.5, seed=1, eos=[]),
@@ -140,43 +138,44 @@ def test_a_seed_is_a_text_and_streams_do_not_share_their_chance(model) -> None:
         strict=True,
     )
     assert list(map(list, zip(*pairs, strict=True))) == [first, second]
-    assert torch.equal(torch.get_rng_state(), state)  # with a seed the global generator is left alone
+    assert torch.equal(torch.get_rng_state(), state)  # the global random generator is not used
 
 
-def test_the_repetition_penalty_is_for_prompt_and_text(model) -> None:
+def test_the_repetition_penalty_applies_to_the_prompt_and_to_generated_tokens(model) -> None:
     config = {"repetition_penalty": 1.4, "eos": []}
     cache = SinkCache(model, window=60)
     tokens = list(PROMPT)
     for _ in range(25):
         scores = model(torch.tensor([tokens]))[0, -1].detach()
-        said = torch.tensor(sorted(set(tokens)))
-        scores[said] = torch.where(scores[said] < 0, scores[said] * 1.4, scores[said] / 1.4)
+        seen = torch.tensor(sorted(set(tokens)))
+        scores[seen] = torch.where(scores[seen] < 0, scores[seen] * 1.4, scores[seen] / 1.4)
         tokens.append(int(scores.argmax()))
     assert list(generate(model, PROMPT, cache, max_new_tokens=25, **config)) == tokens[len(PROMPT) :]
     assert tokens[len(PROMPT) :] != greedy(model, PROMPT, 25)
 
 
-def test_the_consumer_is_not_put_into_inference_mode(model, tokenizer) -> None:
+def test_the_caller_is_not_in_inference_mode_between_tokens(model, tokenizer) -> None:
     for _ in generate(model, PROMPT, max_new_tokens=3):
         assert not torch.is_inference_mode_enabled()
         assert torch.is_grad_enabled()
     for _ in Stream(model, tokenizer).generate("a", max_new_tokens=3):
         assert not torch.is_inference_mode_enabled()
-    with torch.inference_mode():  # and one who is in it may leave between two tokens
+    with torch.inference_mode():  # a caller may also leave inference mode between two tokens
         tokens = generate(model, PROMPT, max_new_tokens=6, repetition_penalty=1.2, eos=[])
         next(tokens)
     assert len(list(tokens)) == 5
 
 
-# Interruptions: cache first, then Stream, in the prompt and while decoding
+# Interruptions, in the prompt and while decoding
 
-WHERE = ["layers.0.attention.q", "layers.1.mlp.down", "norm", "head", ""]  # "": all done, and committed
+# "" is the model itself, which fails after the commit.
+FAILING_MODULES = ["layers.0.attention.q", "layers.1.mlp.down", "norm", "head", ""]
 
 
-@pytest.mark.parametrize("name", WHERE)
+@pytest.mark.parametrize("name", FAILING_MODULES)
 @pytest.mark.parametrize("error", [RuntimeError("out of memory"), KeyboardInterrupt()], ids=type)
 @pytest.mark.parametrize("call", [0, 1, 2, 9, 14])
-def test_a_stream_that_was_interrupted_goes_on_as_if_it_had_not_been(
+def test_an_interrupted_stream_continues_with_the_same_text(
     model, tokenizer, interrupt, name: str, error: BaseException, call: int
 ) -> None:
     if name in ("head", "") and call == 14:
@@ -195,23 +194,25 @@ def _stream(model, tokenizer) -> Stream:
     return Stream(model, tokenizer, sinks=2, window=10, chunk=4)
 
 
-@pytest.mark.parametrize("name", WHERE)
+@pytest.mark.parametrize("name", FAILING_MODULES)
 @pytest.mark.parametrize("call", [0, 1, 2, 9])
-def test_a_cache_says_how_far_it_came_and_goes_on(model, interrupt, name: str, call: int) -> None:
+def test_after_an_interruption_the_tokens_that_the_cache_has_not_seen_continue_the_stream(
+    model, interrupt, name: str, call: int
+) -> None:
     prompt = [*PROMPT, *PROMPT, *PROMPT]
     whole = list(generate(model, prompt, cache_of(model), max_new_tokens=20, eos=[]))
     cache = cache_of(model)
-    said: list[int] = []
+    generated: list[int] = []
     interrupt(name, KeyboardInterrupt(), call)
     with pytest.raises(KeyboardInterrupt):
-        said.extend(generate(model, prompt, cache, max_new_tokens=20, eos=[]))
-    rest = [*prompt, *said][int(cache.seen[0]) :]
-    assert rest, "a forward that failed took in its last token"
-    said += generate(model, rest, cache, max_new_tokens=20 - len(said), eos=[])
-    assert said == whole
+        generated.extend(generate(model, prompt, cache, max_new_tokens=20, eos=[]))
+    rest = [*prompt, *generated][int(cache.seen[0]) :]
+    assert rest, "a failed forward must not leave its last token in the cache"
+    generated += generate(model, rest, cache, max_new_tokens=20 - len(generated), eos=[])
+    assert generated == whole
 
 
-def test_an_interrupted_prompt_is_read_on_by_feed(model, tokenizer, interrupt) -> None:
+def test_an_interrupted_feed_is_continued_by_generate(model, tokenizer, interrupt) -> None:
     whole = "".join(_stream(model, tokenizer).generate(TEXT + " and so on", max_new_tokens=20, eos=[]))
     stream = _stream(model, tokenizer)
     interrupt("layers.1", RuntimeError("out of memory"), 2)
@@ -224,7 +225,7 @@ def test_an_interrupted_prompt_is_read_on_by_feed(model, tokenizer, interrupt) -
 # Stream
 
 
-def test_the_pieces_are_the_text_of_the_tokens(model, tokenizer) -> None:
+def test_pieces_join_to_the_text_of_the_tokens(model, tokenizer) -> None:
     ids = list(generate(model, tokenizer.encode(TEXT), cache_of(model), max_new_tokens=120, eos=[]))
     pieces = list(_stream(model, tokenizer).generate(TEXT, max_new_tokens=120, eos=[]))
     decoder = tokenizer.decoder()
@@ -233,10 +234,10 @@ def test_the_pieces_are_the_text_of_the_tokens(model, tokenizer) -> None:
     assert "".join(pieces) == "".join(map(decoder.push, ids))
     whole = tokenizer.decode([*tokenizer.encode(TEXT), *ids])
     assert (TEXT + "".join(pieces)) == whole[: len(TEXT + "".join(pieces))]
-    assert len(whole) - len(TEXT + "".join(pieces)) <= 1  # a character that was not complete at the end
+    assert len(whole) - len(TEXT + "".join(pieces)) <= 1  # an incomplete character at the end
 
 
-def test_several_calls_say_what_one_call_says(model, tokenizer) -> None:
+def test_several_calls_generate_the_text_of_one_call(model, tokenizer) -> None:
     whole = "".join(_stream(model, tokenizer).generate(TEXT, max_new_tokens=60, eos=[]))
     stream = _stream(model, tokenizer)
     pieces = list(stream.generate(TEXT, max_new_tokens=1, eos=[]))
@@ -246,7 +247,7 @@ def test_several_calls_say_what_one_call_says(model, tokenizer) -> None:
     assert stream.seen == len(tokenizer.encode(TEXT)) + 59
 
 
-def test_special_tokens_come_at_the_start_only(model, tokenizer) -> None:
+def test_special_tokens_are_added_only_at_the_start(model, tokenizer) -> None:
     stream = _stream(model, tokenizer)
     count = stream.feed("one two")
     count += stream.feed(" three")
@@ -259,7 +260,7 @@ def test_special_tokens_come_at_the_start_only(model, tokenizer) -> None:
     assert stream.feed("one two") == len(tokenizer.encode("one two"))
 
 
-def test_reset_starts_the_same_text_again(model, tokenizer) -> None:
+def test_after_a_reset_the_same_prompt_gives_the_same_text(model, tokenizer) -> None:
     stream = _stream(model, tokenizer)
     first = list(stream.generate(TEXT, max_new_tokens=30, repetition_penalty=1.3, eos=[]))
     stream.reset()
@@ -270,7 +271,7 @@ def _stop(model, tokenizer, stop, count: int = 40) -> str:
     return "".join(_stream(model, tokenizer).generate(TEXT, max_new_tokens=count, stop=stop, eos=[]))
 
 
-def test_every_substring_of_the_text_stops_it_before_itself(model, tokenizer) -> None:
+def test_generation_ends_before_the_stop_string(model, tokenizer) -> None:
     whole = _stop(model, tokenizer, ())
     pieces = list(_stream(model, tokenizer).generate(TEXT, max_new_tokens=40, eos=[]))
     assert len(pieces) > 20
@@ -280,32 +281,33 @@ def test_every_substring_of_the_text_stops_it_before_itself(model, tokenizer) ->
             assert _stop(model, tokenizer, stop) == whole[: whole.index(stop)]
 
 
-def test_a_stop_string_that_never_completes_loses_nothing(model, tokenizer) -> None:
+def test_an_incomplete_stop_string_is_not_lost(model, tokenizer) -> None:
     whole = _stop(model, tokenizer, ())
     for start in range(0, len(whole) - 3, 9):
-        assert _stop(model, tokenizer, [whole[start : start + 3] + NEVER]) == whole
-    assert _stop(model, tokenizer, whole[-4:] + "more") == whole  # not even at the end
+        assert _stop(model, tokenizer, [whole[start : start + 3] + NOT_GENERATED]) == whole
+    assert _stop(model, tokenizer, whole[-4:] + "more") == whole  # also at the end
 
 
-def test_the_stop_string_that_is_complete_first_ends_the_text(model, tokenizer) -> None:
+def test_the_stop_string_that_completes_first_ends_the_text(model, tokenizer) -> None:
     whole = _stop(model, tokenizer, ())
     at = next(at for at in range(10, 40) if whole.index(whole[at : at + 2]) == at)
     inner, outer = whole[at : at + 2], whole[at - 1 : at + 9]
     assert _stop(model, tokenizer, [outer, inner]) == whole[:at]
-    assert _stop(model, tokenizer, [inner, outer[:3]]) == whole[: at - 1]  # at once: the longer one
+    # Both complete with the same character. Then the one that begins first ends the text.
+    assert _stop(model, tokenizer, [inner, outer[:3]]) == whole[: at - 1]
 
 
-def test_what_a_stop_string_held_back_is_said_when_the_stream_goes_on(model, tokenizer) -> None:
+def test_text_held_back_for_a_stop_string_is_yielded_by_the_next_call(model, tokenizer) -> None:
     whole = _stop(model, tokenizer, ())
-    stop = [whole[start : start + 12] + NEVER for start in range(0, 30)]
+    stop = [whole[start : start + 12] + NOT_GENERATED for start in range(0, 30)]
     for count in (1, 2, 3, 5, 8, 13, 19):
         stream = _stream(model, tokenizer)
-        pieces = list(itertools.islice(stream.generate(TEXT, stop=stop, eos=[]), count))  # left alone
+        pieces = list(itertools.islice(stream.generate(TEXT, stop=stop, eos=[]), count))
         pieces += stream.generate(max_new_tokens=40 - count, eos=[])
         assert "".join(pieces) == whole
 
 
-def test_what_is_refused_changes_nothing(model, tokenizer) -> None:
+def test_refused_arguments_do_not_change_the_stream(model, tokenizer) -> None:
     stream = _stream(model, tokenizer)
     for wrong in (
         {"stop": ""},
@@ -316,7 +318,7 @@ def test_what_is_refused_changes_nothing(model, tokenizer) -> None:
         {"generation_config": GenerationConfig(unsupported=("num_beams=4",))},
     ):
         with pytest.raises((ValueError, UnsupportedConfig)):
-            stream.generate("never read", **wrong)
+            stream.generate("not fed", **wrong)
     whole = "".join(_stream(model, tokenizer).generate(TEXT, max_new_tokens=20, eos=[]))
     assert "".join(stream.generate(TEXT, max_new_tokens=20, eos=[])) == whole
 
@@ -331,16 +333,16 @@ def test_an_empty_prompt_needs_a_bos_token(model, tokenizer, checkpoint_without_
     assert len(list(stream.generate("x", max_new_tokens=3, eos=[]))) == 3
 
 
-def test_streams_of_one_model_do_not_meet(model, tokenizer) -> None:
+def test_streams_of_one_model_are_independent(model, tokenizer) -> None:
     def start(text: str, seed: int) -> tuple[Stream, object]:
         stream = _stream(model, tokenizer)
         options = {"temperature": 1.2, "seed": seed, "repetition_penalty": 1.2, "eos": []}
         return stream, stream.generate(text, max_new_tokens=30, **options)
 
-    alone = ["".join(start(text, seed)[1]) for text, seed in (("one", 1), ("two", 2))]
+    separately = ["".join(start(text, seed)[1]) for text, seed in (("one", 1), ("two", 2))]
     (_, first), (_, second) = start("one", 1), start("two", 2)
     together = [[], []]
     for a, b in itertools.zip_longest(first, second, fillvalue=""):
         together[0].append(a)
         together[1].append(b)
-    assert ["".join(pieces) for pieces in together] == alone
+    assert ["".join(pieces) for pieces in together] == separately

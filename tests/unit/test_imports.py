@@ -1,4 +1,7 @@
-"""Which room may import which, without circles; and that importing the package changes nothing in torch."""
+"""The folders models, weights and streamllm import one another in one direction only, without cycles.
+
+Importing the package does not change torch.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +14,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-ROOMS = {"models": "streamllm.models", "weights": "streamllm.weights", "streamllm": "streamllm"}
-FILES = [path for room in ROOMS for path in sorted((ROOT / room).rglob("*.py"))]
+FOLDERS = {"models": "streamllm.models", "weights": "streamllm.weights", "streamllm": "streamllm"}
+FILES = [path for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*.py"))]
 
-# What a room may import from the project. Each may import itself.
+# The packages of the project that a folder may import, besides its own.
 ALLOWED = {
     "models": (),
     "weights": ("streamllm.models",),
@@ -22,42 +25,41 @@ ALLOWED = {
 }
 
 
-def room_of(path: Path) -> str:
+def folder_of(path: Path) -> str:
     return path.relative_to(ROOT).parts[0]
 
 
 def module_of(path: Path) -> str:
-    room, *inner = path.relative_to(ROOT).with_suffix("").parts
-    return ".".join([ROOMS[room], *(part for part in inner if part != "__init__")])
+    folder, *inner = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join([FOLDERS[folder], *(part for part in inner if part != "__init__")])
 
 
 def imports(path: Path) -> list[tuple[str, bool]]:
-    """Every module that a file imports, by its full name.
+    """The full name of every module that a file imports, and whether importing the file imports it.
 
-    True: when the file is imported; False: inside a function, or for type checkers only.
+    False: it is imported inside a function, or for type checkers only.
     """
     package = module_of(path).split(".")
     if path.name != "__init__.py":
         package.pop()
     found: list[tuple[str, bool]] = []
 
-    def visit(node: ast.AST, at_once: bool) -> None:
+    def visit(node: ast.AST, at_import: bool) -> None:
         if isinstance(node, ast.Import):
-            found.extend((alias.name, at_once) for alias in node.names)
+            found.extend((alias.name, at_import) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             base = package[: len(package) - node.level + 1] if node.level else []
             name = ".".join([*base, *([node.module] if node.module else [])])
             inner = [f"{name}.{alias.name}" for alias in node.names if name in PACKAGES]
-            if not inner or not MODULES.issuperset(
-                inner
-            ):  # else it imports modules of a package, not the package
-                found.append((name, at_once))
-            found.extend((module, at_once) for module in inner)
+            # "from package import module" counts as an import of the module, not of the package.
+            if not inner or not MODULES.issuperset(inner):
+                found.append((name, at_import))
+            found.extend((module, at_import) for module in inner)
         later = isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)) or (
             isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
         )
         for child in ast.iter_child_nodes(node):
-            visit(child, at_once and not later)
+            visit(child, at_import and not later)
 
     visit(ast.parse(path.read_text(encoding="utf-8")), True)
     return found
@@ -71,7 +73,7 @@ def within(name: str, package: str) -> bool:
     return name == package or name.startswith(package + ".")
 
 
-def test_imports_are_found() -> None:
+def test_imports_of_all_kinds_are_found() -> None:
     found = dict(imports(ROOT / "streamllm" / "loading.py"))
     assert found["streamllm.weights.checkpoint"] is True
     assert found["tqdm"] is False
@@ -81,9 +83,9 @@ def test_imports_are_found() -> None:
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_a_room_imports_only_the_rooms_below_it(path: Path) -> None:
-    room = room_of(path)
-    own = ROOMS[room]
+def test_a_folder_imports_only_the_folders_below_it(path: Path) -> None:
+    folder = folder_of(path)
+    own = FOLDERS[folder]
     for name, _ in imports(path):
         top = name.split(".")[0]
         if top == "streamllm":
@@ -91,18 +93,20 @@ def test_a_room_imports_only_the_rooms_below_it(path: Path) -> None:
                 (package for package in ("streamllm.models", "streamllm.weights") if within(name, package)),
                 "streamllm",
             )
-            allowed = inner == own or inner in ALLOWED[room]
+            allowed = inner == own or inner in ALLOWED[folder]
             assert allowed, f"{path.relative_to(ROOT)} imports {name}"
-        elif room == "models":
+        elif folder == "models":
             standard = top in sys.stdlib_module_names
             assert standard or top == "torch", f"{path.relative_to(ROOT)} imports {name}"
         assert top not in ("tools", "tests"), f"{path.relative_to(ROOT)} imports {name}"
 
 
-def test_no_module_imports_itself_through_others() -> None:
+def test_imports_have_no_cycles() -> None:
     modules = {module_of(path): path for path in FILES}
     graph = {
-        module: {name for name, at_once in imports(path) if at_once and name in modules and name != module}
+        module: {
+            name for name, at_import in imports(path) if at_import and name in modules and name != module
+        }
         for module, path in modules.items()
     }
     TopologicalSorter(graph).prepare()  # raises CycleError
@@ -110,9 +114,9 @@ def test_no_module_imports_itself_through_others() -> None:
 
 def test_transformers_is_imported_by_one_function() -> None:
     users = {
-        path.relative_to(ROOT).as_posix(): at_once
+        path.relative_to(ROOT).as_posix(): at_import
         for path in FILES
-        for name, at_once in imports(path)
+        for name, at_import in imports(path)
         if within(name, "transformers")
     }
     assert set(users) == {"streamllm/parity/reference.py"}
@@ -131,7 +135,7 @@ class Blocked:
 
 
 def contents():
-    """Every function, class and attribute of torch that a user may meet, by identity."""
+    """The id of every public function and class of torch."""
     owners = [torch, torch.nn, F, torch.Tensor, torch.nn.Module, torch.nn.Linear, torch.nn.Embedding]
     owners += [value for _, value in inspect.getmembers(torch.nn, inspect.isclass)]
     return {

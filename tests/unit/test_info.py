@@ -28,15 +28,15 @@ def no_weight_is_read(monkeypatch) -> None:
     monkeypatch.setattr(TensorReader, "read", refuse)
 
 
-def about(folder: Path, config: dict[str, object] | None = None, **numbers: object) -> dict[str, str]:
-    """The description of a checkpoint: name -> its lines, joined. With `config`, of one without weights."""
+def described(folder: Path, config: dict[str, object] | None = None, **numbers: object) -> dict[str, str]:
+    """The description of a checkpoint: heading -> its lines, joined. With `config`, of one without weights."""
     if config is not None:
         (folder / "config.json").write_text(json.dumps(config))
     found: dict[str, str] = {}
     last = ""
-    for what, line in describe(Checkpoint(open_source(folder)), **numbers):
-        last = what or last
-        found[last] = f"{found[last]}; {line}" if not what else line
+    for heading, line in describe(Checkpoint(open_source(folder)), **numbers):
+        last = heading or last
+        found[last] = f"{found[last]}; {line}" if not heading else line
     return found
 
 
@@ -56,8 +56,8 @@ LLAMA_31 = {
 }  # fmt: skip
 
 
-def test_a_llama_by_its_config_alone(tmp_path: Path) -> None:
-    found = about(tmp_path, LLAMA_31)
+def test_a_llama_is_described_from_its_config_alone(tmp_path: Path) -> None:
+    found = described(tmp_path, LLAMA_31)
     assert found["architecture"] == (
         "llama: 32 layers, width 4,096, MLP 14,336, vocabulary 128,256; "
         "the head has its own weights (not tied)"
@@ -79,13 +79,13 @@ def test_a_llama_by_its_config_alone(tmp_path: Path) -> None:
 
 
 def test_the_cache_follows_the_options(tmp_path: Path) -> None:
-    found = about(tmp_path, LLAMA_31, sinks=0, window=100, dtype="float32")
+    found = described(tmp_path, LLAMA_31, sinks=0, window=100, dtype="float32")
     assert found["parameters"].endswith("32.1 GB in float32 (as asked for)")
     assert found["cache"].startswith(
         "262,144 bytes per token in float32; 0 sinks and 100 recent tokens: 26.2 MB"
     )
     with pytest.raises(ValueError, match="dtype is 'int4'"):
-        about(tmp_path, dtype="int4")
+        described(tmp_path, dtype="int4")
 
 
 OTHERS: dict[str, tuple[dict[str, object], dict[str, str]]] = {
@@ -121,11 +121,11 @@ OTHERS: dict[str, tuple[dict[str, object], dict[str, str]]] = {
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_other_families_by_their_configs(tmp_path: Path, name: str) -> None:
+def test_other_families_are_described_from_their_configs(tmp_path: Path, name: str) -> None:
     config, expected = OTHERS[name]
-    found = about(tmp_path, config)
-    for what, part in expected.items():
-        assert part in found[what]
+    found = described(tmp_path, config)
+    for heading, part in expected.items():
+        assert part in found[heading]
 
 
 def test_the_description_agrees_with_the_loaded_model(checkpoint: Path, capsys, monkeypatch) -> None:
@@ -151,14 +151,14 @@ def test_a_window_beyond_the_trained_length_is_a_warning(checkpoint: Path, capsy
 
 def test_shards_are_listed_with_their_sizes_and_a_missing_one_is_shown(tmp_path: Path) -> None:
     folder = tiny.write(tmp_path, tiny.checkpoint(shards=3))
-    files = about(folder)["files"]
+    files = described(folder)["files"]
     assert files.count("model-0000") == 3
     assert "3 files, " in files
     (folder / "model-00002-of-00003.safetensors").unlink()
-    assert "model-00002-of-00003.safetensors  MISSING" in about(folder)["files"]
+    assert "model-00002-of-00003.safetensors  MISSING" in described(folder)["files"]
 
 
-def test_from_the_hub_no_weights_are_fetched(tmp_path: Path, capsys) -> None:
+def test_info_fetches_no_weights_from_the_hub(tmp_path: Path, capsys) -> None:
     with serve() as hub:
         commit = hub.add("org/sharded", tiny.checkpoint(shards=3))
         with client(hub, tmp_path):
@@ -185,7 +185,7 @@ def test_a_checkpoint_that_cannot_be_described_is_an_error_of_one_sentence(
         assert message in err
 
 
-def test_the_table_of_families(capsys) -> None:
+def test_models_lists_every_model_type_and_example(capsys) -> None:
     code, out, _ = run(capsys, "models")
     assert code == 0
     for model_type in MODEL_TYPES:
@@ -200,7 +200,7 @@ def test_a_family_without_examples_is_listed_too(capsys, monkeypatch) -> None:
     assert re.search(r"^mpt$", run(capsys, "models")[1], re.M)
 
 
-def test_the_meta_device_is_enough(tmp_path: Path) -> None:
+def test_the_model_is_built_on_the_meta_device(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(LLAMA_31))
     model = Checkpoint(open_source(tmp_path)).build()
     assert all(parameter.device == torch.device("meta") for parameter in model.parameters())

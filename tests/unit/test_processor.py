@@ -1,4 +1,4 @@
-"""Who made the processor."""
+"""The vendor of the processor."""
 
 from __future__ import annotations
 
@@ -12,21 +12,19 @@ from streamllm.models import processor
 
 
 @pytest.fixture(autouse=True)
-def as_it_was():
+def clear_cache_afterwards():
     yield
     processor.description.cache_clear()
 
 
-INTEL, AMD = (
-    "processor : 0\nvendor_id : GenuineIntel\n\nprocessor : 1",
-    "processor : 0\nvendor_id : AuthenticAMD",
-)
+INTEL = "processor : 0\nvendor_id : GenuineIntel\n\nprocessor : 1"
+AMD = "processor : 0\nvendor_id : AuthenticAMD"
 
 
 @pytest.mark.parametrize(
     ("text", "mkl", "wanted"), [(INTEL, True, True), (INTEL, False, False), (AMD, True, False)]
 )
-def test_it_is_read_from_the_system(monkeypatch, text, mkl, wanted):
+def test_the_vendor_is_read_from_proc_cpuinfo(monkeypatch, text, mkl, wanted):
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: mkl)
     monkeypatch.setattr(builtins, "open", lambda path: io.StringIO(text))
     processor.description.cache_clear()
@@ -34,7 +32,7 @@ def test_it_is_read_from_the_system(monkeypatch, text, mkl, wanted):
 
 
 @pytest.mark.parametrize("name", ["Intel64 Family 6 Model 143 Stepping 8, GenuineIntel", "arm", ""])
-def test_or_from_python_where_there_is_no_such_file(monkeypatch, name):
+def test_without_proc_cpuinfo_the_vendor_is_that_of_platform_processor(monkeypatch, name):
     def missing(path):
         raise FileNotFoundError(path)
 

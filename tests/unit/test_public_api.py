@@ -1,7 +1,7 @@
-"""The public names, their signatures and the options of the command line, against the list in public_api.txt.
+"""Compares the public names, their signatures and the options of the command line with public_api.txt.
 
-A change of the list is a change of what users call: it belongs into CHANGES. `python -m tests.unit.test_public_api`
-writes the list again.
+After an intended change of the public interface, `python -m tests.unit.test_public_api` writes the file again. The
+commit message should describe the change.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import streamllm
 from streamllm.cli import cli
 from streamllm.generation_config import SamplingSettings
 
-# What a cache offers to models and to compiled steps, not to users.
-CONTRACT = {
+# Members of SinkCache for models and compiled steps. They are not part of the public interface.
+INTERNAL_MEMBERS = {
     "plan",
     "commit",
     "finish_commit",
@@ -53,7 +53,7 @@ def public_api() -> list[str]:
 def _members(owner: type) -> list[str]:
     found = []
     for name, value in sorted(vars(owner).items()):
-        if name.startswith("_") or (owner is streamllm.SinkCache and name in CONTRACT):
+        if name.startswith("_") or (owner is streamllm.SinkCache and name in INTERNAL_MEMBERS):
             continue
         if isinstance(value, property):
             found.append(f"{name} (property)")
@@ -64,7 +64,7 @@ def _members(owner: type) -> list[str]:
 
 
 def _signature(value: object) -> str:
-    """The signature, with the settings of generation written out as the keyword arguments that they are."""
+    """The signature, with SamplingSettings expanded to keyword arguments."""
     if not callable(value):
         return ""
     signature = inspect.signature(value)
@@ -79,7 +79,7 @@ def _signature(value: object) -> str:
             ]
         else:
             parameters.append(parameter)
-    # The order of keyword-only arguments means nothing.
+    # The order of keyword-only arguments does not matter to callers.
     parameters.sort(
         key=lambda parameter: (parameter.kind, parameter.kind == parameter.KEYWORD_ONLY and parameter.name)
     )
@@ -93,7 +93,7 @@ def _option(parameter: click.Parameter) -> str:
     return f"{names}: {parameter.type.to_info_dict()['param_type']}{multiple} = {default}"
 
 
-def test_the_public_names_signatures_and_options_are_those_of_the_list() -> None:
+def test_the_public_interface_equals_the_list() -> None:
     assert public_api() == LIST.read_text(encoding="utf-8").splitlines()
 
 

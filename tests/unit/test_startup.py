@@ -1,4 +1,4 @@
-"""What `import streamllm` and the command line load before a command runs: no slow module, little memory."""
+"""`import streamllm` and the command line load no slow module, and little memory, before a command runs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The status line: what it counts, on which row it is, and that it leaves the terminal as it was."""
+"""The status line: its counts, its row, and that it restores the terminal."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_without_a_terminal_one_line_comes_at_the_end(stream, monkeypatch) -> No
     assert "\x1b" not in out.getvalue()
 
 
-def test_a_terminal_without_the_text_has_the_line_in_place(stream) -> None:
+def test_on_a_terminal_without_the_text_the_line_is_refreshed_in_place(stream) -> None:
     with Status(stream, out := Terminal(), io.StringIO()) as status:
         run(stream, status, max_new_tokens=3)
     lines = out.getvalue().split("\r\x1b[2K")[1:]
@@ -68,7 +68,9 @@ def test_a_terminal_without_the_text_has_the_line_in_place(stream) -> None:
 
 
 @pytest.mark.parametrize("error", [None, KeyboardInterrupt, BrokenPipeError])
-def test_a_shared_terminal_gets_its_bottom_row_back(stream, error: type[BaseException] | None) -> None:
+def test_on_a_terminal_with_the_text_the_bottom_row_is_restored(
+    stream, error: type[BaseException] | None
+) -> None:
     out = Terminal()
     try:
         with Status(stream, out, out) as status:
@@ -91,7 +93,7 @@ def test_a_terminal_of_one_or_two_rows_is_not_divided(stream, monkeypatch, rows:
     assert not re.search(r"\x1b\[\d+;\d+r", out.getvalue())
 
 
-def test_the_size_is_that_of_the_terminal_with_the_line(stream, monkeypatch) -> None:
+def test_the_line_fits_the_terminal_that_it_is_on(stream, monkeypatch) -> None:
     out = Terminal()
     monkeypatch.setattr(out, "fileno", lambda: 77, raising=False)
     monkeypatch.setattr(os, "get_terminal_size", lambda fd: os.terminal_size((30 if fd == 77 else 90, 10)))

@@ -1,4 +1,4 @@
-"""Step and the loop over chunks: worked examples, what a forward leaves behind, what it refuses."""
+"""Step, and the forward with a cache: worked examples, gradients and memory, and wrong arguments."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ import torch
 
 from streamllm.cache import SinkCache
 from streamllm.models.step import Step, geometry_of
-from tests.laws.scenarios import text, tiny
+from tests.laws.scenarios import random_tokens, tiny_llama
 
 
 def trainable(**options):
-    """A model of its own, whose weights ask for gradients."""
-    model = tiny(**options)
-    twin = type(model)(model.config).to(model.embed.weight.dtype)
-    twin.load_state_dict(model.state_dict())
-    return twin
+    """A copy of tiny_llama whose weights require gradients."""
+    model = tiny_llama(**options)
+    copy = type(model)(model.config).to(model.embed.weight.dtype)
+    copy.load_state_dict(model.state_dict())
+    return copy
 
 
-def test_the_worked_example_of_step():
-    cache = SinkCache(tiny(), sinks=2, window=3)
-    tiny()(text(9), cache)
+def test_the_example_in_the_docstring_of_step():
+    cache = SinkCache(tiny_llama(), sinks=2, window=3)
+    tiny_llama()(random_tokens(9), cache)
     step = cache.plan(1).steps[None]
     assert step.slots.tolist() == [[3]]
     assert step.key_place.tolist() == [[0, 1, 8, 9, 7]]
@@ -31,25 +31,26 @@ def test_the_worked_example_of_step():
     assert sorted(step.distance().flatten().tolist()) == [0, 1, 2, 3, 4]
 
 
-def test_the_worked_example_of_a_chunk():
-    step = SinkCache(tiny(), sinks=2, window=3).plan(4).steps[None]
-    assert step.key_place.tolist() == [[0, 1, 0, 1, 2, 3]]  # the sinks, and the run, in which they are hidden
+def test_a_first_chunk_sees_its_sinks_once():
+    step = SinkCache(tiny_llama(), sinks=2, window=3).plan(4).steps[None]
+    # The sinks, then the chunk, in which the sinks are masked.
+    assert step.key_place.tolist() == [[0, 1, 0, 1, 2, 3]]
     assert not step.mask()[0, :, 2:4].any()
     seen = [step.key_place[0, visible].tolist() for visible in step.mask()[0]]
     assert seen == [[0], [0, 1], [0, 1, 2], [0, 1, 2, 3]]
 
 
-def test_distances_are_ranks_behind_the_query():
-    """Whatever was evicted, and wherever the text begins: n keys stand 0 … n-1 steps away."""
+def test_distances_of_the_visible_keys_are_consecutive():
+    """n visible keys are at the distances 0 … n-1, after any evictions and for any origin."""
     for origin in (0, 5, 10**12):
-        cache = SinkCache(tiny(), sinks=3, window=4, origin=origin)
+        cache = SinkCache(tiny_llama(), sinks=3, window=4, origin=origin)
         for length in (1, 1, 2, 9, 1, 30, 1, 1):
             step = cache.plan(length).steps[None]
             mask = step.mask()
             visible = torch.ones(1, length, step.key_place.shape[1]).bool() if mask is None else mask
             for row, seen in zip(step.distance()[0], visible[0], strict=True):
                 assert sorted(row[seen].tolist()) == list(range(int(seen.sum())))
-            tiny()(text(length), cache)
+            tiny_llama()(random_tokens(length), cache)
 
 
 @pytest.mark.parametrize("window", [None, 1, 3, 8, 9])
@@ -63,40 +64,40 @@ def test_a_dense_step_is_causal_and_banded(window):
     assert Step.dense(1, window).mask() is None
 
 
-def test_a_forward_with_a_cache_builds_no_graph():
-    model, cache = trainable(), SinkCache(tiny(), 2, 5, chunk=8)
-    for tokens in (text(30), text(1), text(20)):
+def test_a_forward_with_a_cache_builds_no_autograd_graph():
+    model, cache = trainable(), SinkCache(tiny_llama(), 2, 5, chunk=8)
+    for tokens in (random_tokens(30), random_tokens(1), random_tokens(20)):
         assert not model(tokens, cache).requires_grad
-    model(text(20)).sum().backward()  # without one it does
+    model(random_tokens(20)).sum().backward()  # without a cache it does
     assert all(weight.grad is not None for weight in model.parameters())
 
 
-def test_streams_and_training_may_alternate():
-    """What is remembered of frequencies and masks serves inference mode and autograd alike."""
+def test_inference_and_training_may_alternate():
+    """Cached frequencies and masks can be used in inference mode and by autograd."""
     model = trainable(rope="yarn")
     cache = SinkCache(model, 2, 5)
     for _ in range(2):
         with torch.inference_mode():
-            model(text(12), cache)
-            model(text(12))
-        model(text(12)).sum().backward()
-        model(text(1), cache)
+            model(random_tokens(12), cache)
+            model(random_tokens(12))
+        model(random_tokens(12)).sum().backward()
+        model(random_tokens(1), cache)
 
 
 @pytest.mark.parametrize("options", [{}, {"lengths": [1590]}])
 def test_a_long_prompt_keeps_the_activations_of_one_chunk(options):
-    """However long it is: what the norm gave out for earlier chunks is gone when the next one comes."""
-    model, cache, given, alive = tiny(), SinkCache(tiny(), 2, 5, chunk=16), [], []
+    """Outputs of the norm for earlier chunks are freed before the next chunk."""
+    model, cache, outputs, alive = tiny_llama(), SinkCache(tiny_llama(), 2, 5, chunk=16), [], []
 
     def remember(module, inputs, output):
-        given.append(weakref.ref(output))
+        outputs.append(weakref.ref(output))
 
     def count(module, inputs):
-        alive.append(sum(output() is not None for output in given))
+        alive.append(sum(output() is not None for output in outputs))
 
     hooks = [model.norm.register_forward_hook(remember), model.embed.register_forward_pre_hook(count)]
     try:
-        model(text(1600), cache, logits_to_keep=3, **options)
+        model(random_tokens(1600), cache, logits_to_keep=3, **options)
     finally:
         for hook in hooks:
             hook.remove()
@@ -105,7 +106,7 @@ def test_a_long_prompt_keeps_the_activations_of_one_chunk(options):
 
 
 @pytest.mark.parametrize(
-    ("tokens", "says"),
+    ("tokens", "message"),
     [
         (torch.zeros(1, 3), "not torch.float32 of shape"),
         (torch.zeros(1, 3, dtype=torch.complex64), "not torch.complex64"),
@@ -119,15 +120,15 @@ def test_a_long_prompt_keeps_the_activations_of_one_chunk(options):
     ],
 )
 @pytest.mark.parametrize("cached", [False, True])
-def test_tokens_that_are_none_are_refused_in_one_sentence(tokens, says, cached):
-    cache = SinkCache(tiny(), 2, 5) if cached else None
-    with pytest.raises(ValueError, match=says):
-        tiny()(tokens, cache)
+def test_wrong_tokens_are_refused(tokens, message, cached):
+    cache = SinkCache(tiny_llama(), 2, 5) if cached else None
+    with pytest.raises(ValueError, match=message):
+        tiny_llama()(tokens, cache)
     assert cache is None or cache.seen.tolist() == [0]
 
 
 @pytest.mark.parametrize(
-    ("rows", "options", "says"),
+    ("rows", "options", "message"),
     [
         (3, {}, "made for a batch of 2, the tokens have 3 rows"),
         (2, {"lengths": torch.tensor([1, 6])}, r"2 whole numbers in 0 … 5, one per row, not \[1, 6\]"),
@@ -140,26 +141,28 @@ def test_tokens_that_are_none_are_refused_in_one_sentence(tokens, says, cached):
         (2, {"logits_to_keep": 0}, r"logits_to_keep must be at least 1 \(None: all\), not 0"),
     ],
 )
-def test_a_forward_that_does_not_fit_the_cache_is_refused_in_one_sentence(rows, options, says):
-    cache = SinkCache(tiny(), 2, 5, batch_size=2)
-    with pytest.raises(ValueError, match=says):
-        tiny()(text(5, rows), cache, **options)
+def test_arguments_that_do_not_fit_the_cache_are_refused(rows, options, message):
+    cache = SinkCache(tiny_llama(), 2, 5, batch_size=2)
+    with pytest.raises(ValueError, match=message):
+        tiny_llama()(random_tokens(5, rows), cache, **options)
     assert cache.seen.tolist() == [0, 0]
 
 
 def test_lengths_need_a_cache():
     with pytest.raises(ValueError, match="lengths need a cache"):
-        tiny()(text(5), lengths=[3])
+        tiny_llama()(random_tokens(5), lengths=[3])
 
 
 def test_lengths_may_be_a_list_or_a_tensor():
-    one, other = (SinkCache(tiny(), 2, 5, batch_size=2) for _ in range(2))
-    given = tiny()(text(5, 2), one, lengths=[5, 2])
-    assert torch.equal(given, tiny()(text(5, 2), other, lengths=torch.tensor([5, 2], dtype=torch.int32)))
+    one, other = (SinkCache(tiny_llama(), 2, 5, batch_size=2) for _ in range(2))
+    wanted = tiny_llama()(random_tokens(5, 2), one, lengths=[5, 2])
+    assert torch.equal(
+        wanted, tiny_llama()(random_tokens(5, 2), other, lengths=torch.tensor([5, 2], dtype=torch.int32))
+    )
     assert one.seen.tolist() == other.seen.tolist() == [5, 2]
 
 
-def test_somebody_elses_model_is_refused_by_name():
+def test_a_model_of_another_library_is_refused():
     with pytest.raises(TypeError, match=r"torch\.nn\.modules\.linear\.Linear is not a model of this library"):
         SinkCache(torch.nn.Linear(2, 2))
-    assert geometry_of(tiny()) == tiny().geometry
+    assert geometry_of(tiny_llama()) == tiny_llama().geometry

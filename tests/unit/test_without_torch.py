@@ -14,7 +14,7 @@ class NoTorch:
 
 
 sys.meta_path.insert(0, NoTorch())
-# An empty package in place of streamllm/__init__.py, which is not what is tested here.
+# An empty package in place of streamllm/__init__.py, which this test does not import.
 package = types.ModuleType("streamllm")
 package.__path__ = importlib.util.find_spec("streamllm").submodule_search_locations
 sys.modules["streamllm"] = package

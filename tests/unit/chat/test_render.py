@@ -1,4 +1,4 @@
-"""Rendering: the results of transformers, where templates are found, and what users may pass."""
+"""Rendering: the results of transformers, where templates are found, and the arguments of users."""
 
 import json
 import os
@@ -118,7 +118,7 @@ def test_template_file_that_is_not_text(name, library, tmp_path):
         load_tokenizer_files(tmp_path)
 
 
-# What users pass.
+# Arguments of users
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""A limit of the time, and what an intact checkpoint computes."""
+"""A time limit for every test, and the result of the intact checkpoint."""
 
 import signal
 
@@ -31,5 +31,5 @@ def time_limit():
 
 @pytest.fixture(scope="module")
 def expected(tmp_path_factory):
-    """What the intact checkpoint computes."""
+    """The result of the intact checkpoint."""
     return load_and_run(tiny.write(tmp_path_factory.mktemp("intact"), INTACT))

@@ -83,7 +83,7 @@ def safetensors(header: Any, data: bytes = b"", length: int | None = None) -> by
 
 
 def entry(start: int) -> bytes:
-    """What a header says about a tensor of one float."""
+    """The header's entry for a tensor of one float."""
     return b'{"dtype":"F32","shape":[1],"data_offsets":[%d,%d]}' % (start, start + 4)
 
 

@@ -32,7 +32,7 @@ from tests.unit.hostile.samples import (
     without,
 )
 
-# The files, the name of one, what replaces it, and the error.
+# The files, the name of one of them, its new content, and the error.
 REPLACED: dict[str, tuple[Files, str, Any, str]] = {
     "weights: a folder": (INTACT, SINGLE, Path.mkdir, "is a folder, not a file"),
     "weights: a pipe": (INTACT, SINGLE, os.mkfifo, "is a pipe or a device, not a file"),

@@ -1,4 +1,4 @@
-"""Repositories for the hub on loopback, and what an error must look like."""
+"""Repositories for the hub on loopback, and checks of error messages."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Local folders: what they hold, and what may not lie in them."""
+"""Local folders: the files that they need, and files that are refused."""
 
 import os
 import re

@@ -1,4 +1,4 @@
-"""Downloads from the hub: which files, at which commit, and what happens when connections break."""
+"""Downloads from the hub: which files, at which commit, and after broken connections."""
 
 import json
 

@@ -1,8 +1,9 @@
-"""The step that CUDA graphs capture, with a stand-in that runs what would be replayed: its laws need no GPU."""
+"""backend="cudagraphs" without a GPU: a stand-in for graphs runs the captured function at every replay."""
 
 from __future__ import annotations
 
 import gc
+import operator
 
 import pytest
 import torch
@@ -11,19 +12,30 @@ import streamllm
 from streamllm import generation
 from streamllm.cache import SinkCache
 from streamllm.compiled import api, cuda, fusion
-from tests.laws.scenarios import TOLERANCE, cuts, defined, error, feed, mixed, text, tiny
-from tests.laws.test_families import CONFIGS
-from tests.laws.test_families import tiny as of_family
+from tests.laws.families import CONFIGS, tiny_model
+from tests.laws.scenarios import (
+    TOLERANCE,
+    error,
+    feed,
+    feed_mixed_chunks,
+    random_split,
+    random_tokens,
+    reference_logits,
+    tiny_llama,
+)
 
-SHAPES = [(0, 1), (0, 5), (4, 1), (4, 6), (8, 3), (1, 30)]
+SINKS_AND_WINDOWS = [(0, 1), (0, 5), (4, 1), (4, 6), (8, 3), (1, 30)]
 
 
 @pytest.fixture(autouse=True)
 def replays(monkeypatch) -> list[int]:
-    """As a graph: after the capture, nothing but what was captured runs, and the result keeps its place."""
+    """Replaces CUDA graphs. Like a graph, a replay runs only the captured function and writes to the same result.
+
+    Returns a list with the number of replays.
+    """
     count = [0]
 
-    def captured(function, device):
+    def capture(function, device):
         assert device.type == "cpu"
         for _ in range(3):
             result = function()
@@ -35,29 +47,29 @@ def replays(monkeypatch) -> list[int]:
 
         return replay
 
-    monkeypatch.setattr(cuda, "capture", captured)
+    monkeypatch.setattr(cuda, "capture", capture)
     monkeypatch.setattr(api, "CAPTURABLE", ("cpu",))
     return count
 
 
 @pytest.mark.parametrize("origin", [0, 10**9])
 @pytest.mark.parametrize("rows", [1, 3])
-@pytest.mark.parametrize(("sinks", "window"), SHAPES)
-def test_one_by_one_keeps_the_definition(replays, sinks, window, rows, origin) -> None:
-    model = streamllm.compile(tiny(), "cudagraphs")
-    tokens = text(70, rows)
+@pytest.mark.parametrize(("sinks", "window"), SINKS_AND_WINDOWS)
+def test_token_by_token_equals_the_definition(replays, sinks, window, rows, origin) -> None:
+    model = streamllm.compile(tiny_llama(), "cudagraphs")
+    tokens = random_tokens(70, rows)
     cache = SinkCache(model, sinks, window, rows, origin=origin)
     with torch.inference_mode():
         got = feed(model, cache, tokens)
-    assert error(got, defined(tiny(), tokens, sinks, window)) <= TOLERANCE
-    assert model.recordings == (1 if sinks + window == 1 else 2)  # filling, and full
+    assert error(got, reference_logits(tiny_llama(), tokens, sinks, window)) <= TOLERANCE
+    assert model.recordings == (1 if sinks + window == 1 else 2)  # a filling window and a full one
     assert replays == [70]
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_every_family_streams_past_eviction(replays, name: str) -> None:
-    plain = of_family(name)
-    model, tokens = streamllm.compile(plain, "cudagraphs"), text(45)
+def test_every_family_equals_the_model_past_eviction(replays, name: str) -> None:
+    plain = tiny_model(name)
+    model, tokens = streamllm.compile(plain, "cudagraphs"), random_tokens(45)
     for sinks, window, origin in [(3, 9, 0), (0, 5, 0), (2, 4, 10**9)]:
         cache = SinkCache(model, sinks, window, origin=origin)
         got = feed(model, cache, tokens)
@@ -66,26 +78,26 @@ def test_every_family_streams_past_eviction(replays, name: str) -> None:
 
 
 @pytest.mark.parametrize("for_any_place", [False, True])
-def test_a_recorded_plan_gives_what_the_plan_of_a_forward_gives(for_any_place) -> None:
-    """Places, and what is visible; it may read more slots, of which the rest is hidden."""
-    for model in (tiny(), of_family("qwen2, three windows")):
+def test_a_recorded_plan_equals_the_plan_of_a_forward(for_any_place) -> None:
+    """Places and visible keys are equal. A recorded plan may read more slots, which are masked."""
+    for model in (tiny_llama(), tiny_model("qwen2, three windows")):
         for sinks, window, origin in [(0, 1, 0), (0, 5, 7), (4, 1, 0), (4, 6, 10**9), (1, 30, 0)]:
             cache = SinkCache(model, sinks, window, origin=origin)
             for t in range(sinks + window + 30):
                 kinds = cache.token_kinds(recorded=True, for_any_place=for_any_place)
                 plan = cache.plan(1)
                 other = cache.plan_token(torch.tensor([t]), kinds, torch.tensor([origin]))
-                for own, step in plan.steps.items():
-                    got = other.steps[own]
+                for sliding, step in plan.steps.items():
+                    got = other.steps[sliding]
                     for field in ("slots", "query_place", "sink_query_place", "new_key_place", "rope_length"):
                         wanted = getattr(step, field)
-                        same = torch.equal if isinstance(wanted, torch.Tensor) else lambda a, b: a == b
-                        assert same(wanted, getattr(got, field)), field
-                    assert seen_distances(got) == seen_distances(step)
-                model(text(1, seed=t), cache)
+                        equal = torch.equal if isinstance(wanted, torch.Tensor) else operator.eq
+                        assert equal(wanted, getattr(got, field)), field
+                    assert visible_distances(got) == visible_distances(step)
+                model(random_tokens(1, seed=t), cache)
 
 
-def seen_distances(step) -> list[int]:
+def visible_distances(step) -> list[int]:
     mask = step.mask()
     distance = step.distance()
     return sorted((distance if mask is None else distance[mask]).flatten().tolist())
@@ -93,7 +105,7 @@ def seen_distances(step) -> list[int]:
 
 def test_a_recorded_plan_reads_no_values() -> None:
     """A tensor on "meta" has no values: reading one raises."""
-    for model in (tiny.__wrapped__(dtype=torch.float32), of_family.__wrapped__("mpt").float()):
+    for model in (tiny_llama.__wrapped__(dtype=torch.float32), tiny_model.__wrapped__("mpt").float()):
         model = model.to("meta")
         for rows in (1, 3):
             cache = SinkCache(model, 2, 6, rows)
@@ -103,36 +115,37 @@ def test_a_recorded_plan_reads_no_values() -> None:
             assert x.shape[:2] == (rows, 1)
 
 
-def test_single_tokens_between_chunks_and_ragged_rows() -> None:
-    model = streamllm.compile(tiny(), "cudagraphs")
-    rows = mixed(model)
+def test_single_tokens_between_chunks_and_ragged_rows_equal_the_definition() -> None:
+    model = streamllm.compile(tiny_llama(), "cudagraphs")
+    rows = feed_mixed_chunks(model)
     rows.restart([0, 1, 2])
-    rows.feed(text(12, 3, seed=7))
-    rows.feed(text(1, 3, seed=8))
-    rows.model = tiny()  # whose weights the reference reads
+    rows.feed(random_tokens(12, 3, seed=7))
+    rows.feed(random_tokens(1, 3, seed=8))
+    rows.model = tiny_llama()  # the reference reads its weights
     assert rows.error() <= TOLERANCE
-    assert model.recordings == 3  # rows in lockstep, rows at different places, rows of which one fills again
+    # One for rows in lockstep, one for rows at different places, one while a row fills again.
+    assert model.recordings == 3
 
 
-def test_a_graph_is_of_one_cache_and_goes_with_it() -> None:
-    model, tokens = streamllm.compile(tiny(), "cudagraphs"), text(40, rows=2)
+def test_graphs_belong_to_one_cache_and_are_freed_with_it() -> None:
+    model, tokens = streamllm.compile(tiny_llama(), "cudagraphs"), random_tokens(40, rows=2)
     caches = [SinkCache(model, 2, 5), SinkCache(model, 2, 5), SinkCache(model, 4, 6, origin=9)]
     got = [[], [], []]
-    for part in tokens[:1].split(cuts(40, seed=3, longest=3), 1):
+    for part in tokens[:1].split(random_split(40, seed=3, longest=3), 1):
         for cache, logits in zip(caches, got, strict=True):
             logits.append(model(part, cache))
     for cache, logits in zip(caches, got, strict=True):
-        wanted = defined(tiny(), tokens[:1], cache.sinks, cache.window)
+        wanted = reference_logits(tiny_llama(), tokens[:1], cache.sinks, cache.window)
         assert error(torch.cat(logits, 1), wanted) <= TOLERANCE
-    assert model.recordings == 4  # two sizes, filling and full
+    assert model.recordings == 4  # two sizes, each filling and full
     assert len(model._bound) == 3
     del cache, caches[1:]
     gc.collect()
     assert len(model._bound) == 1
 
 
-def test_an_interrupted_replay_leaves_the_stream_where_it_stood(monkeypatch) -> None:
-    model, tokens = streamllm.compile(tiny(), "cudagraphs"), text(40)
+def test_a_failed_capture_does_not_change_the_stream(monkeypatch) -> None:
+    model, tokens = streamllm.compile(tiny_llama(), "cudagraphs"), random_tokens(40)
     cache = SinkCache(model, 2, 5)
     model(tokens[:, :20], cache)
     for at in (20, 21, 25):
@@ -141,56 +154,58 @@ def test_an_interrupted_replay_leaves_the_stream_where_it_stood(monkeypatch) -> 
             patch.setattr(cuda, "capture", lambda *_: 1 / 0)
             model._bound.clear()
             with pytest.raises(ZeroDivisionError):
-                model(text(1, seed=at), cache)
+                model(random_tokens(1, seed=at), cache)
         assert cache.seen.tolist() == [at]
-    model(text(1, seed=9), cache)
+    model(random_tokens(1, seed=9), cache)
     cache.step_back()
     got = feed(model, cache, tokens[:, 25:])
-    assert error(got, defined(tiny(), tokens, 2, 5)[:, 25:]) <= TOLERANCE
+    assert error(got, reference_logits(tiny_llama(), tokens, 2, 5)[:, 25:]) <= TOLERANCE
 
 
-def test_places_of_keys_are_captured_only_where_a_bias_needs_them(monkeypatch) -> None:
+def test_places_of_keys_are_captured_only_for_alibi(monkeypatch) -> None:
     graphs = []
     flat = fusion.flat_function
     monkeypatch.setattr(fusion, "flat_function", lambda module: graphs.append(module.graph) or flat(module))
-    for model, asked in ((tiny(), False), (of_family("mpt"), True)):
+    for model, needed in ((tiny_llama(), False), (tiny_model("mpt"), True)):
         compiled = streamllm.compile(model, "cudagraphs")
-        feed(compiled, SinkCache(compiled, 2, 5), text(9), [8, 1])
+        feed(compiled, SinkCache(compiled, 2, 5), random_tokens(9), [8, 1])
         nodes = graphs.pop().nodes
-        assert any(node.target is torch.where for node in nodes) == asked  # the places of keys
+        assert any(node.target is torch.where for node in nodes) == needed  # computes the places of keys
         copies = [node for node in nodes if node.target == "index_copy_"]
         assert len(copies) == 6  # keys and values of three layers
 
 
 @pytest.mark.parametrize("config", [{}, {"temperature": 1.0, "seed": 1, "repetition_penalty": 1.2}])
-def test_a_stream_that_runs_ahead_on_graphs_says_the_same(monkeypatch, replays, config) -> None:
+def test_running_ahead_on_graphs_generates_the_same_tokens(monkeypatch, replays, config) -> None:
     monkeypatch.setattr(generation, "RUN_AHEAD", ("cpu",))
-    model, prompt = streamllm.compile(tiny(), "cudagraphs"), text(12)[0]
-    cache, plain = SinkCache(model, 2, 6), SinkCache(tiny(), 2, 6)
+    model, prompt = streamllm.compile(tiny_llama(), "cudagraphs"), random_tokens(12)[0]
+    cache, plain = SinkCache(model, 2, 6), SinkCache(tiny_llama(), 2, 6)
     for count in (20, 1, 9):
-        said = list(streamllm.generate(model, prompt, cache, max_new_tokens=count, **config))
+        generated = list(streamllm.generate(model, prompt, cache, max_new_tokens=count, **config))
         monkeypatch.setattr(generation, "RUN_AHEAD", ())
-        assert said == list(streamllm.generate(tiny(), prompt, plain, max_new_tokens=count, **config))
+        assert generated == list(
+            streamllm.generate(tiny_llama(), prompt, plain, max_new_tokens=count, **config)
+        )
         monkeypatch.setattr(generation, "RUN_AHEAD", ("cpu",))
         assert cache.seen.tolist() == plain.seen.tolist()
-        prompt = said[-1:]
+        prompt = generated[-1:]
     assert replays[0] >= 27
     assert model.recordings == 1  # the prompt fills the window
 
 
-def test_what_torch_compile_makes_of_it_is_captured_too(monkeypatch, replays) -> None:
-    """As "inductor" does on CUDA; here with a backend that compiles nothing, but takes the same apart."""
+def test_a_step_compiled_by_torch_is_captured_too(monkeypatch, replays) -> None:
+    """As "inductor" does on CUDA, here with the torch.compile backend "aot_eager", which generates no code."""
     monkeypatch.setattr(
         api, "_by_inductor", lambda module: torch.compile(module, fullgraph=True, backend="aot_eager")
     )
     torch._dynamo.reset()
-    model, tokens = streamllm.compile(tiny(), "inductor"), text(30)
+    model, tokens = streamllm.compile(tiny_llama(), "inductor"), random_tokens(30)
     model._is_captured, model._uses_loops = lambda device: True, lambda device: False
     try:
         for inference in (True, False):
             with torch.inference_mode(inference):
                 got = feed(model, SinkCache(model, 2, 5), tokens, [1] * 12 + [5] + [1] * 13)
-            assert error(got, defined(tiny(), tokens, 2, 5)) <= TOLERANCE
+            assert error(got, reference_logits(tiny_llama(), tokens, 2, 5)) <= TOLERANCE
     finally:
         torch._dynamo.reset()
     assert replays == [2 * (30 - 5)]
