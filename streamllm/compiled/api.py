@@ -139,7 +139,7 @@ class Compiled(nn.Module):
         if key not in self._recorded:
 
             def step() -> Tensor:
-                plan = cache.plan_token(places, kinds, origin)
+                plan: Plan = cache.plan_token(places, kinds, origin)
                 if self._uses_loops(cache.device):
                     plan = Plan(plan.steps, [cpu_loops.LoopStore(store) for store in plan.stores])
                 return self.model.project(self.model.hidden(tokens, plan))  # type: ignore[no-any-return, operator]
