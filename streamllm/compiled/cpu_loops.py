@@ -186,7 +186,7 @@ def _matmul(a: Tensor | _Quantized, b: Tensor | _Quantized) -> Tensor:
         return _matmul(b.transpose(-1, -2), a.transpose(-1, -2)).transpose(-1, -2)
     if isinstance(b, _Quantized):
         return b.behind(a)
-    if min(a.shape[-2], b.shape[-1]) > MAX_SUM_ROWS or min(a.dim(), b.dim()) < 2:
+    if min(a.dim(), b.dim()) < 2 or min(a.shape[-2], b.shape[-1]) > MAX_SUM_ROWS:
         return torch.matmul(a, b)
     return _sums(a, b).to(a.dtype)
 
