@@ -140,9 +140,10 @@ class Compiled(nn.Module):
         if recording_key not in self._recorded:
 
             def step() -> Tensor:
-                plan: Plan = cache.plan_token(places, kinds, origin)
+                planned = cache.plan_token(places, kinds, origin)
+                plan: Plan = planned
                 if self._uses_loops(cache.device):
-                    plan = Plan(plan.steps, [cpu_loops.LoopStore(store) for store in plan.stores])
+                    plan = Plan(planned.steps, [cpu_loops.LoopStore(store) for store in planned.stores])
                 return self.model.project(self.model.hidden(tokens, plan))  # type: ignore[no-any-return, operator]
 
             self._recorded[recording_key] = self._record(given, step)
