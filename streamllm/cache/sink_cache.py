@@ -9,12 +9,16 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from copy import deepcopy
 from dataclasses import dataclass, replace
+from functools import partial
 from operator import index
 
 import torch
 from torch import Tensor, nn
 
+from streamllm.cache.entries import MovedEntries, Row, Rows, Shift, held, rewindable, rewound, without
 from streamllm.cache.int8_ring import Int8Ring
 from streamllm.cache.ring import (
     LayerStore,
@@ -27,8 +31,9 @@ from streamllm.cache.ring import (
     plan_token,
     token_kind,
 )
-from streamllm.cache.state import check_state
+from streamllm.cache.state import STATE_VERSION, check_state, rows_of_state, state_of_rows
 from streamllm.malloc import trim_heap
+from streamllm.models.rotary import moved_keys
 from streamllm.models.step import Plan, Step, geometry_of
 
 RINGS: dict[str | None, type[Ring] | type[Int8Ring]] = {None: Ring, "int8": Int8Ring}
@@ -56,6 +61,14 @@ class SinkCache:
     recent tokens of a chunk are rounded before its queries meet them, so the result does not depend on how a
     text is cut into chunks. It depends slightly on `origin`, because keys are rounded after their rotation.
     A layer's keys and values are dequantised only while it attends to them.
+
+    The cache is a list of at most S + W entries in the order of the text, the sinks first, and a query's positions
+    are ranks in that list. `evict_range` and `evict_for_space` take entries out: keys and values of the others stay
+    as they were computed, and the list closes up. New tokens fill the room before anything else leaves.
+
+    Where the layers' own windows differ, each distinct window has a list of its own. The number of an entry counts
+    in the longest list. What is taken out of it leaves the shorter lists, too, as far as they still hold it, and
+    each list then fills again with new tokens. Entries that a short list has pushed out do not come back.
 
     Raises ValueError for sinks < 0, window < 1, batch_size < 1, chunk < 1, origin outside 0 … 2^48 or an unknown
     quantize. Warns when sinks + window is longer than the model's trained length.
@@ -100,30 +113,60 @@ class SinkCache:
         self.batch_size, self.chunk, self.quantize = batch_size, chunk, quantize
         weight = next(model.parameters())
         self.dtype, self.device = weight.dtype, weight.device
-        # Tokens seen per row, and a commit that may be unfinished. One attribute, replaced as a whole: an
-        # interrupt cannot split the two.
-        self._state: tuple[list[int], SinkPlan | None] = ([0] * batch_size, None)
         self._trim = False  # whether a chunk of many tokens has come since the heap was trimmed
         # A layer whose own window w is shorter keeps min(W, w). One plan per distinct window.
         self._layouts = {
             own: Layout(sinks, window if own is None else min(window, own))
             for own in dict.fromkeys(geometry.windows)
         }
+        fresh = Rows.fresh(batch_size, len(self._layouts), sinks)
+        # t of each row, what an unfinished commit has still to store, and what was taken out of each row. One
+        # attribute, replaced as a whole: an interrupt cannot split them.
+        self._state: tuple[list[int], Sequence[LayerStore | MovedEntries], Rows] = (
+            [0] * batch_size,
+            (),
+            fresh,
+        )
+        self._begun: list[int] | None = None  # the t of each row for which a single token was last begun
+        self._rope = geometry.rope
+        self._written = fresh.starts  # what `starts` holds
         shape = batch_size, geometry.kv_heads, geometry.head_dim
         with torch.inference_mode(False):  # or only forwards in inference mode could write to them
+            self._starts = torch.full((len(fresh.starts), batch_size), sinks, device=self.device)
             self._rings = [
                 (own, RINGS[quantize](shape, self._layouts[own], self.dtype, self.device))
                 for own in geometry.windows
             ]
 
     @property
-    def _seen(self) -> list[int]:
+    def _t(self) -> list[int]:
+        """The place of each row's next token, without the origin."""
         return self._state[0]
+
+    @property
+    def _rows(self) -> Rows:
+        return self._state[2]
 
     @property
     def seen(self) -> Tensor:
         """How many tokens each stream has taken in: int64 [B], on the CPU."""
-        return torch.tensor(self._seen, dtype=torch.int64)
+        pairs = zip(self._t, self._rows.rows, strict=True)
+        return torch.tensor([t + row.ahead for t, row in pairs], dtype=torch.int64)
+
+    @property
+    def held(self) -> Tensor:
+        """How many entries each stream holds, sinks included: int64 [B], on the CPU. At most sinks + window.
+
+        A single token that failed, or was undone, has already pushed out the entry that it pushes out.
+        """
+        layouts = self._lists
+        return torch.tensor([held(row, t, layouts) for row, t in self._all_rows()], dtype=torch.int64)
+
+    @property
+    def rewindable(self) -> Tensor:
+        """How many of its newest tokens each stream can `rewind`: int64 [B], on the CPU."""
+        layouts = self._lists
+        return torch.tensor([rewindable(row, t, layouts) for row, t in self._all_rows()], dtype=torch.int64)
 
     @property
     def nbytes(self) -> int:
@@ -142,8 +185,9 @@ class SinkCache:
         chosen = _row_numbers(range(self.batch_size) if rows is None else rows, self.batch_size)
         if len(set(chosen)) < self.batch_size:
             self.finish_commit()
-        seen = [0 if row in chosen else seen for row, seen in enumerate(self._seen)]
-        self._state = seen, None
+        t = [0 if row in chosen else t for row, t in enumerate(self._t)]
+        fresh = Row((self.sinks,) * len(self._layouts))
+        self._state = t, (), self._with_rows({row: fresh for row in chosen})
         for tensor in self.tensors():
             tensor[..., chosen, :, :, :] = 0
 
@@ -154,7 +198,11 @@ class SinkCache:
         overwrote a key that was out of its own window. `step_on` takes what is returned, and undoes this.
         """
         before = self._state
-        self._state = [max(0, count - 1) for count in before[0]], before[1]
+        t, unfinished, rows = before
+        highest = {
+            number: replace(row, highest=max(row.highest, t[number])) for number, row in enumerate(rows.rows)
+        }
+        self._state = [max(0, count - 1) for count in t], unfinished, self._with_rows(highest)
         return before, self._state
 
     def step_on(self, back: object) -> bool:
@@ -166,13 +214,146 @@ class SinkCache:
         self._state = before
         return True
 
+    # Taking entries out
+
+    def evict_range(self, start: int, stop: int, rows: Sequence[int] | Tensor | None = None) -> None:
+        """Take the entries `start` … `stop` - 1 out of the streams in `rows` (None: all), and close up the rest.
+
+        Entries count from 0, the first sink. `held` tells how many there are. `seen` does not change.
+
+        Nothing stored is touched where the range begins behind the sinks or ends with the newest entry. Otherwise
+        the entries on the shorter side of the gap move up: their keys are rotated once more, by the length of the
+        gap, and rounded once more to the cache's type. An int8 cache rounds the moved keys to 8 bits once more. The
+        copies that the move needs are freed before this returns.
+
+        Raises ValueError, and changes nothing, for a range that is not in sinks … `held` of each of these rows.
+        """
+        numbers = _row_numbers(range(self.batch_size) if rows is None else rows, self.batch_size)
+        _check_at_least(0, start=start, stop=stop)
+        if start < self.sinks:
+            raise ValueError(
+                f"the entries {start} … {stop - 1} include a sink: sinks stay; start at {self.sinks} or later"
+            )
+        if stop < start:
+            raise ValueError(f"stop must not be below start: the range is {start} … {stop}")
+        self.finish_commit()
+        counts = self.held.tolist()
+        for number in numbers:
+            if stop > counts[number]:
+                raise ValueError(
+                    f"row {number} holds {counts[number]} entries, so stop must be at most that, not {stop}"
+                )
+        self._evict({number: (start, stop) for number in numbers})
+
+    def evict_for_space(self, n: int, rows: Sequence[int] | Tensor | None = None) -> None:
+        """Take out the oldest recent entries until `n` more fit beside what is left, in `rows` (None: all).
+
+        At most sinks + window - n entries stay (where each layer slides, `window` is the longest of theirs). Nothing
+        stored is touched. Raises ValueError for an n outside 0 … window.
+        """
+        numbers = _row_numbers(range(self.batch_size) if rows is None else rows, self.batch_size)
+        _check_at_least(0, n=n)
+        window = max(layout.window for layout in self._lists)
+        if n > window:
+            raise ValueError(
+                f"{n} more never fit beside the sinks: the window holds {window}; give n up to that"
+            )
+        self.finish_commit()
+        excess = {number: int(self.held[number]) + n - self.sinks - window for number in numbers}
+        self._evict({number: (self.sinks, self.sinks + more) for number, more in excess.items() if more > 0})
+
+    def rewind(self, n: int, rows: Sequence[int] | Tensor | None = None) -> None:
+        """Take back the newest `n` tokens of the streams in `rows` (None: all), as if they had not been fed.
+
+        What they pushed out of the window must still be there: `rewindable` tells how many can be taken back. Any
+        number can until the window is full, and after that only the last one. `evict_range(held - n, held)` takes
+        out more of them, and leaves the room empty. Raises ValueError, and changes nothing, for more.
+        """
+        numbers = _row_numbers(range(self.batch_size) if rows is None else rows, self.batch_size)
+        _check_at_least(0, n=n)
+        self.finish_commit()
+        limits = self.rewindable.tolist()
+        for number in numbers:
+            if n > limits[number]:
+                raise ValueError(
+                    f"row {number} can go back by at most {limits[number]} tokens, not {n}, because later tokens "
+                    f"overwrote what these pushed out; evict_range takes out the newest entries without that"
+                )
+        t, changed = list(self._t), {}
+        for number, (row, place) in enumerate(self._all_rows()):
+            if number in numbers and n > 0:
+                t[number], changed[number] = rewound(row, place, self._lists, n)
+        self._state = t, (), self._with_rows(changed)
+
+    def _evict(self, ranges: Mapping[int, tuple[int, int]]) -> None:
+        t, changed = list(self._t), {}
+        moves: dict[tuple[Shift, ...], list[int]] = defaultdict(list)
+        for number, (row, place) in enumerate(self._all_rows()):
+            start, stop = ranges.get(number, (0, 0))
+            if start < stop:
+                t[number], changed[number], shifts = without(row, place, self._lists, start, stop)
+                moves[shifts].append(number)
+        moved = [
+            MovedEntries(ring, self._layouts[own], rows, shift, partial(self._turned, shift.by))
+            for shifts, rows in moves.items()
+            for of_list in [dict(zip(self._layouts, shifts, strict=True))]
+            for own, ring in self._rings
+            for shift in [of_list[own]]
+            if shift.first < shift.stop
+        ]
+        self._state = t, moved, self._with_rows(changed)
+        self.finish_commit()
+
+    def _turned(self, shift: int, keys: Tensor) -> Tensor:
+        rope_length = self.sinks + self.window
+        return keys if self._rope is None else moved_keys(self._rope, keys, shift, rope_length)
+
+    @property
+    def _lists(self) -> list[Layout]:
+        return list(self._layouts.values())
+
+    def _all_rows(self) -> list[tuple[Row, int]]:
+        """Each row and its t. A single token that was begun counts as written."""
+        begun = self._begun is self._t
+        return [
+            (replace(row, highest=max(row.highest, t + 1)) if begun else row, t)
+            for row, t in zip(self._rows.rows, self._t, strict=True)
+        ]
+
+    def _with_rows(self, changed: Mapping[int, Row]) -> Rows:
+        rows = tuple(changed.get(number, row) for number, row in enumerate(self._rows.rows))
+        return self._rows if rows == self._rows.rows else Rows(rows, self.sinks)
+
+    # Copies
+
+    def copy(self) -> SinkCache:
+        """A cache of its own that goes on from the same state."""
+        self.finish_commit()
+        return deepcopy(self)
+
+    def snapshot(self) -> dict[str, Tensor]:
+        """A copy of `state_dict`, for `restore`: as large as the cache, on its device."""
+        return {name: tensor.clone() for name, tensor in self.state_dict().items()}
+
+    def restore(self, snapshot: Mapping[str, Tensor]) -> None:
+        """Go back, or on, to a `snapshot` of this cache or of one like it; see `load_state_dict`. It can be used again."""
+        self.load_state_dict(snapshot)
+
     def state_dict(self) -> dict[str, Tensor]:
-        """The state of the streams: "sizes" int64 [3] (sinks, window, origin), "seen" int64 [B], and the keys
-        and values of each layer as they are stored, not copied.
+        """The state of the streams, and the keys and values of each layer as they are stored, not copied.
+
+        "version" int64 [1]; "sizes" int64 [3] (sinks, window, origin); "seen" int64 [B]; "rows" int64 [B, …], what
+        was taken out of each row (see state.py).
         """
         self.finish_commit()
         sizes = torch.tensor([self.sinks, self.window, self.origin], dtype=torch.int64)
-        state = {"sizes": sizes, "seen": self.seen}
+        rows = [row for row, _ in self._all_rows()]
+        state = {
+            "version": torch.tensor([STATE_VERSION]),
+            "sizes": sizes,
+            "seen": self.seen,
+            "rows": state_of_rows(rows),
+        }
         for layer, (_, ring) in enumerate(self._rings):
             state |= {f"layers.{layer}.{name}": tensor for name, tensor in ring.tensors.items()}
         return state
@@ -180,17 +361,21 @@ class SinkCache:
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Take the state of another cache with the same model, sizes, batch, origin and quantize; copies.
 
-        Raises ValueError, and changes nothing, where the state does not fit.
+        Raises ValueError, and changes nothing, where the state does not fit. A state without "version" is of a
+        cache from which nothing was taken out.
         """
         own = self.state_dict()
         check_state(own, state, self.quantize)
-        self._state = [0] * self.batch_size, None  # an interrupted copy leaves empty streams
+        t, rows = rows_of_state(state, self._lists)
+        fresh = Rows.fresh(self.batch_size, len(self._layouts), self.sinks)
+        self._state = [0] * self.batch_size, (), fresh  # an interrupted copy leaves empty streams
         for tensor, given in ((own[name], state[name]) for name in own if name.startswith("layers.")):
             tensor.copy_(given)
-        self._state = state["seen"].tolist(), None
+        self._state = t, (), Rows(rows, self.sinks)
 
     def __repr__(self) -> str:
-        seen = self._seen[0] if len(set(self._seen)) == 1 else self._seen
+        counts = self.seen.tolist()
+        seen = counts[0] if len(set(counts)) == 1 else counts
         return (
             f"SinkCache(sinks={self.sinks}, window={self.window}, batch_size={self.batch_size}, "
             f"chunk={self.chunk}, seen={seen}, {self.nbytes / 1e6:.1f} MB of {self.quantize or self.dtype} "
@@ -203,18 +388,20 @@ class SinkCache:
         """Where `length` new tokens per row stand; `lengths` [B] of them are real. No row advances."""
         self.finish_commit()
         if length == 1 and (lengths is None or all(lengths)):
+            self._begin_token()
             return self.plan_token(self._places(), self.token_kinds())
-        origin, seen, device = self.origin, self._seen, self.device
-        if lengths is None and len(set(seen)) == 1:
+        origin, t, device = self.origin, self._t, self.device
+        lists = zip(self._layouts.items(), self._rows.starts, strict=True)
+        if lengths is None and self._in_lockstep:
             planned = {
-                own: plan_chunk(layout, origin, seen[0], length, device)
-                for own, layout in self._layouts.items()
+                own: plan_chunk(layout, origin, t[0], starts[0], length, device)
+                for (own, layout), starts in lists
             }
         else:
             counts = [length] * self.batch_size if lengths is None else list(lengths)
             planned = {
-                own: plan_ragged_chunk(layout, origin, seen, counts, length, device)
-                for own, layout in self._layouts.items()
+                own: plan_ragged_chunk(layout, origin, t, starts, counts, length, device)
+                for (own, layout), starts in lists
             }
         return self._plan(planned, [length] * self.batch_size if lengths is None else list(lengths))
 
@@ -226,8 +413,9 @@ class SinkCache:
         """
         assert isinstance(plan, SinkPlan)
         chunked = any(store.writes.on_commit is not None for store in plan.stores)
-        seen = [seen + count for seen, count in zip(self._seen, plan.advance, strict=True)]
-        self._state = seen, plan if chunked else None
+        t, _, rows = self._state
+        advanced = [t + count for t, count in zip(t, plan.advance, strict=True)]
+        self._state = advanced, plan.stores if chunked else (), rows
         self.finish_commit()
         self._trim_after(max(plan.advance) if chunked else 1)
 
@@ -241,11 +429,10 @@ class SinkCache:
 
     def finish_commit(self) -> None:
         """Complete a commit that was interrupted."""
-        seen, unfinished = self._state
-        if unfinished is not None:
-            for store in unfinished.stores:
-                store.commit()
-        self._state = seen, None  # also where nothing was left: `step_on` then knows that the cache was used
+        t, unfinished, rows = self._state
+        for store in unfinished:
+            store.commit()
+        self._state = t, (), rows  # also where nothing was left: `step_on` then knows that the cache was used
 
     # One token from its place: what a compiled step records (compiled/)
 
@@ -255,22 +442,44 @@ class SinkCache:
         return (*self._layouts.items(), self.batch_size, self.quantize, self.dtype, self.device)
 
     def write_places(self, places: Tensor) -> None:
-        """Write t of the next token of each row to `places`, int64 [R] on the cache's device."""
+        """Write t of the next token of each row to `places`, int64 [R] on the cache's device, and begin it."""
+        self._begin_token()
         if len(places) == 1:
-            places.fill_(self._seen[0])
+            places.fill_(self._t[0])
         else:
             places.copy_(self._places(), non_blocking=True)
 
     def commit_token(self) -> None:
         """Advance each row by the token that a recorded step has stored."""
-        self._state = [seen + 1 for seen in self._seen], None
+        t, _, rows = self._state
+        self._state = [t + 1 for t in t], (), rows
         self._trim_after(1)
+
+    @property
+    def starts(self) -> Tensor:
+        """int64 [distinct windows, B] on the device: the first place behind the sinks in each list of each row.
+
+        The tensor stays the same; `write_places` writes it anew after an eviction.
+        """
+        return self._starts
+
+    def _begin_token(self) -> None:
+        self._begun = self._t
+        if self._written is not self._rows.starts:
+            if self._written != self._rows.starts:
+                self._starts.copy_(torch.tensor(self._rows.starts, dtype=torch.int64))
+            self._written = self._rows.starts
+
+    @property
+    def _in_lockstep(self) -> bool:
+        """Whether all rows stand at the same place and have the same starts."""
+        return len(set(self._t)) == 1 and self._rows.agree
 
     def _places(self) -> Tensor:
         """t of the next token of each row, on the cache's device: int64 [1] where all rows agree, else [B]."""
-        seen = self._seen[:1] if len(set(self._seen)) == 1 else self._seen
+        t = self._t[:1] if self._in_lockstep else self._t
         on_cuda = self.device.type == "cuda"  # pinned, or the copy would wait for all queued work
-        places = torch.tensor(seen, dtype=torch.int64, device="cpu", pin_memory=on_cuda)
+        places = torch.tensor(t, dtype=torch.int64, device="cpu", pin_memory=on_cuda)
         return places.to(self.device, non_blocking=True)
 
     def token_kinds(self, recorded: bool = False, for_any_place: bool = False) -> TokenKinds:
@@ -278,9 +487,18 @@ class SinkCache:
 
         recorded: in few kinds. for_any_place: in fewer, each of which serves a full window, too.
         """
+        rows, lockstep = self._rows, self._in_lockstep
         return {
-            own: token_kind(layout, self.origin, self._seen, recorded, for_any_place)
-            for own, layout in self._layouts.items()
+            own: token_kind(
+                layout,
+                self.origin,
+                self._t,
+                starts if rows.with_gap else None,
+                lockstep,
+                recorded,
+                for_any_place,
+            )
+            for (own, layout), starts in zip(self._layouts.items(), rows.starts, strict=True)
         }
 
     def plan_token(self, places: Tensor, kinds: TokenKinds, origin: Tensor | None = None) -> SinkPlan:
@@ -289,7 +507,10 @@ class SinkCache:
         origin int64 [1]: the cache's origin as a tensor; then the plan serves caches of any origin.
         """
         start = self.origin if origin is None else origin
-        planned = {own: plan_token(self._layouts[own], start, kind, places) for own, kind in kinds.items()}
+        planned = {
+            own: plan_token(self._layouts[own], start, kind, places, starts[: len(places)])
+            for (own, kind), starts in zip(kinds.items(), self._starts, strict=True)
+        }
         return self._plan(planned, [1] * self.batch_size)
 
     def _plan(self, planned: Mapping[int | None, tuple[Step, Writes]], advance: list[int]) -> SinkPlan:
