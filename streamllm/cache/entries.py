@@ -5,12 +5,14 @@ keeps it one run. Where it takes entries out of the middle, those on the shorter
 rotated by as many places as were taken out, and take the slots of their new places. Taking the oldest or the newest
 recent entries moves nothing.
 
-The functions are pure. t is the place of a row's next token, counted from 0 whatever the origin.
+The functions are pure. t is the place of a row's next token, counted from 0 whatever the origin. `layouts` are the
+sizes of the lists, one for each distinct window of the model's layers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -33,32 +35,10 @@ class Row:
     highest: int = 0
     lowest: int = 0  # t cannot go back below it exactly; 0: nothing that was pushed out is missing there
 
-
-@dataclass(frozen=True, eq=False)
-class Rows:
-    """The rows of a batch. Replaced as a whole, never changed in place."""
-
-    rows: tuple[Row, ...]
-    sinks: int
-
     @staticmethod
-    def fresh(batch_size: int, windows: int, sinks: int) -> Rows:
-        return Rows((Row((sinks,) * windows),) * batch_size, sinks)
-
-    @cached_property
-    def with_gap(self) -> bool:
-        """Whether the first recent entry of some row does not follow its sinks."""
-        return any(start > self.sinks for row in self.rows for start in row.starts)
-
-    @cached_property
-    def agree(self) -> bool:
-        """Whether all rows have the same starts."""
-        return all(row.starts == self.rows[0].starts for row in self.rows)
-
-    @cached_property
-    def starts(self) -> tuple[tuple[int, ...], ...]:
-        """By distinct window, then by row."""
-        return tuple(zip(*(row.starts for row in self.rows), strict=True))
+    def fresh(layouts: Sequence[Layout]) -> Row:
+        """A stream from which nothing was taken out."""
+        return Row(tuple(layout.sinks for layout in layouts))
 
 
 @dataclass(frozen=True)
@@ -68,6 +48,77 @@ class Shift:
     first: int
     stop: int
     by: int
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """The rows of a batch. Replaced as a whole, never changed in place. Each method takes t of each row."""
+
+    rows: tuple[Row, ...]
+    layouts: tuple[Layout, ...]
+
+    @staticmethod
+    def fresh(batch_size: int, layouts: Sequence[Layout]) -> Rows:
+        return Rows((Row.fresh(layouts),) * batch_size, tuple(layouts))
+
+    @cached_property
+    def starts(self) -> tuple[tuple[int, ...], ...]:
+        """By distinct window, then by row."""
+        return tuple(zip(*(row.starts for row in self.rows), strict=True))
+
+    @cached_property
+    def with_gap(self) -> bool:
+        """Whether the first recent entry of some row does not follow its sinks."""
+        sinks = self.layouts[0].sinks
+        return any(start > sinks for row in self.rows for start in row.starts)
+
+    @cached_property
+    def agree(self) -> bool:
+        """Whether all rows have the same starts."""
+        return all(row.starts == self.rows[0].starts for row in self.rows)
+
+    def changed(self, changed: Mapping[int, Row]) -> Rows:
+        """With other rows in place of some, by number."""
+        return replace(self, rows=tuple(changed.get(number, row) for number, row in enumerate(self.rows)))
+
+    def written(self, t: Sequence[int], ahead: int) -> Rows:
+        """Where each row has been written up to place t + `ahead` - 1."""
+        return replace(
+            self,
+            rows=tuple(
+                replace(row, highest=max(row.highest, at + ahead))
+                for row, at in zip(self.rows, t, strict=True)
+            ),
+        )
+
+    def seen(self, t: Sequence[int]) -> list[int]:
+        return [at + row.ahead for row, at in zip(self.rows, t, strict=True)]
+
+    def held(self, t: Sequence[int]) -> list[int]:
+        return [held(row, at, self.layouts) for row, at in zip(self.rows, t, strict=True)]
+
+    def rewindable(self, t: Sequence[int]) -> list[int]:
+        return [rewindable(row, at, self.layouts) for row, at in zip(self.rows, t, strict=True)]
+
+    def evicted(
+        self, t: Sequence[int], ranges: Mapping[int, tuple[int, int]]
+    ) -> tuple[list[int], Rows, dict[tuple[Shift, ...], list[int]]]:
+        """Without a range of entries of some rows: t, the rows, and what moves in the lists of which rows."""
+        to, changed = list(t), {}
+        moves: dict[tuple[Shift, ...], list[int]] = defaultdict(list)
+        for number, (start, stop) in ranges.items():
+            if start < stop:
+                row = self.rows[number]
+                to[number], changed[number], shifts = without(row, t[number], self.layouts, start, stop)
+                moves[shifts].append(number)
+        return to, self.changed(changed), moves
+
+    def rewound(self, t: Sequence[int], rows: Sequence[int], count: int) -> tuple[list[int], Rows]:
+        """t and the rows, some of them before their last `count` tokens."""
+        to, changed = list(t), {}
+        for number in rows:
+            to[number], changed[number] = rewound(self.rows[number], t[number], self.layouts, count)
+        return to, self.changed(changed)
 
 
 def held(row: Row, t: int, layouts: Sequence[Layout]) -> int:
@@ -109,11 +160,13 @@ def rewindable(row: Row, t: int, layouts: Sequence[Layout]) -> int:
 
 def rewound(row: Row, t: int, layouts: Sequence[Layout], count: int) -> tuple[int, Row]:
     """t and the row before its last `count` tokens, of which there are at most `rewindable`."""
-    sinks, seen = layouts[0].sinks, t + row.ahead - count
+    seen = t + row.ahead - count
+    if not count:
+        return t, row
     if t - count >= row.starts[0]:
         return t - count, replace(row, highest=max(row.highest, t))
     left = held(row, t, layouts) - count  # no recent entry is left: the gap goes, too
-    return left, Row((sinks,) * len(layouts), seen - left)
+    return left, replace(Row.fresh(layouts), ahead=seen - left)
 
 
 def _starts(row: Row, t: int, layouts: Sequence[Layout]) -> tuple[int, ...]:

@@ -9,16 +9,22 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from collections import defaultdict
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
-from operator import index
 
 import torch
 from torch import Tensor, nn
 
-from streamllm.cache.entries import MovedEntries, Row, Rows, Shift, held, rewindable, rewound, without
+from streamllm.cache.checks import (
+    check_at_least,
+    check_range,
+    check_rewind,
+    check_room,
+    check_up_to,
+    row_numbers,
+)
+from streamllm.cache.entries import MovedEntries, Row, Rows
 from streamllm.cache.int8_ring import Int8Ring
 from streamllm.cache.ring import (
     LayerStore,
@@ -86,7 +92,7 @@ class SinkCache:
     ) -> None:
         geometry = geometry_of(model)
         trained = geometry.trained_length
-        _check_at_least(0, sinks=sinks)
+        check_at_least(0, sinks=sinks)
         if window is None:
             window = DEFAULT_WINDOW if trained is None else min(DEFAULT_WINDOW, trained - sinks)
             if window < 1:
@@ -94,8 +100,8 @@ class SinkCache:
                     f"{sinks} sinks leave no room for a window: the model was trained for {trained} tokens; "
                     f"give fewer sinks, or a window"
                 )
-        _check_at_least(1, window=window, batch_size=batch_size, chunk=chunk)
-        _check_at_least(0, origin=origin)
+        check_at_least(1, window=window, batch_size=batch_size, chunk=chunk)
+        check_at_least(0, origin=origin)
         if origin >= MAX_ORIGIN:
             raise ValueError(
                 f"origin must be below {MAX_ORIGIN}, where angles stop being exact, not {origin}"
@@ -119,7 +125,7 @@ class SinkCache:
             own: Layout(sinks, window if own is None else min(window, own))
             for own in dict.fromkeys(geometry.windows)
         }
-        fresh = Rows.fresh(batch_size, len(self._layouts), sinks)
+        fresh = Rows.fresh(batch_size, tuple(self._layouts.values()))
         # t of each row, what an unfinished commit has still to store, and what was taken out of each row. One
         # attribute, replaced as a whole: an interrupt cannot split them.
         self._state: tuple[list[int], Sequence[LayerStore | MovedEntries], Rows] = (
@@ -150,8 +156,7 @@ class SinkCache:
     @property
     def seen(self) -> Tensor:
         """How many tokens each stream has taken in: int64 [B], on the CPU."""
-        pairs = zip(self._t, self._rows.rows, strict=True)
-        return torch.tensor([t + row.ahead for t, row in pairs], dtype=torch.int64)
+        return torch.tensor(self._rows.seen(self._t), dtype=torch.int64)
 
     @property
     def held(self) -> Tensor:
@@ -159,14 +164,12 @@ class SinkCache:
 
         A single token that failed, or was undone, has already pushed out the entry that it pushes out.
         """
-        layouts = self._lists
-        return torch.tensor([held(row, t, layouts) for row, t in self._all_rows()], dtype=torch.int64)
+        return torch.tensor(self._written_rows().held(self._t), dtype=torch.int64)
 
     @property
     def rewindable(self) -> Tensor:
         """How many of its newest tokens each stream can `rewind`: int64 [B], on the CPU."""
-        layouts = self._lists
-        return torch.tensor([rewindable(row, t, layouts) for row, t in self._all_rows()], dtype=torch.int64)
+        return torch.tensor(self._written_rows().rewindable(self._t), dtype=torch.int64)
 
     @property
     def nbytes(self) -> int:
@@ -182,12 +185,12 @@ class SinkCache:
 
         Raises ValueError for anything but row numbers; a mask of True and False is not a list of rows.
         """
-        chosen = _row_numbers(range(self.batch_size) if rows is None else rows, self.batch_size)
-        if len(set(chosen)) < self.batch_size:
+        chosen = row_numbers(rows, self.batch_size)
+        if len(chosen) < self.batch_size:
             self.finish_commit()
         t = [0 if row in chosen else t for row, t in enumerate(self._t)]
-        fresh = Row((self.sinks,) * len(self._layouts))
-        self._state = t, (), self._with_rows({row: fresh for row in chosen})
+        fresh = Row.fresh(self._rows.layouts)
+        self._state = t, (), self._written_rows().changed(dict.fromkeys(chosen, fresh))
         for tensor in self.tensors():
             tensor[..., chosen, :, :, :] = 0
 
@@ -199,10 +202,7 @@ class SinkCache:
         """
         before = self._state
         t, unfinished, rows = before
-        highest = {
-            number: replace(row, highest=max(row.highest, t[number])) for number, row in enumerate(rows.rows)
-        }
-        self._state = [max(0, count - 1) for count in t], unfinished, self._with_rows(highest)
+        self._state = [max(0, count - 1) for count in t], unfinished, rows.written(t, 0)
         return before, self._state
 
     def step_on(self, back: object) -> bool:
@@ -219,110 +219,72 @@ class SinkCache:
     def evict_range(self, start: int, stop: int, rows: Sequence[int] | Tensor | None = None) -> None:
         """Take the entries `start` … `stop` - 1 out of the streams in `rows` (None: all), and close up the rest.
 
-        Entries count from 0, the first sink. `held` tells how many there are. `seen` does not change.
+        Entries count from 0, the first sink; `held` tells how many there are. `seen` does not change.
 
-        Nothing stored is touched where the range begins behind the sinks or ends with the newest entry. Otherwise
-        the entries on the shorter side of the gap move up: their keys are rotated once more, by the length of the
-        gap, and rounded once more to the cache's type. An int8 cache rounds the moved keys to 8 bits once more. The
-        copies that the move needs are freed before this returns.
+        Nothing stored is touched where the range begins right behind the sinks, or ends with the newest entry.
+        Otherwise the entries on the shorter side of the gap move: their keys are rotated by the length of the gap,
+        and rounded once more, by an int8 cache to 8 bits. Until this returns, it needs memory for a copy of them.
 
-        Raises ValueError, and changes nothing, for a range that is not in sinks … `held` of each of these rows.
+        Raises ValueError, and changes nothing, for a range that touches the sinks or ends behind the newest entry
+        of one of these rows.
         """
-        numbers = _row_numbers(range(self.batch_size) if rows is None else rows, self.batch_size)
-        _check_at_least(0, start=start, stop=stop)
-        if start < self.sinks:
-            raise ValueError(
-                f"the entries {start} … {stop - 1} include a sink: sinks stay; start at {self.sinks} or later"
-            )
-        if stop < start:
-            raise ValueError(f"stop must not be below start: the range is {start} … {stop}")
+        numbers = row_numbers(rows, self.batch_size)
+        check_range(start, stop, self.sinks)
         self.finish_commit()
-        counts = self.held.tolist()
-        for number in numbers:
-            if stop > counts[number]:
-                raise ValueError(
-                    f"row {number} holds {counts[number]} entries, so stop must be at most that, not {stop}"
-                )
-        self._evict({number: (start, stop) for number in numbers})
+        held = self.held.tolist()
+        check_up_to(stop, {number: held[number] for number in numbers})
+        self._evict(dict.fromkeys(numbers, (start, stop)))
 
     def evict_for_space(self, n: int, rows: Sequence[int] | Tensor | None = None) -> None:
-        """Take out the oldest recent entries until `n` more fit beside what is left, in `rows` (None: all).
+        """Take the oldest recent entries out until `n` more fit beside what is left, in `rows` (None: all).
 
-        At most sinks + window - n entries stay (where each layer slides, `window` is the longest of theirs). Nothing
-        stored is touched. Raises ValueError for an n outside 0 … window.
+        At most S + W - n entries stay, where W is the longest window of a layer. Nothing stored is touched. Raises
+        ValueError for n outside 0 … W.
         """
-        numbers = _row_numbers(range(self.batch_size) if rows is None else rows, self.batch_size)
-        _check_at_least(0, n=n)
-        window = max(layout.window for layout in self._lists)
-        if n > window:
-            raise ValueError(
-                f"{n} more never fit beside the sinks: the window holds {window}; give n up to that"
-            )
+        numbers, window = (
+            row_numbers(rows, self.batch_size),
+            max(layout.window for layout in self._rows.layouts),
+        )
+        check_room(n, window)
         self.finish_commit()
-        excess = {number: int(self.held[number]) + n - self.sinks - window for number in numbers}
-        self._evict({number: (self.sinks, self.sinks + more) for number, more in excess.items() if more > 0})
+        held = self.held.tolist()
+        self._evict({number: (self.sinks, held[number] + n - window) for number in numbers})
 
     def rewind(self, n: int, rows: Sequence[int] | Tensor | None = None) -> None:
-        """Take back the newest `n` tokens of the streams in `rows` (None: all), as if they had not been fed.
+        """Take the newest `n` tokens of the streams in `rows` (None: all) back, as if they had not been fed.
 
-        What they pushed out of the window must still be there: `rewindable` tells how many can be taken back. Any
-        number can until the window is full, and after that only the last one. `evict_range(held - n, held)` takes
-        out more of them, and leaves the room empty. Raises ValueError, and changes nothing, for more.
+        `rewindable` tells how many can be taken back: all while nothing was pushed out of the window, and then only
+        the last one, because the others have overwritten what they pushed out. `evict_range(held - n, held)` takes
+        any number of the newest entries out; what they pushed out stays out.
+
+        Raises ValueError, and changes nothing, where one of the rows cannot go back so far.
         """
-        numbers = _row_numbers(range(self.batch_size) if rows is None else rows, self.batch_size)
-        _check_at_least(0, n=n)
+        numbers = row_numbers(rows, self.batch_size)
+        check_at_least(0, n=n)
         self.finish_commit()
         limits = self.rewindable.tolist()
-        for number in numbers:
-            if n > limits[number]:
-                raise ValueError(
-                    f"row {number} can go back by at most {limits[number]} tokens, not {n}, because later tokens "
-                    f"overwrote what these pushed out; evict_range takes out the newest entries without that"
-                )
-        t, changed = list(self._t), {}
-        for number, (row, place) in enumerate(self._all_rows()):
-            if number in numbers and n > 0:
-                t[number], changed[number] = rewound(row, place, self._lists, n)
-        self._state = t, (), self._with_rows(changed)
+        check_rewind(n, {number: limits[number] for number in numbers})
+        t, changed = self._written_rows().rewound(self._t, numbers, n)
+        self._state = t, (), changed
 
     def _evict(self, ranges: Mapping[int, tuple[int, int]]) -> None:
-        t, changed = list(self._t), {}
-        moves: dict[tuple[Shift, ...], list[int]] = defaultdict(list)
-        for number, (row, place) in enumerate(self._all_rows()):
-            start, stop = ranges.get(number, (0, 0))
-            if start < stop:
-                t[number], changed[number], shifts = without(row, place, self._lists, start, stop)
-                moves[shifts].append(number)
-        moved = [
-            MovedEntries(ring, self._layouts[own], rows, shift, partial(self._turned, shift.by))
-            for shifts, rows in moves.items()
-            for of_list in [dict(zip(self._layouts, shifts, strict=True))]
-            for own, ring in self._rings
-            for shift in [of_list[own]]
-            if shift.first < shift.stop
-        ]
-        self._state = t, moved, self._with_rows(changed)
+        t, rows, moves = self._written_rows().evicted(self._t, ranges)
+        moved = []
+        for shifts, numbers in moves.items():
+            of_list = dict(zip(self._layouts, shifts, strict=True))
+            for own, ring in self._rings:
+                if of_list[own].first < of_list[own].stop:
+                    turn = partial(self._turned, of_list[own].by)
+                    moved.append(MovedEntries(ring, self._layouts[own], numbers, of_list[own], turn))
+        self._state = t, moved, rows
         self.finish_commit()
 
-    def _turned(self, shift: int, keys: Tensor) -> Tensor:
-        rope_length = self.sinks + self.window
-        return keys if self._rope is None else moved_keys(self._rope, keys, shift, rope_length)
+    def _turned(self, by: int, keys: Tensor) -> Tensor:
+        return keys if self._rope is None else moved_keys(self._rope, keys, by, self.sinks + self.window)
 
-    @property
-    def _lists(self) -> list[Layout]:
-        return list(self._layouts.values())
-
-    def _all_rows(self) -> list[tuple[Row, int]]:
-        """Each row and its t. A single token that was begun counts as written."""
-        begun = self._begun is self._t
-        return [
-            (replace(row, highest=max(row.highest, t + 1)) if begun else row, t)
-            for row, t in zip(self._rows.rows, self._t, strict=True)
-        ]
-
-    def _with_rows(self, changed: Mapping[int, Row]) -> Rows:
-        rows = tuple(changed.get(number, row) for number, row in enumerate(self._rows.rows))
-        return self._rows if rows == self._rows.rows else Rows(rows, self.sinks)
+    def _written_rows(self) -> Rows:
+        """The rows, in which a single token that was begun counts as written."""
+        return self._rows.written(self._t, 1) if self._begun is self._t else self._rows
 
     # Copies
 
@@ -336,7 +298,7 @@ class SinkCache:
         return {name: tensor.clone() for name, tensor in self.state_dict().items()}
 
     def restore(self, snapshot: Mapping[str, Tensor]) -> None:
-        """Go back, or on, to a `snapshot` of this cache or of one like it; see `load_state_dict`. It can be used again."""
+        """Return to a `snapshot`, which can be used again. Raises ValueError as `load_state_dict`."""
         self.load_state_dict(snapshot)
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -347,7 +309,7 @@ class SinkCache:
         """
         self.finish_commit()
         sizes = torch.tensor([self.sinks, self.window, self.origin], dtype=torch.int64)
-        rows = [row for row, _ in self._all_rows()]
+        rows = self._written_rows().rows
         state = {
             "version": torch.tensor([STATE_VERSION]),
             "sizes": sizes,
@@ -366,12 +328,13 @@ class SinkCache:
         """
         own = self.state_dict()
         check_state(own, state, self.quantize)
-        t, rows = rows_of_state(state, self._lists)
-        fresh = Rows.fresh(self.batch_size, len(self._layouts), self.sinks)
+        layouts = self._rows.layouts
+        t, rows = rows_of_state(state, layouts)
+        fresh = Rows.fresh(self.batch_size, layouts)
         self._state = [0] * self.batch_size, (), fresh  # an interrupted copy leaves empty streams
         for tensor, given in ((own[name], state[name]) for name in own if name.startswith("layers.")):
             tensor.copy_(given)
-        self._state = t, (), Rows(rows, self.sinks)
+        self._state = t, (), Rows(rows, layouts)
 
     def __repr__(self) -> str:
         counts = self.seen.tolist()
@@ -415,6 +378,8 @@ class SinkCache:
         chunked = any(store.writes.on_commit is not None for store in plan.stores)
         t, _, rows = self._state
         advanced = [t + count for t, count in zip(t, plan.advance, strict=True)]
+        if 0 in plan.advance:  # such a row keeps what a single token that failed has overwritten
+            rows = self._written_rows()
         self._state = advanced, plan.stores if chunked else (), rows
         self.finish_commit()
         self._trim_after(max(plan.advance) if chunked else 1)
@@ -530,20 +495,3 @@ class SinkPlan(Plan):
 
     stores: Sequence[LayerStore]
     advance: list[int]  # how many tokens each row takes in
-
-
-def _row_numbers(rows: Sequence[int] | Tensor, batch_size: int) -> list[int]:
-    given = rows.tolist() if isinstance(rows, Tensor) else rows
-    try:
-        numbers = [-1 if isinstance(row, bool) else index(row) for row in given]
-    except TypeError:
-        numbers = [-1]
-    if not all(0 <= number < batch_size for number in numbers):
-        raise ValueError(f"rows must be a list of row numbers in 0 … {batch_size - 1}, not {given}")
-    return numbers
-
-
-def _check_at_least(least: int, **given: int) -> None:
-    for name, value in given.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ValueError(f"{name} must be a whole number of at least {least}, not {value!r}")
