@@ -100,14 +100,19 @@ class JsonBackend:
         found: int | None = self._tokenizer.token_to_id(token) if is_encodable(token) else None
         return found
 
+    def id_to_token(self, token: int) -> str | None:
+        if token in self._added:
+            return str(self._added[token].content)
+        found: str | None = self._tokenizer.id_to_token(token)
+        return found
+
     def token_bytes(self, token: int) -> TokenBytes | None:
-        name = self._tokenizer.id_to_token(token) if token < 2**32 else None
+        # The library names a normalised token by its normalised text, "▁<s>", which is how a text spells it. A special
+        # token is not part of the text, so it has its own name.
+        is_special = token in self._added and self._added[token].special
+        name = self.id_to_token(token) if is_special else self._tokenizer.id_to_token(token)
         if name is None:
             return None
-        added = self._added.get(token)
-        is_special = added is not None and added.special
-        if added is not None and is_special:
-            name = added.content  # the library's name may have a prefix, if the token is normalised
         at_start, elsewhere = _call_library(
             partial(self._decoder.token_bytes, name), f"the decoder of {self._path} fails on token {token}"
         )

@@ -139,6 +139,11 @@ class SentencePieceBackend:
         index: int = self._model.piece_to_id(token)  # the id of <unk> for an unknown token
         return index if self._names[index] == token else None
 
+    def id_to_token(self, token: int) -> str | None:
+        if token in self._added:
+            return self._added[token].content
+        return self._names[token] if token < self._model_size else None
+
     def token_bytes(self, token: int) -> TokenBytes | None:
         if token in self._added:
             added = self._added[token]

@@ -43,6 +43,16 @@ class Tokenizer:
         return f"Tokenizer({self._backend.file}, {self.vocab_size} ids{named})"
 
     @property
+    def bos_token(self) -> str | None:
+        """The token that begins a text, None if the tokenizer names none."""
+        return self.special_tokens.get("bos_token")
+
+    @property
+    def eos_token(self) -> str | None:
+        """The token that ends a text, None if the tokenizer names none."""
+        return self.special_tokens.get("eos_token")
+
+    @property
     def bos_token_id(self) -> int | None:
         """The id that begins a text, None if the tokenizer names none."""
         return self._named_id("bos_token")
@@ -51,9 +61,18 @@ class Tokenizer:
     def eos_token_id(self) -> int | None:
         """The id that ends a text, None if the tokenizer names none.
 
-        Generation stops at the ids that the model's own files name, if they name any.
+        Generation stops at the ids that the model's own files name, if they name any; see `eos_token_ids`.
         """
         return self._named_id("eos_token")
+
+    def eos_token_ids(self, model: Any) -> list[int]:
+        """The ids at which the model's files end a text, and the tokenizer's own: for the argument `eos` of a call.
+
+        Some checkpoints name different ones: the model's files the end of a document, the tokenizer's that of an
+        answer. Generation stops at the model's alone, unless it is given others.
+        """
+        ids = [*model.generation_config.eos, self.eos_token_id]
+        return list(dict.fromkeys(index for index in ids if index is not None))
 
     def _named_id(self, name: str) -> int | None:
         token = self.special_tokens.get(name)
@@ -62,6 +81,26 @@ class Tokenizer:
     def token_to_id(self, token: str) -> int | None:
         """The id of a token as the vocabulary spells it (`"</s>"`, `"▁the"`), None if there is none."""
         return self._backend.token_to_id(token)
+
+    def id_to_token(self, index: int) -> str | None:
+        """The token of an id as the vocabulary spells it, None if there is none."""
+        return self._backend.id_to_token(index) if 0 <= index < self.vocab_size else None
+
+    def __call__(
+        self, text: str | Sequence[str], *, add_special_tokens: bool = True
+    ) -> dict[str, list[int] | list[list[int]]]:
+        """`{"input_ids": ids}` of a text, or of each of several texts; see `encode` and `encode_batch`."""
+        if isinstance(text, str):
+            return {"input_ids": self.encode(text, add_special_tokens=add_special_tokens)}
+        return {"input_ids": self.encode_batch(text, add_special_tokens=add_special_tokens)}
+
+    def encode_batch(self, texts: Iterable[str], *, add_special_tokens: bool = True) -> list[list[int]]:
+        """The token ids of each text; see `encode`."""
+        return [self.encode(text, add_special_tokens=add_special_tokens) for text in texts]
+
+    def decode_batch(self, batch: Iterable[Iterable[int]], *, skip_special_tokens: bool = True) -> list[str]:
+        """The text of each list of ids; see `decode`."""
+        return [self.decode(ids, skip_special_tokens=skip_special_tokens) for ids in batch]
 
     @property
     def adds_bos(self) -> bool:
