@@ -16,7 +16,7 @@ from torch import nn
 from streamllm.generation_config import GenerationConfig, attach, read_generation_config
 from streamllm.malloc import trim_heap
 from streamllm.models import linear
-from streamllm.tensor_parallel import Job, Share, all_or_none, join
+from streamllm.tensor_parallel import Job, Share, join
 from streamllm.tokenizer import TOKENIZER_FILES, Tokenizer, load_tokenizer_files
 from streamllm.weights.checkpoint import Checkpoint
 from streamllm.weights.errors import CheckpointNotFound
@@ -156,7 +156,7 @@ def _job(tensor_parallel: bool, device: torch.device | str | None) -> Iterator[J
         yield None
         return
     job = join(device)
-    with all_or_none():
+    with job.all_or_none():
         yield job
 
 

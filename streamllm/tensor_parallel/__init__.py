@@ -3,14 +3,12 @@
 model = streamllm.load_model(name, tensor_parallel=True)    # in each process that torchrun has started
 """
 
-from streamllm.tensor_parallel.collectives import ProcessLost
-from streamllm.tensor_parallel.plan import Share, allowed_ranks
+from streamllm.tensor_parallel.collectives import JobError
+from streamllm.tensor_parallel.plan import Share, allowed_ranks, list_numbers
 from streamllm.tensor_parallel.processes import (
     Job,
     PeerFailed,
     agreed_seed,
-    all_or_none,
-    from_first,
     is_reported_elsewhere,
     is_tensor_parallel,
     join,
@@ -18,14 +16,13 @@ from streamllm.tensor_parallel.processes import (
 
 __all__ = [
     "Job",
+    "JobError",
     "PeerFailed",
-    "ProcessLost",
     "Share",
     "agreed_seed",
-    "all_or_none",
     "allowed_ranks",
-    "from_first",
     "is_reported_elsewhere",
     "is_tensor_parallel",
     "join",
+    "list_numbers",
 ]

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
 
-class ProcessLost(RuntimeError):
-    """Another process of the job has ended, or cannot be reached, so that this one cannot go on."""
+class JobError(RuntimeError):
+    """The processes of a tensor-parallel job cannot go on together: one has ended, failed or cannot be reached."""
 
 
 def sum_(x: Tensor) -> Tensor:
@@ -49,6 +49,7 @@ def _reduce(x: Tensor, operation: dist.ReduceOp.RedOpType) -> Tensor:
     return x
 
 
-def lost(error: RuntimeError) -> ProcessLost:
+def lost(error: RuntimeError) -> JobError:
+    """What an error of torch.distributed means."""
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return ProcessLost(f"another process of this job has ended or cannot be reached ({reason[:200]})")
+    return JobError(f"another process of this job has ended or cannot be reached ({reason[:200]})")

@@ -69,8 +69,9 @@ class Share:
         allowed = allowed_ranks(self.config)
         if self.ranks not in allowed:
             raise ValueError(
-                f"{self.config.heads} query heads and {_kv_heads(self.config)} key/value heads cannot be divided "
-                f"among {self.ranks} processes: start {_listed(allowed)} (torchrun --nproc-per-node)"
+                f"the model's query heads ({self.config.heads}) and key/value heads ({_kv_heads(self.config)}) "
+                f"cannot be divided among {self.ranks} processes: start {list_numbers(allowed)} of them "
+                f"(torchrun --nproc-per-node)"
             )
 
     @cached_property
@@ -186,8 +187,8 @@ def _splits_columns(path: str) -> bool:
     return planned is not WHOLE and planned[1] == COLUMNS
 
 
-def _listed(numbers: Iterable[int]) -> str:
-    """1, 2, 3, 4, 8, 12 -> "1 to 4, 8 or 12"."""
+def list_numbers(numbers: Iterable[int], last: str = "or") -> str:
+    """1, 2, 3, 4, 8, 12 -> "1 to 4, 8 or 12"; `last` is the word before the last."""
     runs = [
         [number for _, number in run]
         for _, run in groupby(enumerate(numbers), key=lambda numbered: numbered[1] - numbered[0])
@@ -195,4 +196,4 @@ def _listed(numbers: Iterable[int]) -> str:
     shown: list[str] = []
     for run in runs:
         shown += [f"{run[0]} to {run[-1]}"] if len(run) > 2 else [str(number) for number in run]
-    return shown[0] if len(shown) == 1 else f"{', '.join(shown[:-1])} or {shown[-1]}"
+    return shown[0] if len(shown) == 1 else f"{', '.join(shown[:-1])} {last} {shown[-1]}"
