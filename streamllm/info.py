@@ -95,8 +95,8 @@ def _shares(
             warnings.simplefilter("ignore")  # the cache of the whole model has warned
             cache = SinkCache(model, sinks=sinks, window=window)
         line = (
-            f"{len(share.heads)} heads for queries, {len(share.kv_heads)} for keys and values, {count:,} "
-            f"parameters: {_bytes(count * dtype.itemsize)}; cache {_bytes(cache.nbytes)}"
+            f"heads: {len(share.heads)} for queries, {len(share.kv_heads)} for keys and values; parameters: "
+            f"{count:,}, {_bytes(count * dtype.itemsize)}; cache: {_bytes(cache.nbytes)}"
         )
         ranks_by_line.setdefault(line, []).append(rank)
     for number, (line, ranks) in enumerate(ranks_by_line.items()):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -23,7 +22,7 @@ def join_quietly(device: str | None) -> Job:
     job = join(device)
     if not job.is_first:
         context = click.get_current_context()
-        nowhere = context.with_resource(Path(os.devnull).open("w"))
+        nowhere = context.with_resource(click.open_file(os.devnull, "w"))
         context.with_resource(contextlib.redirect_stdout(nowhere))
         context.with_resource(contextlib.redirect_stderr(nowhere))
     return job

@@ -6,10 +6,14 @@ sees each of them as one function; a trailing underscore means that it writes to
 
 from __future__ import annotations
 
+import re
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_unary
+
+from streamllm.weights.errors import shorten
 
 
 class JobError(RuntimeError):
@@ -50,6 +54,7 @@ def _reduce(x: Tensor, operation: dist.ReduceOp.RedOpType) -> Tensor:
 
 
 def lost(error: RuntimeError) -> JobError:
-    """What an error of torch.distributed means."""
+    """What an error of torch.distributed means. Gloo puts a file of its own in front of the reason, advice behind."""
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return JobError(f"another process of this job has ended or cannot be reached ({reason[:200]})")
+    reason = re.sub(r"^\[[^]]*\] *", "", reason).partition(". ")[0]
+    return JobError(f"another process of this job has ended or cannot be reached ({shorten(reason)})")
