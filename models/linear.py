@@ -47,7 +47,7 @@ class Linear(nn.Linear):
     def arrange(self) -> None:
         """Store the weight for inference on the CPU. On other devices and in float64 nothing changes.
 
-        No second copy stays. Where the weight is shared (a tied head), both owners get the new layout.
+        No second copy stays. A weight shared by a head and an embedding has the new layout in both.
         """
         weight = self.weight
         if weight.device.type == "cpu" and not weight.is_mkldnn and weight.dtype in LAYOUTS:
@@ -59,8 +59,8 @@ class Linear(nn.Linear):
         self.weight.data = self.weight.data.contiguous()
         self.__dict__.pop("kernel", None)
         self._choose_kernel(arranged=False)
-        if self.weight.dtype == torch.float32 and self.weight.device.type == "cpu":
-            self.kernel = float32_kernel
+        if self.weight.device.type == "cpu" and self.weight.dtype in KERNELS_BY_ROWS:
+            self.kernel = KERNELS_BY_ROWS[self.weight.dtype]
 
     def quantize(self) -> None:
         """Round the weight to int8, with one scale for each of its rows. The output keeps the input's type.
@@ -213,6 +213,7 @@ LAYOUTS: dict[torch.dtype, Callable[[Linear], None]] = {
     torch.bfloat16: _arrange_bfloat16,
     torch.float16: _arrange_float16,
 }
+KERNELS_BY_ROWS = {torch.float32: float32_kernel, torch.float16: float16_kernel}
 
 
 # Whole models

@@ -131,10 +131,11 @@ class Compiled(nn.Module):
         kinds = cache.token_kinds(recorded=True, for_any_place=self._uses_loops(cache.device))
         key = (*kinds.items(), tokens.dtype, torch.is_inference_mode_enabled(),
                cache.device.type == "cpu" and torch.get_num_threads())  # fmt: skip
-        steps = self._bound.setdefault(cache, {})
-        if key not in steps:
-            steps[key] = self._bind(tokens.contiguous(), cache, kinds, key)
-        return steps[key]
+        step = self._bound.get(cache, {}).get(key)
+        if step is None:
+            step = self._bind(tokens.contiguous(), cache, kinds, key)
+            self._bound.setdefault(cache, {})[key] = step  # binding may have forgotten older ones
+        return step
 
     def _bind(self, tokens: Tensor, cache: SinkCache, kinds: TokenKinds, key: Any) -> _BoundStep:
         """The recording for caches like this one, with this cache's own tensors."""
@@ -143,17 +144,18 @@ class Compiled(nn.Module):
         cache.write_places(places)
         origin = torch.full((1,), cache.origin, dtype=torch.int64, device=cache.device)
         given = [tokens, places, origin, *cache.tensors()]
-        key = (cache.sizes, key)
-        if key not in self._recorded:
+        recording_key = (cache.recording_key, key)
+        if recording_key not in self._recorded:
 
             def step() -> Tensor:
-                plan: Plan = cache.plan_token(places, kinds, origin)
+                planned = cache.plan_token(places, kinds, origin)
+                plan: Plan = planned
                 if self._uses_loops(cache.device):
-                    plan = Plan(plan.steps, [cpu_loops.LoopStore(store) for store in plan.stores])
+                    plan = Plan(planned.steps, [cpu_loops.LoopStore(store) for store in planned.stores])
                 return self.model.project(self.model.hidden(tokens, plan))  # type: ignore[no-any-return, operator]
 
-            self._recorded[key] = self._record(given, step)
-        recording = self._recorded[key]
+            self._recorded[recording_key] = self._record(given, step)
+        recording = self._recorded[recording_key]
         if self._is_captured(cache.device):
             return _CapturedStep(recording, given)
         return _BoundStep(recording, given)
@@ -169,8 +171,8 @@ class Compiled(nn.Module):
         if loops:
             try:
                 made = cpu_loops.compiled(recorded, given)
-            except library.CompileError:
-                linear.arrange(self.model)  # for a caller who goes on without
+            except BaseException:  # Ctrl-C, too: for a caller who goes on without
+                linear.arrange(self.model)
                 raise
         elif self.backend == "inductor":
             made = _by_inductor(recorded)
