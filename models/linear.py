@@ -69,11 +69,15 @@ class Linear(nn.Linear):
         `scale` [out]. A weight shared with an embedding is rounded for this layer only.
         """
         weight = (self.weight.to_dense() if self.weight.is_mkldnn else self.weight).detach()
-        scale = (weight.float().abs().amax(1) / 127).clamp(min=1e-30)
+        scale = (self.row_maxima(weight) / 127).clamp(min=1e-30)
         rounded = (weight / scale[:, None]).round_().to(torch.int8)
         self.weight = nn.Parameter(rounded, requires_grad=False)
         self.register_buffer("scale", scale.to(weight.dtype if weight.dtype in HALF else torch.float32))
         self._choose_kernel(arranged=False)
+
+    def row_maxima(self, weight: Tensor) -> Tensor:
+        """The largest absolute value of each row, float32 [out]: int8 weights are scaled by it."""
+        return weight.float().abs().amax(1)
 
     def _choose_kernel(self, arranged: bool) -> None:
         if self.weight.dtype == torch.int8:

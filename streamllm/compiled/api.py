@@ -21,6 +21,7 @@ from streamllm.malloc import trim_heap
 from streamllm.models import linear
 from streamllm.models.base import check_lengths, check_tokens
 from streamllm.models.step import Cache, Plan, geometry_of
+from streamllm.tensor_parallel import is_tensor_parallel
 
 BACKENDS = ("flat", "inductor", "cudagraphs")
 CAPTURABLE = ("cuda",)  # device types with graphs that can be captured
@@ -45,10 +46,12 @@ def compile(model: nn.Module, backend: str | None = None) -> Compiled:
     STREAMLLM_CACHE names, or else in streamllm under XDG_CACHE_HOME or ~/.cache; it may be deleted at any
     time. On CUDA, inductor's kernels are launched together, too.
 
+    A tensor-parallel model is recorded with its sums over the processes, by "flat" and "cudagraphs".
+
     Hooks on the model's modules run only for what takes the model's own way. When a model is moved, quantized or
     arranged anew, it is recorded anew. Raises TypeError for a model of another library, ValueError for an
-    unknown backend or one that the model's device lacks, CompileError (a RuntimeError) where "inductor" finds
-    no C++ compiler. A forward raises CompileError where compiling fails.
+    unknown backend or one that the model or its device cannot have, CompileError (a RuntimeError) where
+    "inductor" finds no C++ compiler. A forward raises CompileError where compiling fails.
     """
     geometry_of(model)
     device = next(model.parameters()).device.type
@@ -56,6 +59,11 @@ def compile(model: nn.Module, backend: str | None = None) -> Compiled:
         backend = "cudagraphs" if device == "cuda" else "flat"
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, not {backend!r}")
+    if backend == "inductor" and is_tensor_parallel(model):
+        raise ValueError(
+            'backend="inductor" cannot compile the sums over the processes of a tensor-parallel model: take '
+            '"flat", or "cudagraphs" on CUDA'
+        )
     if backend == "cudagraphs" and device not in CAPTURABLE:
         raise ValueError(
             f'backend="cudagraphs" needs a model on CUDA, and this one is on {device}: take "flat" or "inductor"'
