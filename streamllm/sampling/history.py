@@ -50,6 +50,12 @@ class History:
         """How many tokens it holds now."""
         return len(self._recent[1])
 
+    @property
+    def total(self) -> int:
+        """How many tokens it was given, with those that it dropped."""
+        dropped, kept = self._recent
+        return dropped + len(kept)
+
     def push(self, token: int) -> None:
         """Add the next token of the stream."""
         self.extend((token,))
