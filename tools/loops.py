@@ -29,6 +29,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "presence": {**SAMPLED, "presence_penalty": 0.5},
     "ngrams": {**SAMPLED, "no_repeat_ngram_size": 6},
     "dry": {**SAMPLED, "dry_multiplier": 0.8},
+    "dry without breakers": {**SAMPLED, "dry_multiplier": 0.8, "dry_sequence_breakers": ()},
     "dry far": {**SAMPLED, "dry_multiplier": 0.8, "dry_penalty_last_n": 4096},
 }
 SHARE_WINDOW, READ_EVERY, IN_A_LOOP = 512, 64, 0.5
