@@ -73,7 +73,7 @@ class Step:
     )
     key_place: Tensor  # int64 [R, K] place of each key that is met
     visible: Tensor | None  # bool [R, T, K]; None where every query sees every key, or where `band` tells
-    sinks: int  # the first `sinks` of the K keys meet the sink query; 0 where both places of a query agree
+    sinks: int  # the first `sinks` of the K keys meet the sink query; 0: no key needs a query of its own
     rope_length: int  # S + W with a cache, T without: the length that the frequencies of some ropes depend on
     band: Band | None = None  # visibility in numbers, where they can tell it
 

@@ -44,7 +44,7 @@ from streamllm.models.step import Plan, Step, geometry_of
 
 RINGS: dict[str | None, type[Ring] | type[Int8Ring]] = {None: Ring, "int8": Int8Ring}
 DEFAULT_WINDOW = 1020
-MAX_ORIGIN = 1 << 48  # rotary angles are exact up to twice this place
+MAX_ORIGIN = 1 << 48  # rotary angles are exact up to place 2^49, so a stream can run 2^48 tokens from here
 TRIM_AFTER_TOKENS = 64  # a chunk of so many leaves freed memory with the allocator that is worth trimming
 
 TokenKinds = Mapping["int | None", TokenKind]  # by the layers' own window
@@ -104,7 +104,7 @@ class SinkCache:
         check_at_least(0, origin=origin)
         if origin >= MAX_ORIGIN:
             raise ValueError(
-                f"origin must be below {MAX_ORIGIN}, where angles stop being exact, not {origin}"
+                f"origin must be below {MAX_ORIGIN} (2^48), so that rotary angles stay exact, not {origin}"
             )
         if quantize not in tuple(RINGS):
             raise ValueError(f'quantize must be None or "int8", not {quantize!r}')
@@ -402,9 +402,10 @@ class SinkCache:
     # One token from its place: what a compiled step records (compiled/)
 
     @property
-    def sizes(self) -> object:
+    def recording_key(self) -> object:
         """What distinguishes caches of one model whose steps cannot share a recording. Hashable."""
-        return (*self._layouts.items(), self.batch_size, self.quantize, self.dtype, self.device)
+        sizes = self.sinks, self.window, self.batch_size  # rope may depend on S + W where layers keep less
+        return (*self._layouts.items(), *sizes, self.quantize, self.dtype, self.device)
 
     def write_places(self, places: Tensor) -> None:
         """Write t of the next token of each row to `places`, int64 [R] on the cache's device, and begin it."""
