@@ -178,9 +178,11 @@ def a_token_sees_what_was_taken_out(patch):
 
 def a_chunk_sees_what_was_taken_out(patch):
     plan = sink_cache.plan_chunk
-    patch.setattr(
-        sink_cache, "plan_chunk", lambda layout, origin, t, start, *rest: plan(layout, origin, t, max(S, start - 1), *rest)
-    )  # fmt: skip
+
+    def wrong(layout, origin, t, start, *rest):
+        return plan(layout, origin, t, max(S, start - 1), *rest)
+
+    patch.setattr(sink_cache, "plan_chunk", wrong)
 
 
 def a_ragged_chunk_sees_what_was_taken_out(patch):
