@@ -429,6 +429,18 @@ class SinkCache:
         """
         return self._starts
 
+    @property
+    def has_gap(self) -> bool:
+        """Whether the next token of some row finds room behind its sinks: entries were taken out, and are not yet
+        replaced. Without a gap, what a token sees depends on its place alone.
+        """
+        rows = self._rows
+        return rows.with_gap and any(
+            start > self.sinks and t + 1 - start < layout.window
+            for layout, starts in zip(rows.layouts, rows.starts, strict=True)
+            for start, t in zip(starts, self._t, strict=True)
+        )
+
     def _begin_token(self) -> None:
         self._begun = self._t
         if self._written is not self._rows.starts:

@@ -24,6 +24,8 @@ INTERNAL_MEMBERS = {
     "commit_token",
     "token_kinds",
     "write_places",
+    "starts",
+    "has_gap",
     "sizes",
     "tensors",
 }
