@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from streamllm.cache import SinkCache, entries, ring, sink_cache
+from streamllm.cache import SinkCache, entries, ring, sink_cache, streams
 from streamllm.models import rotary
 from tests.laws.evicting import EvictingRows
 from tests.laws.families import tiny_model
@@ -103,23 +103,23 @@ def start_one_too_early(patch):
 
 def keys_moved_by_one_place_too_many(patch):
     moved = rotary.moved_keys
-    patch.setattr(sink_cache, "moved_keys", lambda rope, keys, by, n: moved(rope, keys, by + 1, n))
+    patch.setattr(streams, "moved_keys", lambda rope, keys, by, n: moved(rope, keys, by + 1, n))
 
 
 def keys_not_rotated(patch):
-    patch.setattr(sink_cache, "moved_keys", lambda rope, keys, by, n: keys)
+    patch.setattr(streams, "moved_keys", lambda rope, keys, by, n: keys)
 
 
 def keys_rotated_in_the_other_direction(patch):
     moved = rotary.moved_keys
-    patch.setattr(sink_cache, "moved_keys", lambda rope, keys, by, n: moved(rope, keys, -by, n))
+    patch.setattr(streams, "moved_keys", lambda rope, keys, by, n: moved(rope, keys, -by, n))
 
 
 def keys_scaled_once_more(patch):
     """By the attention factor of yarn."""
     moved = rotary.moved_keys
     factor = "attention_factor"
-    patch.setattr(sink_cache, "moved_keys", lambda rope, *rest: moved(rope, *rest) * getattr(rope, factor))
+    patch.setattr(streams, "moved_keys", lambda rope, *rest: moved(rope, *rest) * getattr(rope, factor))
 
 
 def nothing_is_moved(patch):
@@ -211,8 +211,8 @@ def rows_have_the_start_of_the_first(patch):
 
 
 def all_rows_are_evicted(patch):
-    numbers = sink_cache.row_numbers
-    patch.setattr(sink_cache, "row_numbers", lambda rows, batch: numbers(None, batch))
+    numbers = streams.row_numbers
+    patch.setattr(streams, "row_numbers", lambda rows, batch: numbers(None, batch))
 
 
 def a_failed_token_is_not_counted_as_written(patch):
