@@ -23,7 +23,7 @@ class JobError(RuntimeError):
 def sum_(x: Tensor) -> Tensor:
     """The sum of the tensors x of all processes, in place. All get the same bits."""
     if has_torch_function_unary(x):
-        return handle_torch_function(sum_, (x,), x)  # type: ignore[no-any-return]
+        return handle_torch_function(sum_, (x,), x)
     return _reduce(x, dist.ReduceOp.SUM)
 
 
@@ -35,7 +35,7 @@ def maximum_(x: Tensor) -> Tensor:
 def gather(x: Tensor, ranks: int) -> list[Tensor]:
     """The tensors x of all processes, which have one shape, in the order of their ranks."""
     if has_torch_function_unary(x):
-        return handle_torch_function(gather, (x,), x, ranks)  # type: ignore[no-any-return]
+        return handle_torch_function(gather, (x,), x, ranks)
     parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(ranks)]
     try:
         dist.all_gather(parts, x.contiguous())
