@@ -26,7 +26,7 @@ from streamllm.tensor_parallel import is_tensor_parallel
 BACKENDS = ("flat", "inductor", "cudagraphs")
 CAPTURABLE = ("cuda",)  # device types with graphs that can be captured
 
-# (tokens [B, 1], places [R], origin [1], *the cache's tensors) -> logits [B, 1, V]
+# (tokens [B, 1], places [R], origin [1], starts [windows, B], *the cache's tensors) -> logits [B, 1, V]
 Recording = Callable[..., Tensor]
 
 
@@ -143,7 +143,7 @@ class Compiled(nn.Module):
         places = torch.zeros(rows, dtype=torch.int64, device=cache.device)
         cache.write_places(places)
         origin = torch.full((1,), cache.origin, dtype=torch.int64, device=cache.device)
-        given = [tokens, places, origin, *cache.tensors()]
+        given = [tokens, places, origin, cache.starts, *cache.tensors()]
         recording_key = (cache.recording_key, key)
         if recording_key not in self._recorded:
 
