@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from streamllm.tensor_parallel.collectives import JobError, lost
+from streamllm.tensor_parallel.collectives import JobError, reporting_lost_processes
 from streamllm.tensor_parallel.layers import GatheredHead
 
 Result = TypeVar("Result")
@@ -148,8 +148,6 @@ def is_tensor_parallel(model: nn.Module) -> bool:
 def exchange(own: Any) -> list[Any]:
     """The objects of all processes, in the order of their ranks."""
     objects: list[Any] = [None] * dist.get_world_size()
-    try:
+    with reporting_lost_processes():
         dist.all_gather_object(objects, own)
-    except RuntimeError as error:
-        raise lost(error) from error
     return objects
