@@ -126,7 +126,7 @@ def is_reported_elsewhere(error: BaseException) -> bool:
     return isinstance(error, PeerFailed) or isinstance(error.__cause__, PeerFailed)
 
 
-def agreed_seed(model: nn.Module, seed: int | None, tokens: Sequence[int]) -> int | None:
+def agreed_seed(model: nn.Module, seed: int | None, tokens: Sequence[int] = ()) -> int | None:
     """The seed to sample with: of a tensor-parallel model that of its first process, drawn there where it is None.
 
     Raises ValueError where the processes feed different tokens.
