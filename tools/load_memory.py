@@ -152,7 +152,7 @@ def measure(folder: Path, loader: str, dtype: str, processes: int = 1) -> tuple[
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise click.ClickException(f"{loader} failed to load as {dtype}:\n{done.stderr}")
-    found = [json.loads(line) for line in re.findall(r"\[.*?\]", done.stdout)]
+    found = [json.loads(line) for line in re.findall(r"\[\d.*?\]", done.stdout)]
     assert len(found) == processes
     assert all(finite for *_, finite in found)
     peak, anonymous, result, took = (max(numbers) for numbers in list(zip(*found, strict=True))[:4])
