@@ -133,7 +133,9 @@ def keep_rows(
     """
     if counts is not None:
         wanted = torch.tensor(
-            [[max(count - keep + i, 0) - start for i in range(keep)] for count in counts], dtype=torch.int64
+            [[max(count - keep + i, 0) - start for i in range(keep)] for count in counts],
+            dtype=torch.int64,
+            device="cpu",
         )
         inside = ((wanted >= 0) & (wanted < x.shape[1])).to(x.device)[:, :, None]
         rows = wanted.clamp(0, x.shape[1] - 1).to(x.device)[:, :, None].expand(-1, -1, x.shape[2])

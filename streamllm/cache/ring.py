@@ -122,7 +122,7 @@ def plan_token(layout: Layout, origin: int | Tensor, kind: TokenKind, t: Tensor)
     slots = layout.slot_of(t)
     moved = isinstance(origin, Tensor) or origin > 0
     query_place = t + origin if moved else t
-    slot = torch.arange(kind.reads, device=t.device)[None]  # [1, K]
+    slot = torch.arange(kind.reads, dtype=torch.int64, device=t.device)[None]  # [1, K]
     held = layout.token_in(slot, t + 1)  # [R, K]
     new_key_place, key_place = query_place, held
     if moved:
@@ -139,7 +139,7 @@ def plan_token(layout: Layout, origin: int | Tensor, kind: TokenKind, t: Tensor)
         sinks=min(layout.sinks, kind.reads) if kind.apart else 0,
         rope_length=layout.slots,
     )
-    rows = None if len(t) == 1 else torch.arange(len(t), device=t.device)
+    rows = None if len(t) == 1 else torch.arange(len(t), dtype=torch.int64, device=t.device)
     tokens = None if rows is None else torch.zeros_like(rows)
     move = Move(rows, tokens, slots[:, 0], kind.to_sinks, kind.to_ring)
     return step, Writes(((0, kind.reads),), move, None)
@@ -164,22 +164,22 @@ def plan_chunk(
     ahead = min(held, layout.slots - slot)  # of them, those up to the end of the ring
     reads = (0, columns), (slot, slot + ahead), (sinks, sinks + held - ahead)
 
-    places = torch.arange(seen, end, device=device)[None]
+    places = torch.arange(seen, end, dtype=torch.int64, device=device)[None]
     slots = layout.slot_of(places)
     apart = sinks > 0 and (origin > 0 or end > layout.slots)
-    run = torch.arange(origin + first, origin + end, device=device)
+    run = torch.arange(origin + first, origin + end, dtype=torch.int64, device=device)
     step = Step(
         slots=slots,
         query_place=places + origin,
         sink_query_place=layout.sink_query_place(places),
         new_key_place=_key_place(layout, origin, places),
-        key_place=torch.cat((torch.arange(columns, device=device), run))[None],
+        key_place=torch.cat((torch.arange(columns, dtype=torch.int64, device=device), run))[None],
         visible=None,
         sinks=columns if apart else 0,
         rope_length=layout.slots,
         band=Band(seen, first, columns, sinks, window),
     )
-    tokens = torch.arange(length, device=device)
+    tokens = torch.arange(length, dtype=torch.int64, device=device)
     new_sinks = max(0, columns - seen)
     kept = max(0, sinks - seen, length - window)  # earlier tokens are sinks, or gone before the chunk ends
     return step, Writes(
@@ -203,21 +203,21 @@ def plan_ragged_chunk(
     0 1 2 3. Tokens 0 and 1 are written first and hidden behind: token 3 sees keys at the places 0 1 - - 2 3.
     """
     sinks, window = layout.sinks, layout.window
-    start = torch.tensor(seen, dtype=torch.int64)[:, None]  # [R, 1]
-    end = start + torch.tensor(counts, dtype=torch.int64)[:, None]
+    start = torch.tensor(seen, dtype=torch.int64, device="cpu")[:, None]  # [R, 1]
+    end = start + torch.tensor(counts, dtype=torch.int64, device="cpu")[:, None]
     reads = max(min(max(seen), layout.slots), min(int(end.max()), sinks))
-    column = torch.arange(length)
+    column = torch.arange(length, dtype=torch.int64, device="cpu")
     places = start + column  # [R, T]
     real = column < end - start
     is_sink = places < sinks
     slots = layout.slot_of(places)
-    slot = torch.arange(reads)
+    slot = torch.arange(reads, dtype=torch.int64, device="cpu")
     # A slot holds what it held before the chunk, or a sink that the chunk brings.
     held = torch.where((slot < sinks) & (slot < end), slot, layout.token_in(slot, start))
     keys = torch.cat((held, torch.where(real & is_sink, -1, places)), 1)  # [R, reads + T]
     apart = sinks > 0 and (origin > 0 or int(places.max()) >= layout.slots)
     columns = min(sinks, reads) if apart else 0
-    shifted = torch.arange(keys.shape[1]) >= columns
+    shifted = torch.arange(keys.shape[1], dtype=torch.int64, device="cpu") >= columns
     step = Step(
         slots=slots.to(device),
         query_place=(places + origin).to(device),

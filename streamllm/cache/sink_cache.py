@@ -123,7 +123,7 @@ class SinkCache:
     @property
     def seen(self) -> Tensor:
         """How many tokens each stream has taken in: int64 [B], on the CPU."""
-        return torch.tensor(self._seen, dtype=torch.int64)
+        return torch.tensor(self._seen, dtype=torch.int64, device="cpu")
 
     @property
     def nbytes(self) -> int:
@@ -171,7 +171,7 @@ class SinkCache:
         and values of each layer as they are stored, not copied.
         """
         self.finish_commit()
-        sizes = torch.tensor([self.sinks, self.window, self.origin], dtype=torch.int64)
+        sizes = torch.tensor([self.sinks, self.window, self.origin], dtype=torch.int64, device="cpu")
         state = {"sizes": sizes, "seen": self.seen}
         for layer, (_, ring) in enumerate(self._rings):
             state |= {f"layers.{layer}.{name}": tensor for name, tensor in ring.tensors.items()}

@@ -194,7 +194,10 @@ class _Request:
                 made.append(graph.create_node(op, target, args, kwargs))
         assert torch_private.fake_tensor_mode is not None  # see `check`
         with torch_private.fake_tensor_mode():
-            inputs = [torch.empty_strided(size, stride, dtype=dtype) for size, stride, dtype in self.inputs]
+            inputs = [
+                torch.empty_strided(size, stride, dtype=dtype, device="cpu")
+                for size, stride, dtype in self.inputs
+            ]
         return fx.GraphModule(nn.Module(), graph), tuple(inputs)
 
 
