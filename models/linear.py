@@ -53,7 +53,7 @@ class Linear(nn.Linear):
     def arrange(self) -> None:
         """Store the weight for inference on the CPU. On other devices and in float64 nothing changes.
 
-        No second copy stays. Where the weight is shared (a tied head), both owners get the new layout.
+        No second copy stays. A weight shared by a head and an embedding has the new layout in both.
         """
         weight = self.weight
         is_plain = weight.device.type == "cpu" and not isinstance(weight, PackedWeight)
@@ -66,8 +66,8 @@ class Linear(nn.Linear):
         self.weight.data = self.weight.data.contiguous()
         self.__dict__.pop("kernel", None)
         self._choose_kernel(arranged=False)
-        if self.weight.dtype == torch.float32 and self.weight.device.type == "cpu":
-            self.kernel = float32_kernel
+        if self.weight.device.type == "cpu" and self.weight.dtype in KERNELS_BY_ROWS:
+            self.kernel = KERNELS_BY_ROWS[self.weight.dtype]
 
     def quantize(self) -> None:
         """Round the weight to int8, with one scale for each of its rows. The output keeps the input's type.
@@ -81,7 +81,7 @@ class Linear(nn.Linear):
         weight = self.weight.detach()
         dtype = weight.dtype if weight.dtype in HALF else torch.float32
         smallest = 2.0**-24 if dtype == torch.float16 else torch.finfo(dtype).tiny  # else a scale could be 0
-        scale = (weight.float().abs().amax(1) / 127).clamp(min=smallest).to(dtype)
+        scale = (self.row_maxima(weight) / 127).clamp(min=smallest).to(dtype)
         # Divide by the scale as it is stored: its rounding then costs nothing.
         rounded = (weight / scale.to(torch.promote_types(dtype, torch.float32))[:, None]).round_()
         self.weight = nn.Parameter(rounded.clamp_(-127, 127).to(torch.int8), requires_grad=False)
@@ -96,6 +96,10 @@ class Linear(nn.Linear):
         elif self.kernel is bfloat16_kernel:
             self.arrange()
         return self
+
+    def row_maxima(self, weight: Tensor) -> Tensor:
+        """The largest absolute value of each row, float32 [out]: int8 weights are scaled by it."""
+        return weight.float().abs().amax(1)
 
     def _choose_kernel(self, arranged: bool) -> None:
         if self.weight.dtype == torch.int8:
@@ -318,6 +322,7 @@ LAYOUTS: dict[torch.dtype, Callable[[Linear], None]] = {
     torch.bfloat16: _arrange_bfloat16,
     torch.float16: _arrange_float16,
 }
+KERNELS_BY_ROWS = {torch.float32: float32_kernel, torch.float16: float16_kernel}
 
 
 # Whole models
