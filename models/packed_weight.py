@@ -21,6 +21,7 @@ _OWN_METHODS = frozenset(
     ("size", "dim", "ndimension", "numel", "nelement", "element_size", "is_floating_point", "is_complex",
      "is_inference", "to_dense", "data_ptr", "untyped_storage", "get_device", "__len__", "__hash__")
 )  # fmt: skip
+_NOT_IN_PLACE = frozenset(("__invert__", "__index__", "__int__"))
 _NEEDS_PLAIN = frozenset(("register_hook", "register_post_accumulate_grad_hook", "retain_grad"))
 
 
@@ -139,9 +140,7 @@ def _with_plain_copies(value: Any) -> Any:
 def _changes(name: str) -> bool:
     """Whether a function of torch, by its name, writes to its argument: `add_`, `__iadd__`, `__setitem__`."""
     if name.startswith("__"):
-        return (
-            name == "__setitem__"
-            or name.startswith("__i")
-            and name not in ("__invert__", "__index__", "__int__")
+        return name == "__setitem__" or (
+            name.startswith("__i") and name not in ("__invert__", "__index__", "__int__")
         )
     return name.endswith("_")

@@ -8,6 +8,7 @@ an index in memory. t counts the tokens of a row from 0, whatever the origin.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -153,6 +154,11 @@ class Cache(Protocol):
     def batch_size(self) -> int: ...
     def plan(self, length: int, lengths: Sequence[int] | None = None) -> Plan: ...
     def commit(self, plan: Plan) -> None: ...
+    @property
+    def guard(self) -> AbstractContextManager[None]: ...  # held by one forward at a time
+    def check_model(
+        self, geometry: Geometry, device: torch.device
+    ) -> None: ...  # raises ValueError for another
 
 
 @dataclass(frozen=True)

@@ -349,11 +349,12 @@ class LayerStore:
     def write(self, k: Tensor, v: Tensor) -> None:
         """Take new keys and values, without a look at what is stored."""
         ring, writes = self.ring, self.writes
-        if k.dtype != ring.dtype or v.dtype != ring.dtype:
-            raise ValueError(
-                f"the cache was made for {ring.dtype}, the model computes in {v.dtype}: "
-                f"make a SinkCache for the model as it is, and leave autocast off"
-            )
+        for name, given in (("keys", k), ("values", v)):
+            if given.dtype != ring.dtype:
+                raise ValueError(
+                    f"the cache was made for {ring.dtype}, and the model's {name} are {given.dtype}: make a "
+                    f"SinkCache for the model as it is"
+                )
         if writes.now is not None:
             ring.write_now(writes.now, k, v)
         if writes.on_commit is not None:

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,7 @@ from streamllm.cache.checks import (
     row_numbers,
 )
 from streamllm.cache.entries import MovedEntries, Row, Rows
+from streamllm.cache.guard import ForwardGuard
 from streamllm.cache.int8_ring import Int8Ring
 from streamllm.cache.ring import (
     LayerStore,
@@ -39,8 +41,9 @@ from streamllm.cache.ring import (
 )
 from streamllm.cache.state import STATE_VERSION, check_state, rows_of_state, state_of_rows
 from streamllm.malloc import trim_heap
+from streamllm.models.checks import whole_number
 from streamllm.models.rotary import moved_keys
-from streamllm.models.step import Plan, Step, geometry_of
+from streamllm.models.step import Geometry, Plan, Step, geometry_of
 
 RINGS: dict[str | None, type[Ring] | type[Int8Ring]] = {None: Ring, "int8": Int8Ring}
 DEFAULT_WINDOW = 1020
@@ -92,7 +95,7 @@ class SinkCache:
     ) -> None:
         geometry = geometry_of(model)
         trained = geometry.trained_length
-        check_at_least(0, sinks=sinks)
+        sinks = whole_number("sinks", sinks, 0)
         if window is None:
             window = DEFAULT_WINDOW if trained is None else min(DEFAULT_WINDOW, trained - sinks)
             if window < 1:
@@ -100,8 +103,9 @@ class SinkCache:
                     f"{sinks} sinks leave no room for a window: the model was trained for {trained} tokens; "
                     f"give fewer sinks, or a window"
                 )
-        check_at_least(1, window=window, batch_size=batch_size, chunk=chunk)
-        check_at_least(0, origin=origin)
+        window = whole_number("window", window, 1)
+        batch_size = whole_number("batch_size", batch_size, 1)
+        chunk, origin = whole_number("chunk", chunk, 1), whole_number("origin", origin, 0)
         if origin >= MAX_ORIGIN:
             raise ValueError(
                 f"origin must be below {MAX_ORIGIN} (2^48), so that rotary angles stay exact, not {origin}"
@@ -118,7 +122,8 @@ class SinkCache:
         self.sinks, self.window, self.origin = sinks, window, origin
         self.batch_size, self.chunk, self.quantize = batch_size, chunk, quantize
         weight = next(model.parameters())
-        self.dtype, self.device = weight.dtype, weight.device
+        self.dtype, self.device, self.geometry = weight.dtype, weight.device, geometry
+        self.guard = ForwardGuard()
         self._trim = False  # whether a chunk of many tokens has come since the heap was trimmed
         # A layer whose own window w is shorter keeps min(W, w). One plan per distinct window.
         self._layouts = {
@@ -188,19 +193,22 @@ class SinkCache:
         Raises ValueError for anything but row numbers; a mask of True and False is not a list of rows.
         """
         chosen = row_numbers(rows, self.batch_size)
-        if len(chosen) < self.batch_size:
-            self.finish_commit()
-        t = [0 if row in chosen else t for row, t in enumerate(self._t)]
-        fresh = Row.fresh(self._rows.layouts)
-        self._state = t, (), self._written_rows().changed(dict.fromkeys(chosen, fresh))
-        for tensor in self.tensors():
-            tensor[..., chosen, :, :, :] = 0
+        with self.guard:
+            if len(chosen) < self.batch_size:
+                self.finish_commit()
+            t = [0 if row in chosen else t for row, t in enumerate(self._t)]
+            fresh = Row.fresh(self._rows.layouts)
+            self._state = t, (), self._written_rows().changed(dict.fromkeys(chosen, fresh))
+            for tensor in self.tensors():
+                tensor[..., chosen, :, :, :] = 0
 
     def step_back(self) -> object:
         """Undo the last token of each stream, once, so that it can be fed again.
 
         For a forward whose result was lost after its commit, or that ran ahead. Exact, because the token
-        overwrote a key that was out of its own window. `step_on` takes what is returned, and undoes this.
+        overwrote a key that was out of its own window; but not after another single token that failed, because
+        that one has overwritten one key more. `rewindable` tells which it is. `step_on` takes what is returned,
+        and undoes this.
         """
         before = self._state
         t, unfinished, rows = before
@@ -306,6 +314,10 @@ class SinkCache:
     def state_dict(self) -> dict[str, Tensor]:
         """The state of the streams, and the keys and values of each layer as they are stored, not copied.
 
+        It is the state of a cache, not of a `Stream`: that one also keeps the last token, which the cache has not
+        taken in yet, whether the text has begun, and what the repetition penalty has seen. A new Stream around a
+        loaded cache would begin with another BOS and without that token.
+
         "version" int64 [1]; "sizes" int64 [3] (sinks, window, origin); "seen" int64 [B]; "rows" int64 [B, …], what
         was taken out of each row (see state.py).
         """
@@ -328,15 +340,16 @@ class SinkCache:
         Raises ValueError, and changes nothing, where the state does not fit. A state without "version" is of a
         cache from which nothing was taken out.
         """
-        own = self.state_dict()
-        check_state(own, state, self.quantize)
-        layouts = self._rows.layouts
-        t, rows = rows_of_state(state, layouts)
-        fresh = Rows.fresh(self.batch_size, layouts)
-        self._state = [0] * self.batch_size, (), fresh  # an interrupted copy leaves empty streams
-        for tensor, given in ((own[name], state[name]) for name in own if name.startswith("layers.")):
-            tensor.copy_(given)
-        self._state = t, (), Rows(rows, layouts)
+        with self.guard:
+            own = self.state_dict()
+            check_state(own, state, self.quantize)
+            layouts = self._rows.layouts
+            t, rows = rows_of_state(state, layouts)
+            fresh = Rows.fresh(self.batch_size, layouts)
+            self._state = [0] * self.batch_size, (), fresh  # an interrupted copy leaves empty streams
+            for tensor, given in ((own[name], state[name]) for name in own if name.startswith("layers.")):
+                tensor.copy_(given)
+            self._state = t, (), Rows(rows, layouts)
 
     def __repr__(self) -> str:
         counts = self.seen.tolist()
@@ -347,7 +360,41 @@ class SinkCache:
             f"on {self.device})"
         )
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """For copy.deepcopy and pickle. A copy that is made in inference mode can be used outside, too."""
+        self.__dict__.update(state)
+        with torch.inference_mode(False):
+            if self._starts.is_inference():
+                self._starts = self._starts.clone()
+            for _, ring in self._rings:
+                for name, tensor in vars(ring).items():
+                    if isinstance(tensor, Tensor) and tensor.is_inference():
+                        setattr(ring, name, tensor.clone())
+
     # The contract of a forward (models/step.py: Cache)
+
+    def check_model(self, geometry: Geometry, device: torch.device) -> None:
+        """Raises ValueError where the cache was made for another model, or autocast would change its type."""
+        own = self.geometry
+        if geometry is not own:
+            sizes = [(g.kv_heads, g.head_dim, g.windows) for g in (own, geometry)]
+            if sizes[0] != sizes[1]:
+                (heads, dim, windows), (other_heads, other_dim, other_windows) = sizes
+                raise ValueError(
+                    f"the cache was made for another model, of {len(windows)} layers with {heads} heads of {dim}; "
+                    f"this one has {len(other_windows)} layers with {other_heads} heads of {other_dim}"
+                    f"{', and other sliding windows' if set(windows) != set(other_windows) else ''}: "
+                    f"make a SinkCache for it"
+                )
+        if device != self.device:
+            raise ValueError(
+                f"the cache is on {self.device} and the model on {device}: make a SinkCache for the model as it is"
+            )
+        if torch.is_autocast_enabled(self.device.type):
+            raise ValueError(
+                "autocast is on, and a stream computes in the type of its cache: leave autocast off, and load the "
+                "model with dtype=torch.bfloat16 for that type"
+            )
 
     def plan(self, length: int, lengths: Sequence[int] | None = None) -> SinkPlan:
         """Where `length` new tokens per row stand; `lengths` [B] of them are real. No row advances."""
