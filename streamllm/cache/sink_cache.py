@@ -123,6 +123,7 @@ class SinkCache:
         self.batch_size, self.chunk, self.quantize = batch_size, chunk, quantize
         weight = next(model.parameters())
         self.dtype, self.device, self.geometry = weight.dtype, weight.device, geometry
+        self._has_autocast = torch.amp.is_autocast_available(weight.device.type)
         self.guard = ForwardGuard()
         self._trim = False  # whether a chunk of many tokens has come since the heap was trimmed
         # A layer whose own window w is shorter keeps min(W, w). One plan per distinct window.
@@ -390,7 +391,7 @@ class SinkCache:
             raise ValueError(
                 f"the cache is on {self.device} and the model on {device}: make a SinkCache for the model as it is"
             )
-        if torch.is_autocast_enabled(self.device.type):
+        if self._has_autocast and torch.is_autocast_enabled(self.device.type):
             raise ValueError(
                 "autocast is on, and a stream computes in the type of its cache: leave autocast off, and load the "
                 "model with dtype=torch.bfloat16 for that type"

@@ -185,7 +185,7 @@ class Compiled(nn.Module):
                 linear.arrange(self.model)
                 raise
         elif self.backend == "inductor":
-            made = _by_inductor(recorded)
+            made = _by_inductor(fx.GraphModule(recorded, recorded.graph))
         else:
             made = fusion.flat_function(recorded)
         if not self._weights.unchanged():  # fusing or arranging moved them, so older recordings are stale
@@ -206,7 +206,7 @@ class Compiled(nn.Module):
 
 def _by_inductor(module: fx.GraphModule) -> Recording:
     fusion.prune(module)
-    return torch.compile(fx.GraphModule(module, module.graph), fullgraph=True, dynamic=False)
+    return torch.compile(module, fullgraph=True, dynamic=False)
 
 
 class _BoundStep:

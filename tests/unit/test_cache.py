@@ -201,7 +201,7 @@ def test_a_model_of_another_dtype_is_refused_and_does_not_change_the_stream(leng
     model, tokens = tiny_llama(), random_tokens(30)
     cache = SinkCache(model, 2, 4, quantize=quantize)
     model(tokens[:, :9], cache)
-    with pytest.raises(ValueError, match=r"made for torch\.float64, the model computes in torch\.float32"):
+    with pytest.raises(ValueError, match=r"made for torch\.float64, and the model.s keys are torch\.float32"):
         tiny_llama(dtype=torch.float32)(random_tokens(length), cache)
     wanted = reference_logits(model, tokens, 2, 4, quantize == "int8")
     assert error(model(tokens[:, 9:], cache), wanted[:, 9:]) <= TOLERANCE
