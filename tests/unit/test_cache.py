@@ -227,7 +227,7 @@ def test_autocast_is_refused(length):
     model = tiny_llama(dtype=torch.float32)
     with (
         torch.autocast("cpu", torch.bfloat16),
-        pytest.raises(ValueError, match="autocast is on.* leave autocast off"),
+        pytest.raises(ValueError, match=r"autocast is on.* leave autocast off"),
     ):
         model(random_tokens(length), SinkCache(model, 2, 4))
 
