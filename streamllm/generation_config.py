@@ -159,7 +159,7 @@ class GenerationConfig:
             return result
         return self._with({"temperature": 1.0, **self._if_sampling, **given})
 
-    def with_config(self, config: GenerationConfig) -> GenerationConfig:
+    def _with_config(self, config: GenerationConfig) -> GenerationConfig:
         """This config with the settings that another was made with, and what that one says to be unsupported."""
         given = {name: getattr(config, name) for name in config._given}
         return self._with({**given, "unsupported": config.unsupported})
@@ -171,14 +171,13 @@ class GenerationConfig:
         return result
 
 
+_init = inspect.signature(GenerationConfig.__init__)
 # `__new__` would hide the settings from help() and editors.
-setattr(
+setattr(  # noqa: B010  # a class declares no such attribute
     GenerationConfig,
     "__signature__",
-    inspect.Signature(
-        list(inspect.signature(GenerationConfig.__init__).parameters.values())[1:], return_annotation=None
-    ),
-)  # noqa: B010
+    _init.replace(parameters=list(_init.parameters.values())[1:]),
+)
 
 
 def read_generation_config(
@@ -247,7 +246,7 @@ def resolve(
             raise TypeError(
                 f"generation_config must be a GenerationConfig or None, not {type(given).__name__}"
             )
-        config = config.with_config(given)
+        config = config._with_config(given)
     if config.unsupported:
         raise UnsupportedConfig(
             f"generation_config.json asks for {', '.join(config.unsupported)}, which is not supported; "

@@ -182,12 +182,8 @@ class Requests:
     @torch.no_grad()
     def _score(self, texts: Sequence[list[int]]) -> Iterable[tuple[Tensor, Tensor]]:
         """For each text [N]: nats float64 [N-1] of the tokens 1 … N-1, and whether each is the most likely."""
-        found: list[tuple[Tensor, Tensor]] = [
-            (
-                torch.empty(0, dtype=torch.float64, device="cpu"),
-                torch.empty(0, dtype=torch.float64, device="cpu"),
-            )
-        ] * len(texts)
+        nothing = torch.empty(0, dtype=torch.float64, device="cpu")
+        found: list[tuple[Tensor, Tensor]] = [(nothing, nothing)] * len(texts)
         order = sorted(range(len(texts)), key=lambda index: -len(texts[index]))  # similar lengths in a batch
         device = next(self.model.parameters()).device
         for first in range(0, len(order), self.batch):

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from streamllm.cache import SinkCache
+from streamllm.sampling import check_finite
 
 
 def new_cache(
@@ -84,7 +85,11 @@ def recomputed_nll(
 
 
 def nll_of(logits: Tensor, targets: Tensor) -> Tensor:
-    """Negative log-likelihoods in nats, float64 on the CPU [...], from logits [..., V] and targets [...]."""
+    """Negative log-likelihoods in nats, float64 on the CPU [...], from logits [..., V] and targets [...].
+
+    Raises ValueError where one is not finite: such a score is no result.
+    """
     wide = logits if logits.dtype == torch.float64 else logits.float()
     nll = F.cross_entropy(wide.flatten(0, -2), targets.flatten(), reduction="none")
+    check_finite(float(nll.sum(dtype=torch.float64 if nll.device.type == "cpu" else None)))
     return nll.view(targets.shape).cpu().double()
