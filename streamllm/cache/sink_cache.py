@@ -254,6 +254,10 @@ class SinkCache:
         """What distinguishes caches of one model whose steps cannot share a recording. Hashable."""
         return (*self._layouts.items(), self.batch_size, self.quantize, self.dtype, self.device)
 
+    def slots_of(self, window: int | None) -> int:
+        """How many slots the rings of layers with this window of their own have."""
+        return self._layouts[window].slots
+
     def write_places(self, places: Tensor) -> None:
         """Write t of the next token of each row to `places`, int64 [R] on the cache's device."""
         if len(places) == 1:

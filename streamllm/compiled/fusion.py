@@ -44,7 +44,7 @@ def _fuse_linears(module: fx.GraphModule) -> None:
         if len(nodes) == 1 or len({id(weight) for weight in weights}) < len(nodes):
             continue
         with torch.no_grad():
-            weight = _join(weights, by_columns)
+            weight = join(weights, by_columns)
             bias = None if biases[0] is None else torch.cat(biases)
         module.register_buffer(f"weight_{number}", weight)
         module.register_buffer(f"bias_{number}", bias)
@@ -83,7 +83,7 @@ def _share_rolls(graph: fx.Graph) -> None:
             graph.erase_node(node)
 
 
-def _join(weights: Sequence[Tensor], by_columns: bool) -> Tensor:
+def join(weights: Sequence[Tensor], by_columns: bool) -> Tensor:
     """[out, in] each -> [sum of out, in]; each weight becomes a view of it."""
     sizes = [len(weight) for weight in weights]
     shape, stride = (sum(sizes), weights[0].shape[1]), weights[0].stride()
