@@ -338,14 +338,13 @@ class _Rewriter:
     def _keep_for_cublas(self, product: _Product) -> None:
         """Leave the product to cuBLAS, with its bias; only the gate becomes a kernel."""
         for one in (product, product.up):
-            if one is not None and one.bias is not None and len(one.product.args) < 3:
-                one.product.args = (*one.product.args, one.bias)
-            elif one is not None and one.bias is not None:
-                one.product.args = (*one.product.args[:2], one.bias)
-            if one is not None and one.bias is not None:
-                user = _only_user(one.product)
-                if user is not None and _is_method(user, "add") and user.args[1] is one.bias:
-                    user.replace_all_uses_with(one.product)
+            if one is None or one.bias is None or one.product.args[2:3] == (one.bias,):
+                continue
+            user = _only_user(one.product)
+            assert user is not None  # it adds the bias
+            with self.graph.inserting_before(one.product):
+                one.product.args = (*one.product.args[:2], self._again(one.bias))
+            user.replace_all_uses_with(one.product)
         if product.up is not None:
             with self.graph.inserting_before(product.out):
                 gated = self.graph.call_function(
@@ -472,7 +471,10 @@ class _Rewriter:
             x, norm = self._current(found[0]), found[1]
             if self._is_sum(x) and not x._erased:
                 with self.graph.inserting_before(x):
-                    both = self.graph.call_function(launch.added_and_normalised, (*x.args, *norm))
+                    weights = [self._again(weight) for weight in norm[1:3]]
+                    both = self.graph.call_function(
+                        launch.added_and_normalised, (*x.args, norm[0], *weights, norm[3])
+                    )
                     total, normed = (self.graph.call_function(_item, (both, number)) for number in range(2))
                 self._shaped(total, x)
                 self._replace(x, total)
@@ -502,6 +504,10 @@ class _Rewriter:
         self._constants += 1
         self.module.register_buffer(name, tensor, persistent=False)
         return self.graph.get_attr(name)
+
+    def _again(self, constant: fx.Node | None) -> fx.Node | None:
+        """The same constant where nodes are inserted, which may be before it was recorded."""
+        return None if constant is None else self.graph.get_attr(str(constant.target))
 
     def _shaped(self, made: fx.Node, like: fx.Node) -> None:
         made.meta["shape"] = like.meta["shape"]

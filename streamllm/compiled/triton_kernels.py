@@ -332,16 +332,18 @@ def attention(
         key_number = tl.minimum(tl.maximum(key_number, -127.0), 127.0)
         value_number = tl.minimum(tl.maximum(value_number, -127.0), 127.0)
         if split == 0:
-            ring = slot - SINKS
-            tl.store(key_sinks + sinks_at + slot * D + d, stored_key, mask=real & (slot < SINKS))
-            tl.store(value_sinks + sinks_at + slot * D + d, stored_value, mask=real & (slot < SINKS))
-            tl.store(key_at + ring * key_slot + d * key_dim, key_number.to(tl.int8), mask=real & (slot >= SINKS))
+            slots = slot + d * 0
+            ring = slots - SINKS
+            to_sink = real & (slots < SINKS)
+            to_ring = real & (slots >= SINKS)
+            tl.store(key_sinks + sinks_at + slots * D + d, stored_key, mask=to_sink)
+            tl.store(value_sinks + sinks_at + slots * D + d, stored_value, mask=to_sink)
+            tl.store(key_at + ring * key_slot + d * key_dim, key_number.to(tl.int8), mask=to_ring)
+            tl.store(value_at + ring * value_slot + d * value_dim, value_number.to(tl.int8), mask=to_ring)
+            one = to_ring & (d == 0)
+            tl.store(key_scales + scales_at + ring, (key_scale + d * 0).to(key_scales.dtype.element_ty), mask=one)
             tl.store(
-                value_at + ring * value_slot + d * value_dim, value_number.to(tl.int8), mask=real & (slot >= SINKS)
-            )
-            tl.store(key_scales + scales_at + ring, key_scale.to(key_scales.dtype.element_ty), mask=slot >= SINKS)
-            tl.store(
-                value_scales + scales_at + ring, value_scale.to(value_scales.dtype.element_ty), mask=slot >= SINKS
+                value_scales + scales_at + ring, (value_scale + d * 0).to(value_scales.dtype.element_ty), mask=one
             )
         stored_key = tl.where(slot < SINKS, stored_key.to(tl.float32), key_number).to(out.dtype.element_ty)
         stored_value = tl.where(slot < SINKS, stored_value.to(tl.float32), value_number).to(out.dtype.element_ty)
