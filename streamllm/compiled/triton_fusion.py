@@ -99,6 +99,9 @@ class _Rewriter:
         self.norms = {self._node(call.result): call for call in self._calls(base.RMSNorm.forward)}
         self.replaced: dict[fx.Node, fx.Node] = {}
         self._constants = 0
+        self._first = next(node for node in self.graph.nodes if node.op == "call_function")
+        self._cleared: fx.Node | None = None
+        self._taken = 0
 
     # Attention
 
@@ -126,11 +129,10 @@ class _Rewriter:
         )
         if None in ring_nodes or given["keys"].shape[2] != slots:
             return False
-        query, key = self._unrotated(given["query"]), self._unrotated(appended.arguments["k"])
-        if query is None or key is None:
+        before = self._unrotated(given["query"]), self._unrotated(appended.arguments["k"])
+        if before[0] is None or before[1] is None:
             return False
-        q, table = query
-        k, key_table = key
+        (q, table), (k, key_table) = before
         tables: list[fx.Node] = []
         if table is not None or key_table is not None:
             if table is None or key_table is None or table[1] != "query":
@@ -156,13 +158,12 @@ class _Rewriter:
         if given["bias"] is not None and bias is None:
             return False
         batch, heads, dim = given["keys"].shape[0], given["keys"].shape[1], given["keys"].shape[3]
-        splits = triton_tiles.attention_splits(
-            batch * heads, slots, dim, given["query"].dtype, given["query"].device
+        query = given["query"]
+        tile = triton_tiles.attention_tile(
+            batch * heads, query.shape[1] // heads, slots, dim, query.dtype, query.device
         )
         with self.graph.inserting_before(out):
-            arrived = self.graph.call_function(
-                torch.zeros, (batch * heads,), {"dtype": torch.int32, "device": self.given[0].device}
-            )
+            arrived = self._counters(batch * heads)
             fused = self.graph.call_function(
                 launch.attended,
                 (
@@ -177,7 +178,7 @@ class _Rewriter:
                     self.sinks,
                     given["scale"],
                     projections[0][1],
-                    splits,
+                    tuple(tile),
                 ),
             )
             heads_apart = self.graph.call_method("unflatten", (fused, -1, (-1, dim)))
@@ -187,6 +188,17 @@ class _Rewriter:
         self._erase(call)
         self._erase(appended)
         return True
+
+    def _counters(self, count: int) -> fx.Node:
+        """int32 [count], 0 at the start of a step. One kernel clears those of all layers."""
+        if self._cleared is None:
+            layers = len(self._calls(attention.attend))
+            with self.graph.inserting_before(self._first):
+                self._cleared = self.graph.call_function(
+                    torch.zeros, (layers * count,), {"dtype": torch.int32, "device": self.given[0].device}
+                )
+        self._taken += count
+        return self.graph.call_method("narrow", (self._cleared, 0, self._taken - count, count))
 
     def _unrotated(self, tensor: Tensor) -> tuple[fx.Node, tuple[NotedCall, str] | None] | None:
         """The node before a rotation, and the rotation; the node itself and None where it does not rotate."""

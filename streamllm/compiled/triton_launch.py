@@ -42,7 +42,7 @@ def product(
         x, norm = normalised(x, *norm), None
     out = x.new_empty(*x.shape[:-1], outputs)
     up_weight, up_scale, up_bias = (weight, scale, bias) if up is None else up
-    tile = triton_tiles.tile_of(rows, weight, up is not None, norm is not None)
+    tile = triton_tiles.tile_of(rows, weight, up is not None)
     launch_product(tile, x, weight, scale, bias, norm, (up_weight, up_scale, up_bias), up is not None,
                    residual, activation, out, rows, outputs, inputs)  # fmt: skip
     return out
@@ -152,14 +152,15 @@ def attended(
     sinks: int,
     scale: float,
     clip: float | None,
-    splits: int,
+    tile: Sequence[int],
 ) -> Tensor:
     """q [B, 1, H · D], k and v [B, 1, G · D] as they were projected -> [B, 1, H · D], with the new token stored.
 
     ring: keys and values [B, G, S + W, D]; or the sinks, scales and numbers of an int8 ring. places int64 [R].
-    arrived int32 [B · G], all 0. tables: six of `rope_tables`, or none. head_norms: weights [D] of q and k, and
+    tile: an AttentionTile. arrived int32 [B · G], all 0. tables: six of `rope_tables`, or none. head_norms: weights [D] of q and k, and
     their eps. alibi: slopes float32 [H], and what they are multiplied by.
     """
+    splits, block, warps, stages = tile
     q, k, v = _rows(q), _rows(k), _rows(v)
     if len(ring) == 2:
         keys, values = ring
@@ -184,7 +185,7 @@ def attended(
         SINKS=sinks, SLOTS=slots, HEADS=heads, SHARED=shared, D=dim, D_PADDED=dim_padded,
         SHARED_PADDED=shared_padded, ROTATED=tables[0].shape[-1] if tables else 0,
         HEAD_NORMS=head_norms is not None, ALIBI=alibi is not None, CLIP=clip is not None, INT8=len(ring) > 2,
-        SPLITS=splits, BLOCK=triton_tiles.attention_block(slots, dim_padded, q.dtype), num_warps=4, num_stages=2,
+        SPLITS=splits, BLOCK=block, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return out
 
