@@ -1,6 +1,6 @@
 """Compiles every Triton kernel for real chips without a GPU. Run in a process without TRITON_INTERPRET.
 
-    python -m tests.triton_launches 80 90 100
+python -m tests.triton_launches 80 90 100
 """
 
 from __future__ import annotations
@@ -70,7 +70,9 @@ def launched() -> list[tuple[str, Any, dict[str, Any]]]:
     for _ in calls():
         pass
     return [
-        (name, source, options) for name, launches in collected.items() for _, source, options in launches.made
+        (name, source, options)
+        for name, launches in collected.items()
+        for _, source, options in launches.made
     ]
 
 
@@ -78,58 +80,80 @@ def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def calls() -> Iterator[None]:
-    f32 = torch.float32
-    for outputs, inputs, gated in tiles.TILES:  # Llama 3.1 8B
-        for rows, int8 in itertools.product((1, 8), (False, True)):
-            kind = torch.int8 if int8 else torch.bfloat16
-            weight, scale = empty(outputs, inputs, dtype=kind), empty(outputs) if int8 else None
-            norm = (kernels.RMS_NORM, empty(inputs), None, 1e-5) if outputs != inputs else None
-            residual = empty(rows, 1, outputs) if norm is None else None
-            up = (weight, scale, None) if gated else None
-            yield launch.product(empty(rows, 1, inputs), weight, scale, None, norm, up, residual, int(gated))
-    for dtype in (torch.float32, torch.float16):  # GPT-NeoX, widths that are no multiple of a tile
-        weight, bias = empty(2000, 1000, dtype=dtype), empty(2000, dtype=dtype)
+def calls() -> Iterator[Any]:
+    f32, i64 = torch.float32, torch.int64
+    for (outputs, inputs, gated), (rows, int8) in zip(  # Llama 3.1 8B
+        itertools.islice(itertools.cycle(tiles.TILES), 8),
+        itertools.cycle([(1, False), (1, True), (8, False), (32, True), (1, False)]),
+        strict=False,
+    ):
+        kind = torch.int8 if int8 else torch.bfloat16
+        weight, scale = empty(outputs, inputs, dtype=kind), empty(outputs) if int8 else None
+        norm = (kernels.RMS_NORM, empty(inputs), None, 1e-5) if outputs != inputs else None
+        residual = empty(rows, 1, outputs) if norm is None else None
+        up = (weight, scale, None) if gated else None
+        yield launch.product(empty(rows, 1, inputs), weight, scale, None, norm, up, residual, int(gated))
+    for rows, activation, dtype in ((1, kernels.GELU, f32), (1, kernels.GELU_TANH, torch.float16),
+                                    (3, kernels.QUICK_GELU, f32)):  # fmt: skip
+        weight, bias = empty(2000, 1000, dtype=dtype), empty(2000, dtype=dtype)  # no multiples of a tile
         norm = (kernels.LAYER_NORM, empty(1000, dtype=dtype), empty(1000, dtype=dtype), 1e-5)
-        for rows, activation in itertools.product((1, 3), (kernels.GELU, kernels.GELU_TANH, kernels.QUICK_GELU)):
-            yield launch.product(
-                empty(rows, 1, 1000, dtype=dtype), weight, None, bias, norm, activation=activation
-            )
+        yield launch.product(
+            empty(rows, 1, 1000, dtype=dtype), weight, None, bias, norm, activation=activation
+        )
     x = empty(64, 1, 4096)
     yield launch.added_and_normalised(x, x, kernels.RMS_NORM, empty(4096), None, 1e-5)
     yield launch.gated(empty(64, 1, 14336), empty(64, 1, 14336), kernels.SILU)
-    places, origin = empty(1, dtype=torch.int64), empty(1, dtype=torch.int64)
-    frequencies = empty(64, dtype=torch.float64)
-    for sinks in (4, 0):
-        tables = launch.rope_tables(places, origin, frequencies, 1.0, sinks, 4096)
-        yield None
-        for (heads, shared, dim), dtype, slots in itertools.product(
-            ((8, 4, 128), (32, 1, 128), (1, 71, 64)), (torch.bfloat16, f32), (4096, 100)
-        ):
-            table = [made[:, :dim].reshape(-1, dim) for made in tables]
-            q, k = empty(1, 1, heads * shared * dim, dtype=dtype), empty(1, 1, heads * dim, dtype=dtype)
-            ring = [empty(1, heads, slots, dim, dtype=dtype) for _ in range(2)]
-            arrived = empty(heads, dtype=torch.int32)
-            tile = tiles.attention_tile(heads, shared, slots, dim, dtype, q.device)
-            rest = sinks, dim**-0.5, None, tile
-            yield launch.attended(q, k, k, ring, places, arrived, table, None, None, dim, *rest)
-            if shared == 1:
-                slopes = empty(heads, dtype=f32), 1.0
-                yield launch.attended(q, k, k, ring, places, arrived, [], None, slopes, dim, sinks, 0.1, 8.0, tile)
-            if shared == 4:
-                norms = empty(dim, dtype=dtype), empty(dim, dtype=dtype), 1e-6, 1e-6
-                yield launch.attended(q, k, k, ring, places, arrived, table, norms, None, dim, *rest)
-                ring = [
-                    empty(2, 1, heads, sinks, dim, dtype=dtype), empty(2, 1, heads, slots - sinks, 1, dtype=dtype),
-                    empty(2, 1, heads, slots - sinks, dim, dtype=torch.int8),
-                ]  # fmt: skip
-                yield launch.attended(q, k, k, ring, places, arrived, table, None, None, dim, *rest)
+    places, origin = empty(1, dtype=i64), empty(1, dtype=i64)
+    tables = launch.rope_tables(places, origin, empty(64, dtype=torch.float64), 1.0, 4, 4096)
+
+    def attended(heads: int, shared: int, dim: int, slots: int, dtype: torch.dtype, int8: bool = False,
+                 norms: bool = False, alibi: bool = False, clip: float | None = None, sinks: int = 4) -> Any:  # fmt: skip
+        q, k = empty(1, 1, heads * shared * dim, dtype=dtype), empty(1, 1, heads * dim, dtype=dtype)
+        ring = [empty(1, heads, slots, dim, dtype=dtype) for _ in range(2)]
+        if int8:
+            ring = [
+                empty(2, 1, heads, sinks, dim, dtype=dtype), empty(2, 1, heads, slots - sinks, 1, dtype=dtype),
+                empty(2, 1, heads, slots - sinks, dim, dtype=torch.int8),
+            ]  # fmt: skip
+        turned = [] if alibi else [table[:, :dim].reshape(-1, dim) for table in tables]
+        weights = (empty(dim, dtype=dtype), empty(dim, dtype=dtype), 1e-6, 1e-6) if norms else None
+        slopes = (empty(heads * shared, dtype=f32), 1.0) if alibi else None
+        tile = tiles.attention_tile(heads, shared, slots, dim, dtype, q.device)
+        return launch.attended(
+            q,
+            k,
+            k,
+            ring,
+            places,
+            empty(heads, dtype=torch.int32),
+            turned,
+            weights,
+            slopes,
+            dim,
+            sinks,
+            0.1,
+            clip,
+            tile,
+        )
+
+    bf16 = torch.bfloat16
+    yield attended(8, 4, 128, 4096, bf16)  # Llama 3.1 8B
+    yield attended(32, 1, 128, 4096, bf16)  # Llama 2 7B
+    yield attended(8, 4, 128, 4096, bf16, int8=True)
+    if "--few" in sys.argv:
+        return
+    yield attended(8, 4, 128, 4096, torch.float32)
+    yield attended(8, 4, 128, 4096, bf16, norms=True, sinks=0)  # Qwen3
+    yield attended(1, 71, 64, 1024, bf16)  # Falcon 7B
+    yield attended(32, 1, 128, 4096, bf16, alibi=True, clip=8.0)  # MPT
+    yield attended(8, 4, 128, 100, torch.float16)
+    yield attended(32, 1, 128, 4096, bf16, int8=True)
 
 
 def main() -> None:
     """Compiles for the compute capabilities in argv. Prints a line of JSON for each cubin."""
     sources = launched()
-    for capability in map(int, sys.argv[1:]):
+    for capability in (int(given) for given in sys.argv[1:] if given.isdigit()):
         seen = set()
         for name, source, options in sources:
             key = name, source.hash(), str(options)

@@ -7,10 +7,10 @@
     laws         every family in float64, float32 and half types on the device, against float64 on the CPU
     fast         the fused decoding step of every family against its modules
     tiles        the products of an 8B model with several tiles; the best are used by the later parts
-    decode-8b    ms per token: the limit, fused kernels, the kernels of torch, place 10^6, int8; a filling window
+    decode-8b    ms per token: the limit, fused kernels, the kernels of torch, place 10^6, int8; a filling window;
+                 and where the time of a token goes, kernel by kernel
     decode-7b, decode-1b
     batch        8B with 32, 64 and 256 streams
-    profile      where the time of a token goes, kernel by kernel
     prefill      8B: a prompt of 4,096 and of 16,384 tokens, and scoring
     peers        transformers with a compiled static cache, and its dense prefill (skipped where not installed)
 
@@ -35,8 +35,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 # Part -> the most seconds that it may take.
 PARTS = {
-    "laws": 70, "fast": 110, "tiles": 75, "decode-8b": 100, "decode-7b": 60, "decode-1b": 50, "batch": 90,
-    "profile": 45, "prefill": 60, "peers": 110,
+    "laws": 70, "fast": 110, "tiles": 100, "decode-8b": 110, "decode-7b": 60, "decode-1b": 45, "batch": 90,
+    "prefill": 60, "peers": 110,
 }  # fmt: skip
 LEAST_SECONDS = 8  # a part is not started with less time left
 

@@ -56,7 +56,9 @@ class Recorder(TorchFunctionMode):
     def __exit__(self, *error: Any) -> None:
         if self._noted:
             sys.setprofile(self._profiler if callable(self._profiler) else None)
-            if hasattr(self._profiler, "enable"):  # cProfile before Python 3.12, which setprofile does not take
+            if hasattr(
+                self._profiler, "enable"
+            ):  # cProfile before Python 3.12, which setprofile does not take
                 self._profiler.enable()
         super().__exit__(*error)  # type: ignore[no-untyped-call]
 

@@ -116,7 +116,11 @@ class _Rewriter:
     def _fuse_attend(self, call: NotedCall) -> bool:
         given = call.arguments
         appended = next(
-            (other for other in self._calls(LayerStore.append) if other.result and other.result[0] is given["keys"]),
+            (
+                other
+                for other in self._calls(LayerStore.append)
+                if other.result and other.result[0] is given["keys"]
+            ),
             None,
         )
         out = self._node(call.result)
@@ -293,7 +297,12 @@ class _Rewriter:
                 self._node(tensor) for tensor in (call.result, *(call.arguments[name] for name in ("x", "weight", "scale")))
             )  # fmt: skip
             bias = self._node(call.arguments["bias"])
-            if out is not None and x is not None and weight is not None and self._is_weight(weight, (torch.int8,)):
+            if (
+                out is not None
+                and x is not None
+                and weight is not None
+                and self._is_weight(weight, (torch.int8,))
+            ):
                 found.append(_Product(out, x, weight, scale, bias))
         return sorted(found, key=lambda product: self.order[product.out])
 
@@ -322,7 +331,9 @@ class _Rewriter:
                 product.activation, product.out = (kernels.GELU_TANH if tanh else kernels.GELU), user
         for function, number in ACTIVATION_CALLS.items():
             for call in self._calls(function):
-                if self._node(call.arguments["x"]) is product.out and set(product.out.users) <= set(call.nodes):
+                if self._node(call.arguments["x"]) is product.out and set(product.out.users) <= set(
+                    call.nodes
+                ):
                     out = self._node(call.result)
                     if out is not None:
                         product.activation, product.out = number, out
@@ -332,11 +343,21 @@ class _Rewriter:
         by_out = {product.out: product for product in products}
         for gate in list(by_out.values()):
             user = _only_user(gate.out)
-            if user is None or not _is_method(user, "mul") or len(user.args) != 2 or gate.activation == kernels.NONE:
+            if (
+                user is None
+                or not _is_method(user, "mul")
+                or len(user.args) != 2
+                or gate.activation == kernels.NONE
+            ):
                 continue
             other = user.args[1] if user.args[0] is gate.out else user.args[0]
             up = by_out.get(other) if isinstance(other, fx.Node) else None
-            if up is None or up.activation != kernels.NONE or _only_user(up.out) is None or up.x is not gate.x:
+            if (
+                up is None
+                or up.activation != kernels.NONE
+                or _only_user(up.out) is None
+                or up.x is not gate.x
+            ):
                 continue
             alike = all(
                 (one is None) == (two is None) for one, two in ((up.scale, gate.scale), (up.bias, gate.bias))
@@ -429,7 +450,9 @@ class _Rewriter:
     def _is_sum(self, node: fx.Node) -> bool:
         if not _is_method(node, "add") or len(node.args) != 2 or node.kwargs:
             return False
-        shapes = {term.meta.get("shape") if isinstance(term, fx.Node) else None for term in (*node.args, node)}
+        shapes = {
+            term.meta.get("shape") if isinstance(term, fx.Node) else None for term in (*node.args, node)
+        }
         return len(shapes) == 1 and None not in shapes
 
     def _terms(self, node: fx.Node) -> list[fx.Node]:

@@ -68,7 +68,9 @@ def matvec(
             value = tl.load(x + k).to(tl.float32)
         else:
             inside = k < K
-            w = tl.load(weight + row + k[None, :], mask=inside[None, :], other=0.0, eviction_policy="evict_first")
+            w = tl.load(
+                weight + row + k[None, :], mask=inside[None, :], other=0.0, eviction_policy="evict_first"
+            )
             w = w.to(tl.float32)
             value = tl.load(x + k, mask=inside, other=0.0).to(tl.float32)
         if NORM == _RMS:
@@ -85,7 +87,10 @@ def matvec(
                 u = tl.load(up_weight + row + k[None, :], eviction_policy="evict_first").to(tl.float32)
             else:
                 u = tl.load(
-                    up_weight + row + k[None, :], mask=inside[None, :], other=0.0, eviction_policy="evict_first"
+                    up_weight + row + k[None, :],
+                    mask=inside[None, :],
+                    other=0.0,
+                    eviction_policy="evict_first",
                 ).to(tl.float32)
             up_sums += u * value[None, :]
     result = tl.sum(sums, 1)
@@ -290,7 +295,9 @@ def attention(
     sink_query = query
     if ROTATED > 0:
         query_partner = tl.load(query_at + partner[None, :], mask=whole, other=0.0).to(tl.float32)
-        key_partner = tl.load(k + b.to(tl.int64) * k_row + g * D + partner, mask=real, other=0.0).to(tl.float32)
+        key_partner = tl.load(k + b.to(tl.int64) * k_row + g * D + partner, mask=real, other=0.0).to(
+            tl.float32
+        )
         if CLIP:
             query_partner = tl.minimum(tl.maximum(query_partner, -clip), clip)
             key_partner = tl.minimum(tl.maximum(key_partner, -clip), clip)
@@ -303,14 +310,14 @@ def attention(
         if ROTATED > 0:
             weight = tl.load(q_norm + partner, mask=real, other=0.0).to(tl.float32)
             query_partner = query_partner * query_root * weight[None, :]
-            key_partner = key_partner * key_root * tl.load(k_norm + partner, mask=real, other=0.0).to(tl.float32)
+            key_partner = (
+                key_partner * key_root * tl.load(k_norm + partner, mask=real, other=0.0).to(tl.float32)
+            )
     if ROTATED > 0:
         turn = b * place_row * ROTATED
         sink_query = query
         if SINKS > 0:
-            sink_query = rotated(
-                query, query_partner, sink_cos + turn, sink_sin + turn, d[None, :], ROTATED
-            )
+            sink_query = rotated(query, query_partner, sink_cos + turn, sink_sin + turn, d[None, :], ROTATED)
         query = rotated(query, query_partner, query_cos + turn, query_sin + turn, d[None, :], ROTATED)
         new_key = rotated(new_key, key_partner, key_cos + turn, key_sin + turn, d, ROTATED)
     query = query.to(out.dtype.element_ty)
@@ -324,11 +331,15 @@ def attention(
         # As int8_ring.py: the scale is rounded to the ring's type before numbers are divided by it.
         sinks_at = pair.to(tl.int64) * SINKS * D
         scales_at = pair.to(tl.int64) * window
-        key_scale = (tl.max(tl.abs(stored_key.to(tl.float32))) / 127.0).to(out.dtype.element_ty).to(tl.float32)
+        key_scale = (
+            (tl.max(tl.abs(stored_key.to(tl.float32))) / 127.0).to(out.dtype.element_ty).to(tl.float32)
+        )
         value_scale = (tl.max(tl.abs(stored_value.to(tl.float32))) / 127.0).to(out.dtype.element_ty)
         value_scale = value_scale.to(tl.float32)
         key_number = half_even(stored_key.to(tl.float32) / tl.maximum(key_scale, 1.1754943508222875e-38))
-        value_number = half_even(stored_value.to(tl.float32) / tl.maximum(value_scale, 1.1754943508222875e-38))
+        value_number = half_even(
+            stored_value.to(tl.float32) / tl.maximum(value_scale, 1.1754943508222875e-38)
+        )
         key_number = tl.minimum(tl.maximum(key_number, -127.0), 127.0)
         value_number = tl.minimum(tl.maximum(value_number, -127.0), 127.0)
         if split == 0:
@@ -341,12 +352,18 @@ def attention(
             tl.store(key_at + ring * key_slot + d * key_dim, key_number.to(tl.int8), mask=to_ring)
             tl.store(value_at + ring * value_slot + d * value_dim, value_number.to(tl.int8), mask=to_ring)
             one = to_ring & (d == 0)
-            tl.store(key_scales + scales_at + ring, (key_scale + d * 0).to(key_scales.dtype.element_ty), mask=one)
             tl.store(
-                value_scales + scales_at + ring, (value_scale + d * 0).to(value_scales.dtype.element_ty), mask=one
+                key_scales + scales_at + ring, (key_scale + d * 0).to(key_scales.dtype.element_ty), mask=one
+            )
+            tl.store(
+                value_scales + scales_at + ring,
+                (value_scale + d * 0).to(value_scales.dtype.element_ty),
+                mask=one,
             )
         stored_key = tl.where(slot < SINKS, stored_key.to(tl.float32), key_number).to(out.dtype.element_ty)
-        stored_value = tl.where(slot < SINKS, stored_value.to(tl.float32), value_number).to(out.dtype.element_ty)
+        stored_value = tl.where(slot < SINKS, stored_value.to(tl.float32), value_number).to(
+            out.dtype.element_ty
+        )
     elif split == 0:
         tl.store(key_at + slot.to(tl.int64) * key_slot + d * key_dim, stored_key, mask=real)
         tl.store(value_at + slot.to(tl.int64) * value_slot + d * value_dim, stored_value, mask=real)
@@ -379,7 +396,9 @@ def attention(
                 sink_at = sinks_at + at[:, None] * D + d[None, :]
                 sunk = (inside & is_sink)[:, None] & real[None, :]
                 key = tl.where(is_sink[:, None], tl.load(key_sinks + sink_at, mask=sunk, other=0.0), key)
-                value = tl.where(is_sink[:, None], tl.load(value_sinks + sink_at, mask=sunk, other=0.0), value)
+                value = tl.where(
+                    is_sink[:, None], tl.load(value_sinks + sink_at, mask=sunk, other=0.0), value
+                )
             is_new = (at == slot) & (at >= SINKS)
             key_factor = tl.where(is_new, key_scale, key_factor)
             value_factor = tl.where(is_new, value_scale, value_factor)
@@ -438,7 +457,9 @@ def joined(
     for split in range(SPLITS):
         part = (pair * SPLITS + split).to(tl.int64) * SHARED_PADDED + r
         log_sum = tl.load(log_sums + part, cache_modifier=".cg")
-        one = tl.load(partial + part[:, None] * D_PADDED + d[None, :], mask=whole, other=0.0, cache_modifier=".cg")
+        one = tl.load(
+            partial + part[:, None] * D_PADDED + d[None, :], mask=whole, other=0.0, cache_modifier=".cg"
+        )
         largest = tl.maximum(best, log_sum)  # finite: the first split always has a key
         fade = tl.exp(best - largest)
         weight = tl.exp(log_sum - largest)

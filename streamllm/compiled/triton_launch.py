@@ -81,7 +81,17 @@ def launch_product(
         )  # fmt: skip
         return
     kernels.matmul_rows[(blocks, -(-rows // tile.rows))](
-        x, weight, _or(scale, x), _or(bias, x), *second, _or(residual, x), out, rows, outputs, BM=tile.rows, **shared
+        x,
+        weight,
+        _or(scale, x),
+        _or(bias, x),
+        *second,
+        _or(residual, x),
+        out,
+        rows,
+        outputs,
+        BM=tile.rows,
+        **shared,
     )
 
 

@@ -75,7 +75,15 @@ def test_every_family_equals_the_model(name) -> None:
 
 @pytest.mark.parametrize(
     ("sinks", "window", "rows", "origin"),
-    [(0, 1, 1, 0), (1, 1, 3, 0), (4, 1, 1, 0), (8, 1, 1, 0), (8, 3, 3, 10**9), (4, 40, 1, 10**9), (0, 70, 1, 0)],
+    [
+        (0, 1, 1, 0),
+        (1, 1, 3, 0),
+        (4, 1, 1, 0),
+        (8, 1, 1, 0),
+        (8, 3, 3, 10**9),
+        (4, 40, 1, 10**9),
+        (0, 70, 1, 0),
+    ],
 )
 def test_any_sinks_window_and_origin_equal_the_model(sinks, window, rows, origin) -> None:
     assert worst_error(build("llama"), sinks, window, rows, origin) <= TOLERANCE

@@ -21,16 +21,25 @@ def summary(rows: Sequence[dict[str, Any]]) -> str:
     if times:
         limits = {row["place"]: row["ms"] for row in times if row["system"] == "limit"}
         peers = {row["place"]: row["ms"] for row in times if row["system"].startswith("transformers")}
-        lines += ["", "| what | system | ms | × limit | streams' tokens/s | transformers / this |", "|---" * 6 + "|"]
+        lines += [
+            "",
+            "| what | system | ms | × limit | streams' tokens/s | transformers / this |",
+            "|---" * 6 + "|",
+        ]
         for row in times:
-            limit, peer = limits.get(row["place"]), peers.get(row["place"])
+            ms, limit, peer = row["ms"], limits.get(row["place"]), peers.get(row["place"])
+            of_limit = f"{ms / limit:.3f}" if limit else ""
+            of_peer = f"{peer / ms:.2f}" if peer else ""
             lines.append(
-                f"| {row['place']} | {row['system']} | {row['ms']:.3f} | {f'{row["ms"] / limit:.3f}' if limit else ''} "
-                f"| {row['per_second']:,.0f} | {f'{peer / row["ms"]:.2f}' if peer else ''} |"
+                f"| {row['place']} | {row['system']} | {ms:.3f} | {of_limit} | {row['per_second']:,.0f} | {of_peer} |"
             )
     tiles = [row for row in rows if "tile" in row]
     if tiles:
-        lines += ["", "| product | tile | µs | TB/s | cuBLAS µs | by the table or rule µs |", "|---" * 6 + "|"]
+        lines += [
+            "",
+            "| product | tile | µs | TB/s | cuBLAS µs | by the table or rule µs |",
+            "|---" * 6 + "|",
+        ]
         lines += [
             f"| {row['product']} | {row['tile']} | {row['us']:.1f} | {row['tb_per_s']:.2f} | {row['cublas_us']:.1f} "
             f"| {row['default_us']:.1f} |"
