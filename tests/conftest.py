@@ -9,7 +9,7 @@ os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton reads it when it is imp
 import pytest
 import torch
 
-from streamllm.compiled import library  # noqa: E402
+from streamllm.compiled import library
 
 torch.set_num_threads(1)
 

@@ -9,7 +9,7 @@ from types import ModuleType
 import pytest
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install triton (Linux, x86-64)")
-from streamllm.compiled import triton_kernels, triton_launch  # noqa: E402
+from streamllm.compiled import triton_kernels, triton_launch
 
 if type(triton_kernels.matvec).__name__ != "InterpretedFunction":
     pytest.skip("TRITON_INTERPRET=1 was not set when Triton was imported", allow_module_level=True)

@@ -106,8 +106,10 @@ def calls() -> Iterator[Any]:
     places, origin = empty(1, dtype=i64), empty(1, dtype=i64)
     tables = launch.rope_tables(places, origin, empty(64, dtype=torch.float64), 1.0, 4, 4096)
 
-    def attended(heads: int, shared: int, dim: int, slots: int, dtype: torch.dtype, int8: bool = False,
-                 norms: bool = False, alibi: bool = False, clip: float | None = None, sinks: int = 4) -> Any:  # fmt: skip
+    def attended(
+        heads: int, shared: int, dim: int, slots: int, dtype: torch.dtype, int8: bool = False,
+        norms: bool = False, alibi: bool = False, clip: float | None = None, sinks: int = 4,
+    ) -> Any:  # fmt: skip
         q, k = empty(1, 1, heads * shared * dim, dtype=dtype), empty(1, 1, heads * dim, dtype=dtype)
         ring = [empty(1, heads, slots, dim, dtype=dtype) for _ in range(2)]
         if int8:

@@ -196,7 +196,8 @@ class Compiled(nn.Module):
         if triton_fusion.fuse(recorded, recorder, given, sinks, layers=len(self.geometry.windows)):
             made = fusion.flat_function(recorded)
             try:
-                made(*given)  # compiles the kernels
+                with triton_support.on(given[0].device):
+                    made(*given)  # compiles the kernels
                 self._count_recording()
                 return made
             except torch.OutOfMemoryError:

@@ -167,8 +167,8 @@ def attended(
     """q [B, 1, H · D], k and v [B, 1, G · D] as they were projected -> [B, 1, H · D], with the new token stored.
 
     ring: keys and values [B, G, S + W, D]; or the sinks, scales and numbers of an int8 ring. places int64 [R].
-    tile: an AttentionTile. arrived int32 [B · G], all 0. tables: six of `rope_tables`, or none. head_norms: weights [D] of q and k, and
-    their eps. alibi: slopes float32 [H], and what they are multiplied by.
+    arrived int32 [B · G], all 0. tables: six of `rope_tables`, or none. head_norms: weights [D] of q and k, and
+    their eps. alibi: slopes float32 [H], and what they are multiplied by. tile: an AttentionTile.
     """
     splits, block, warps, stages = tile
     q, k, v = _rows(q), _rows(k), _rows(v)
@@ -182,7 +182,7 @@ def attended(
     shared = q.shape[1] // (heads * dim)
     out = q.new_empty(batch, 1, q.shape[1])
     dim_padded, shared_padded = max(16, power_of_two(dim)), max(16, power_of_two(shared))
-    wide = dict(dtype=torch.float32, device=q.device)
+    wide: dict[str, Any] = dict(dtype=torch.float32, device=q.device)
     partial = torch.empty(batch * heads * splits * shared_padded * dim_padded, **wide) if splits > 1 else out
     log_sums = torch.empty(batch * heads * splits * shared_padded, **wide) if splits > 1 else out
     q_norm, k_norm, q_eps, k_eps = (q, k, 0.0, 0.0) if head_norms is None else head_norms

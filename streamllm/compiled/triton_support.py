@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import warnings
+from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 
 import torch
@@ -31,12 +32,17 @@ def _works(device: torch.device) -> bool:
         from streamllm.compiled import triton_launch
 
         x = torch.ones(1, 1, 16, device=device)
-        with torch.inference_mode():
+        with torch.inference_mode(), on(device):
             triton_launch.gated(x, x, 0)
     except Exception as error:
         warn(error)
         return False
     return True
+
+
+def on(device: torch.device) -> AbstractContextManager[object]:
+    """Triton launches on the current device, not on that of the tensors."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def warn(error: Exception) -> None:

@@ -45,7 +45,7 @@ def product_launches(
     dtype: torch.dtype,
     device: torch.device,
     copies: int | None = None,
-) -> tuple[Callable[[Tile], Iterator[None]], Callable[[], Iterator[None]]]:
+) -> tuple[Callable[[Tile], Iterator[Any]], Callable[[], Iterator[Any]]]:
     """Launches products of one row with each of some weights in turn: ours with a tile, and cuBLAS's.
 
     A product that widens has an RMS norm before it, another adds a residual, as in Llama.
@@ -67,7 +67,7 @@ def product_launches(
     norm = (kernels.RMS_NORM, weight.view(-1), None, 1e-5) if widens else None
     out = torch.empty_like(residual)
 
-    def ours(tile: Tile) -> Iterator[None]:
+    def ours(tile: Tile) -> Iterator[Any]:
         for one in weights:
             up = one[outputs:] if gated else one
             yield launch.launch_product(
@@ -75,7 +75,7 @@ def product_launches(
                 None if widens else residual, int(gated), out, 1, outputs, inputs,
             )  # fmt: skip
 
-    def cublas() -> Iterator[None]:
+    def cublas() -> Iterator[Any]:
         for one in weights:
             torch.nn.functional.linear(x, one.to(kind) if dtype == torch.int8 else one)
             yield None
@@ -85,7 +85,7 @@ def product_launches(
 
 def attention_launches(
     heads: int, shared: int, slots: int, dim: int, dtype: torch.dtype, device: torch.device, layers: int = 16
-) -> Callable[[AttentionTile], Iterator[None]]:
+) -> Callable[[AttentionTile], Iterator[Any]]:
     """Launches attention of one token over a full ring of each of some layers in turn."""
     rings = [
         [torch.randn(1, heads, slots, dim, dtype=dtype, device=device) for _ in range(2)]
@@ -96,7 +96,7 @@ def attention_launches(
     places = torch.full((1,), 10 * slots, dtype=torch.int64, device=device)
     table = torch.ones(1, dim, device=device)
 
-    def ours(tile: AttentionTile) -> Iterator[None]:
+    def ours(tile: AttentionTile) -> Iterator[Any]:
         counters = torch.zeros(layers, heads, dtype=torch.int32, device=device)
         for ring, arrived in zip(rings, counters, strict=True):
             yield launch.attended(
@@ -114,7 +114,7 @@ def attention_launches(
                 0.1,
                 None,
                 tile,
-            )  # type: ignore[func-returns-value]
+            )
 
     return ours
 
@@ -130,9 +130,9 @@ def microseconds(launches: Callable[[], Iterator[Any]], repeats: int = 3, rounds
             count += 1
     graph.replay()
     torch.cuda.synchronize()
-    times = []
+    times: list[float] = []
     for _ in range(rounds):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         begin.record()
         for _ in range(repeats):
             graph.replay()

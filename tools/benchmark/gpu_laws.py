@@ -118,10 +118,7 @@ def _check_case(
         for got, (one, cache) in zip(outputs, models, strict=True):
             got.append(one(part.to(cache.device), cache).double().cpu())
     modules, fused, wanted = (torch.cat(got, 1) for got in outputs)
-    if dtype == torch.float32:
-        value = error(fused, modules)
-    else:
-        value = _mean(fused, wanted) / _mean(modules, wanted)
+    value = error(fused, modules) if dtype == torch.float32 else _mean(fused, wanted) / _mean(modules, wanted)
     log.check(f"fused: {name}, {text}", value, ALLOWED_FUSED[dtype])
     if device == "cuda":
         log.check(f"fused: {name}, {text}, not fused", float(not compiled._fusable), 0)

@@ -1,4 +1,4 @@
-"""The part "tiles" of tools/gpu_check.py: which tiles are the fastest on this GPU. They are kept for later processes."""
+"""The part "tiles" of tools/gpu_check.py: which tiles are the fastest on this GPU, which are then kept."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ def measure_tiles(log: Log, arguments: str, workers: int, spread: Callable[[Log,
     spread(log, workers)
     device = torch.device("cuda", torch.cuda.current_device())
     kept: dict[str, tuple[int, ...]] = {}
-    for heads, shared, slots, dim in ATTENTIONS:
-        log.attempt("attention tile", lambda *_: attention_row(log, kept, heads, shared, slots, dim, device))
-    for outputs, inputs, gated, dtype in PRODUCTS:
-        log.attempt("product tile", lambda *_: product_row(log, kept, outputs, inputs, gated, dtype, device))
+    for shape in ATTENTIONS:
+        log.attempt("attention tile", lambda shape=shape: attention_row(log, kept, *shape, device))
+    for shape in PRODUCTS:
+        log.attempt("product tile", lambda shape=shape: product_row(log, kept, *shape, device))
         triton_tiles.keep_tiles(device, kept)
 
 
