@@ -49,7 +49,7 @@ class Recorder(TorchFunctionMode):
     def __enter__(self) -> Recorder:
         super().__enter__()  # type: ignore[no-untyped-call]
         if self._noted:
-            self._profiler = sys.getprofile()
+            self._profiler: Any = sys.getprofile()
             sys.setprofile(self._note)
         return self
 

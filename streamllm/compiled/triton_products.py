@@ -95,8 +95,9 @@ class ProductFusion:
         user = only_user(product.out)
         if product.bias is None and user is not None and is_method(user, "add") and len(user.args) == 2:
             other = user.args[1]
-            constant = isinstance(other, fx.Node) and other.op == "get_attr" and user.args[0] is product.out
-            if constant and self.recorded.value(other).dim() == 1:
+            if not isinstance(other, fx.Node) or other.op != "get_attr" or user.args[0] is not product.out:
+                return
+            if self.recorded.value(other).dim() == 1:
                 product.bias, product.out = other, user
 
     def _absorb_activation(self, product: _Product) -> None:

@@ -70,10 +70,11 @@ def product_launches(
     def ours(tile: Tile) -> Iterator[Any]:
         for one in weights:
             up = one[outputs:] if gated else one
-            yield launch.launch_product(
+            launch.launch_product(
                 tile, x, one[:outputs], scale, None, norm, (up, scale, None), gated,
                 None if widens else residual, int(gated), out, 1, outputs, inputs,
             )  # fmt: skip
+            yield
 
     def cublas() -> Iterator[Any]:
         for one in weights:
