@@ -104,7 +104,7 @@ def calls() -> Iterator[Any]:
     yield launch.added_and_normalised(x, x, kernels.RMS_NORM, empty(4096), None, 1e-5)
     yield launch.gated(empty(64, 1, 14336), empty(64, 1, 14336), kernels.SILU)
     places, origin = empty(1, dtype=i64), empty(1, dtype=i64)
-    tables = launch.rope_tables(places, origin, empty(64, dtype=torch.float64), 1.0, 4, 4096)
+    tables = launch.rope_tables(places, origin, places, empty(64, dtype=torch.float64), 1.0, 4, 4096)
 
     def attended(
         heads: int, shared: int, dim: int, slots: int, dtype: torch.dtype, int8: bool = False,

@@ -21,8 +21,8 @@ SEARCH_DIVISOR = 64  # two texts of lengths m and n: a search that takes m · n 
 _SLOW_SEARCHES = frozenset(("lstrip", "rfind", "rindex", "rpartition", "rsplit", "rstrip", "strip"))
 
 
-def pay_for_operator(budget: Budget, operator: str, left: Any, right: Any) -> None:
-    """Before `left operator right`."""
+def pay_for_operator(budget: Budget, operator: str, left: Any, right: Any) -> int:
+    """Before `left operator right`. Returns what is given back when the text that it makes is no longer in use."""
     if isinstance(left, int) and isinstance(right, int):
         is_power = operator == "**"
         check_bits(left.bit_length() * max(right, 1) if is_power else left.bit_length() + right.bit_length())
@@ -32,8 +32,17 @@ def pay_for_operator(budget: Budget, operator: str, left: Any, right: Any) -> No
         for sequence, count in ((left, right), (right, left)):
             if isinstance(sequence, (str, list, tuple)) and isinstance(count, int):
                 budget.pay(budget.weight(sequence) * max(count, 0))
+    elif operator == "+" and isinstance(left, str) and isinstance(right, str):
+        paid = len(left) + len(right)
+        budget.pay(paid)
+        return paid
+    elif operator == "+" and isinstance(left, (list, tuple)) and isinstance(right, (list, tuple)):
+        budget.weight(left)  # stops at values that are heavier than the budget
+        budget.weight(right)
+        budget.pay(len(left) + len(right))  # the elements themselves are not new
     elif operator == "+":
         budget.pay_for(left, right)
+    return 0
 
 
 def check_bits(bits: int) -> None:

@@ -8,7 +8,7 @@ from types import BuiltinMethodType, GeneratorType, MethodType
 from typing import Any, NoReturn
 
 from jinja2.exceptions import SecurityError
-from jinja2.runtime import Context
+from jinja2.runtime import Context, Macro
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from streamllm.chat.allowed import ATTRIBUTES, FORBIDDEN_FILTERS, SELECTING_FILTERS
@@ -72,8 +72,9 @@ class Sandbox(ImmutableSandboxedEnvironment):
     def concatenated(self, parts: tuple[Any, ...]) -> str:
         """`a ~ b`."""
         self.budget.step()
-        self.budget.pay_for(*parts)
-        return "".join(map(str, parts))
+        paid = sum(map(self.budget.weight, parts))
+        self.budget.pay(paid)
+        return self.budget.joined("".join(map(str, parts)), paid)
 
     def literal(self, value: Any) -> Any:
         """A list, tuple or dict that is written in the template."""
@@ -91,8 +92,9 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
         self.budget.step()
-        pay_for_operator(self.budget, operator, left, right)
-        return super().call_binop(context, operator, left, right)
+        paid = pay_for_operator(self.budget, operator, left, right)
+        result = super().call_binop(context, operator, left, right)
+        return self.budget.joined(result, paid) if paid else result
 
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
         for kind, allowed in ATTRIBUTES.items():
@@ -120,7 +122,11 @@ class Sandbox(ImmutableSandboxedEnvironment):
         # The names with underscores are jinja2's: a template may pass any keyword, `self` too.
         budget = __self.budget
         budget.step()
-        budget.pay_for(*args, *(value for name, value in kwargs.items() if name not in _JINJA_KEYWORDS))
+        values = [*args, *(value for name, value in kwargs.items() if name not in _JINJA_KEYWORDS)]
+        if isinstance(__obj, Macro) and not (__obj.catch_varargs or __obj.catch_kwargs):
+            budget.pay(len(values))  # they become variables: nothing is made
+        else:
+            budget.pay_for(*values)
         if isinstance(__obj, (BuiltinMethodType, MethodType)):
             args = pay_for_method(budget, __obj.__self__, __obj.__name__, args, kwargs)
         result = super().call(__context, __obj, *args, **kwargs)

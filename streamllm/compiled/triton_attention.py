@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, fx
 
+from streamllm.cache import SinkCache
 from streamllm.cache.int8_ring import Int8Ring
 from streamllm.cache.ring import LayerStore
 from streamllm.compiled import fusion, triton_tiles
@@ -19,10 +20,11 @@ Tables = list["fx.Node | None"]
 
 
 class AttentionFusion:
-    """sinks: the cache's."""
+    """cache: the one with which the step was recorded."""
 
-    def __init__(self, recorded: Recorded, sinks: int) -> None:
-        self.recorded, self.graph, self.sinks = recorded, recorded.graph, sinks
+    def __init__(self, recorded: Recorded, cache: SinkCache) -> None:
+        self.recorded, self.graph = recorded, recorded.graph
+        self.cache, self.sinks = cache, cache.sinks
         self.rotations: dict[int, tuple[NotedCall, str]] = {}  # by a table's id: of which call, which table
         for call in recorded.calls(rotary.rotation):
             for name in ("query", "sink_query", "new_key"):
@@ -33,8 +35,8 @@ class AttentionFusion:
         self._cleared: fx.Node | None = None
         self._taken = 0
 
-    def fuse(self) -> int:
-        """Fuses the attention of every layer, with what comes between the projections and it. Returns how many."""
+    def fuse(self) -> bool:
+        """Fuses attention, with what comes between the projections and it. Returns whether in every layer."""
         calls = self.recorded.calls(attention.attend)
         done = [call for call in calls if self._fuse_attend(call)]
         fusion.prune(self.recorded.module)
@@ -42,7 +44,7 @@ class AttentionFusion:
             out = self.recorded.node(call.result)
             if out is not None and not out._erased and not out.users:
                 self.recorded.erase(call)
-        return len(done)
+        return len(done) == len(self.recorded.calls(LayerStore.append))
 
     def _fuse_attend(self, call: NotedCall) -> bool:
         given = call.arguments
@@ -76,7 +78,7 @@ class AttentionFusion:
                 return False
             if self.sinks and given["sink_query"] is None:
                 return False
-            tables = self._rope_tables(table[0], slots)
+            tables = self._rope_tables(table[0], slots, self.cache.list_of(ring))
         q_norm, k_norm = self.recorded.norm_of(q), self.recorded.norm_of(k)
         if (q_norm is None) != (k_norm is None):
             return False
@@ -99,13 +101,14 @@ class AttentionFusion:
             batch * heads, query.shape[1] // heads, slots, dim, query.dtype, query.device
         )
         with self.graph.inserting_before(out):
-            arrived = self._counters(batch * heads)
+            arrived, starts = self._counters(batch * heads), self._starts(self.cache.list_of(ring))
             fused = self.graph.call_function(
                 launch.attended,
                 (
                     *(node for node, _ in projections),
                     ring_nodes,
                     self.recorded.inputs[id(self.recorded.given[1])],
+                    starts,
                     arrived,
                     tables,
                     head_norms,
@@ -135,6 +138,10 @@ class AttentionFusion:
         self._taken += count
         return self.graph.call_method("narrow", (self._cleared, 0, self._taken - count, count))
 
+    def _starts(self, number: int) -> fx.Node:
+        """int64 [B]: the first place behind the sinks in a list of entries."""
+        return self.graph.call_method("select", (self.recorded.inputs[id(self.recorded.given[3])], 0, number))
+
     def _unrotated(self, tensor: Tensor) -> tuple[fx.Node, tuple[NotedCall, str] | None] | None:
         """The node before a rotation, and the rotation; the node itself and None where it does not rotate."""
         call = self.recorded.of_result.get(id(tensor))
@@ -145,7 +152,7 @@ class AttentionFusion:
         node = self.recorded.node(call.arguments["x"])
         return None if found is None or node is None else (node, found)
 
-    def _rope_tables(self, call: NotedCall, slots: int) -> Tables:
+    def _rope_tables(self, call: NotedCall, slots: int, number: int) -> Tables:
         """The nodes of the six tables that a rotation needs: from one kernel, or as they were recorded."""
         if id(call) in self._tables:
             return self._tables[id(call)]
@@ -159,11 +166,19 @@ class AttentionFusion:
             frequencies = rope.frequencies(step.rope_length).to(self.recorded.device, torch.float64)
             places = (self.recorded.inputs[id(tensor)] for tensor in self.recorded.given[1:3])
             with self.graph.inserting_before(first):
+                starts = self._starts(number)
                 made = self.graph.call_function(
                     launch.rope_tables,
-                    (*places, self.recorded.constant(frequencies), rope.attention_factor, self.sinks, slots),
+                    (
+                        *places,
+                        starts,
+                        self.recorded.constant(frequencies),
+                        rope.attention_factor,
+                        self.sinks,
+                        slots,
+                    ),
                 )
-                nodes = [self.graph.call_function(item, (made, number)) for number in range(6)]
+                nodes = [self.graph.call_function(item, (made, place)) for place in range(6)]
         self._tables[id(call)] = nodes
         return nodes
 

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, fx
 
+from streamllm.cache import SinkCache
 from streamllm.compiled import fusion, triton_attention, triton_products
 from streamllm.compiled.recorder import Recorder
 from streamllm.compiled.triton_graph import Recorded
@@ -25,15 +26,13 @@ from streamllm.compiled.triton_graph import Recorded
 NOTED = (*triton_attention.NOTED, *triton_products.NOTED)
 
 
-def fuse(
-    module: fx.GraphModule, recorder: Recorder, given: Sequence[Tensor], sinks: int, layers: int
-) -> bool:
+def fuse(module: fx.GraphModule, recorder: Recorder, given: Sequence[Tensor], cache: SinkCache) -> bool:
     """Rewrite the recording, in place. Returns whether the attention of all layers was fused: else it is of no use.
 
-    given: the tokens [B, 1], places [R], origin [1] and the cache's tensors that were recorded. sinks: the cache's.
+    given: the tokens [B, 1], places [R], origin [1], starts and tensors of the cache with which it was recorded.
     """
     recorded = Recorded(module, recorder, given)
-    if triton_attention.AttentionFusion(recorded, sinks).fuse() < layers:
+    if not triton_attention.AttentionFusion(recorded, cache).fuse():
         return False
     triton_products.ProductFusion(recorded).fuse()
     fusion.prune(module)

@@ -17,7 +17,7 @@ NormOf = tuple[fx.Node, tuple[int, fx.Node, "fx.Node | None", float]]
 
 
 class Recorded:
-    """given: the tokens [B, 1], places [R], origin [1] and the cache's tensors that were recorded."""
+    """given: the tokens [B, 1], places [R], origin [1], starts [lists, B], and the tensors of the cache."""
 
     def __init__(self, module: fx.GraphModule, recorder: Recorder, given: Sequence[Tensor]) -> None:
         self.module, self.graph, self.recorder, self.given = module, module.graph, recorder, given

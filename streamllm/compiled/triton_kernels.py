@@ -197,7 +197,7 @@ def gate_rows(x, up, out, x_row, up_row, N, ACTIVATION: tl.constexpr, BLOCK: tl.
 
 @triton.jit
 def rope_tables(
-    places, origin, frequencies, out, factor,
+    places, origin, starts, frequencies, out, factor,
     HALF: tl.constexpr, HALF_PADDED: tl.constexpr, SINKS: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
     """Cosines and signed sines [kinds, 2, R, 2 · HALF] of the query's place, its place for sinks, and the key's.
@@ -211,7 +211,7 @@ def rope_tables(
     first = tl.load(origin)
     place = t + first
     if kind == 1:
-        place = tl.minimum(t, SLOTS - 1)
+        place = tl.minimum(t - (tl.load(starts + r) - SINKS), SLOTS - 1)
     if kind == 2:
         place = tl.where(t < SINKS, t, place)
     i = tl.arange(0, HALF_PADDED)
@@ -247,7 +247,7 @@ def half_even(x):
 
 @triton.jit
 def attention(
-    q, k, v, keys, values, key_sinks, value_sinks, key_scales, value_scales, places,
+    q, k, v, keys, values, key_sinks, value_sinks, key_scales, value_scales, places, starts,
     query_cos, query_sin, sink_cos, sink_sin, key_cos, key_sin, q_norm, k_norm, slopes,
     out, partial, log_sums, arrived,
     scale, bias_scale, clip, q_eps, k_eps, q_row, k_row, v_row, place_row,
@@ -263,7 +263,8 @@ def attention(
     the slot may be written at the same moment. The split that arrives last joins what all have read, by their
     log-sum-exp. arrived [B · HEADS]: 0 before, counts the splits that are done.
 
-    The sinks are scored by the query rotated at min(t, SLOTS - 1), or biased by that distance.
+    The sinks are scored by the query rotated at min(t - gap, SLOTS - 1), or biased by that distance: the gap is
+    how far start lies behind the sinks, where entries were taken out. Keys before start are not seen.
     INT8: keys, values are the numbers of the ring's recent part, with a scale for each; sinks are apart.
     """
     pair = tl.program_id(0)
@@ -272,6 +273,7 @@ def attention(
     g = pair % HEADS
     window: tl.constexpr = SLOTS - SINKS
     t = tl.load(places + b * place_row)
+    start_place = tl.load(starts + b * place_row)
     held = tl.minimum(t + 1, SLOTS).to(tl.int32)
     slot = tl.where(t < SINKS, t, SINKS + (t + window - SINKS) % window).to(tl.int32)
     d = tl.arange(0, D_PADDED)
@@ -417,14 +419,17 @@ def attention(
         scores = scores * scale
         if INT8:
             scores = scores * key_factor[None, :]
+        back = ((t - at) % window).to(tl.int32)  # of a recent key from the query
         if ALIBI:
-            newest = tl.minimum(t, SLOTS - 1).to(tl.int32)
-            distance = tl.where(at < SINKS, newest - at, ((t - at) % window).to(tl.int32))
+            rank = tl.minimum(t - (start_place - SINKS), SLOTS - 1).to(tl.int32)
+            distance = tl.where(at < SINKS, rank - at, back)
             scores = scores - slope[:, None] * distance.to(tl.float32)[None, :]
-        scores = tl.where(inside[None, :], scores, float("-inf"))
+        seen = inside & ((at < SINKS) | (t - back >= start_place))
+        scores = tl.where(seen[None, :], scores, float("-inf"))
         largest = tl.maximum(best, tl.max(scores, 1))
-        weights = tl.exp(scores - largest[:, None])
-        fade = tl.exp(best - largest)
+        level = tl.where(largest == float("-inf"), 0.0, largest)  # where nothing was seen yet
+        weights = tl.exp(scores - level[:, None])
+        fade = tl.exp(best - level)
         total = total * fade + tl.sum(weights, 1)
         if INT8:
             weights = weights * value_factor[None, :]
@@ -460,9 +465,10 @@ def joined(
         one = tl.load(
             partial + part[:, None] * D_PADDED + d[None, :], mask=whole, other=0.0, cache_modifier=".cg"
         )
-        largest = tl.maximum(best, log_sum)  # finite: the first split always has a key
-        fade = tl.exp(best - largest)
-        weight = tl.exp(log_sum - largest)
+        largest = tl.maximum(best, log_sum)
+        level = tl.where(largest == float("-inf"), 0.0, largest)  # splits without a key
+        fade = tl.exp(best - level)
+        weight = tl.exp(log_sum - level)
         total = total * fade + weight
         read = read * fade[:, None] + one * weight[:, None]
         best = largest

@@ -133,7 +133,7 @@ def gated(x: Tensor, up: Tensor, activation: int) -> Tensor:
 
 
 def rope_tables(
-    places: Tensor, origin: Tensor, frequencies: Tensor, factor: float, sinks: int, slots: int
+    places: Tensor, origin: Tensor, starts: Tensor, frequencies: Tensor, factor: float, sinks: int, slots: int
 ) -> tuple[Tensor, ...]:
     """float32 [R, dim] each: cosines and sines of the query, of the query for sinks, and of the new key.
 
@@ -142,7 +142,7 @@ def rope_tables(
     kinds, half, rows = 3 if sinks else 1, len(frequencies), len(places)
     out = torch.empty(kinds, 2, rows, 2 * half, dtype=torch.float32, device=places.device)
     kernels.rope_tables[(kinds, rows)](
-        places, origin, frequencies, out, factor, HALF=half, HALF_PADDED=power_of_two(half), SINKS=sinks,
+        places, origin, starts, frequencies, out, factor, HALF=half, HALF_PADDED=power_of_two(half), SINKS=sinks,
         SLOTS=slots, num_warps=1,
     )  # fmt: skip
     return tuple(out[kind if sinks else 0, part] for kind in range(3) for part in range(2))
@@ -154,6 +154,7 @@ def attended(
     v: Tensor,
     ring: Sequence[Tensor],
     places: Tensor,
+    starts: Tensor,
     arrived: Tensor,
     tables: Sequence[Tensor],
     head_norms: tuple[Tensor, Tensor, float, float] | None,
@@ -167,8 +168,9 @@ def attended(
     """q [B, 1, H · D], k and v [B, 1, G · D] as they were projected -> [B, 1, H · D], with the new token stored.
 
     ring: keys and values [B, G, S + W, D]; or the sinks, scales and numbers of an int8 ring. places int64 [R].
-    arrived int32 [B · G], all 0. tables: six of `rope_tables`, or none. head_norms: weights [D] of q and k, and
-    their eps. alibi: slopes float32 [H], and what they are multiplied by. tile: an AttentionTile.
+    starts int64 [B]: the first place behind the sinks. arrived int32 [B · G], all 0. tables: six of
+    `rope_tables`, or none. head_norms: weights [D] of q and k, and their eps. alibi: slopes float32 [H], and what
+    they are multiplied by. tile: an AttentionTile.
     """
     splits, block, warps, stages = tile
     q, k, v = _rows(q), _rows(k), _rows(v)
@@ -188,7 +190,7 @@ def attended(
     q_norm, k_norm, q_eps, k_eps = (q, k, 0.0, 0.0) if head_norms is None else head_norms
     slopes, bias_scale = (q, 0.0) if alibi is None else alibi
     kernels.attention[(batch * heads, splits)](
-        q, k, v, keys, values, key_sinks, value_sinks, key_scales, value_scales, places,
+        q, k, v, keys, values, key_sinks, value_sinks, key_scales, value_scales, places, starts,
         *(tables or [q] * 6), q_norm, k_norm, slopes, out, partial, log_sums, arrived,
         scale, bias_scale, clip or 0.0, q_eps, k_eps, q.stride(0), k.stride(0), v.stride(0), int(len(places) > 1),
         *keys.stride(), *values.stride(),

@@ -95,6 +95,7 @@ def attention_launches(
     q = torch.randn(1, 1, heads * shared * dim, dtype=dtype, device=device)
     k = torch.randn(1, 1, heads * dim, dtype=dtype, device=device)
     places = torch.full((1,), 10 * slots, dtype=torch.int64, device=device)
+    starts = torch.full((1,), min(4, slots - 1), dtype=torch.int64, device=device)
     table = torch.ones(1, dim, device=device)
 
     def ours(tile: AttentionTile) -> Iterator[Any]:
@@ -106,6 +107,7 @@ def attention_launches(
                 k,
                 ring,
                 places,
+                starts,
                 arrived,
                 [table] * 6,
                 None,

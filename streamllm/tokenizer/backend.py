@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import codecs
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import NamedTuple, Protocol
 
 
@@ -25,9 +25,24 @@ class Backend(Protocol):
     utf8_errors: str  # how bytes that are not UTF-8 are decoded: the `errors` argument of `bytes.decode`
     special_ends_bytes: bool  # whether bytes before and after a skipped special token cannot form a character
     table: dict[int, TokenBytes]  # the tokens that `token_bytes` was called for
+    before: list[int]  # the ids that the files put in front of every text: BOS, or none
+    after: list[int]  # the ids that the files put behind every text: EOS, or none
+    added_ids: Collection[int]  # the ids of the tokens at which a text is split before it is encoded
+    special_contents: Collection[str]  # the special tokens as a text spells them
+    prefix_behind_added: bool  # whether the text behind an added token gets the prefix of a text's start, too
 
     def encode(self, text: str, add_special_tokens: bool) -> list[int]: ...
+    def encode_piece(self, text: str, prefix: bool, special_tokens: bool) -> list[int]:
+        """The ids of a part of a text.
+
+        Args:
+            prefix: begin with the prefix of a text's start (Llama: a space).
+            special_tokens: special tokens that are written in the text become their ids.
+        """
+        ...
+
     def token_to_id(self, token: str) -> int | None: ...
+    def id_to_token(self, token: int) -> str | None: ...
     def token_bytes(self, token: int) -> TokenBytes | None: ...
     def edits(self) -> list[Callable[[str], str]]:
         """New functions that edit the decoded text, piece by piece; they may hold a state."""

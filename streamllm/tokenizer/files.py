@@ -40,9 +40,11 @@ T = TypeVar("T")
 def load_tokenizer_files(folder: Path) -> Tokenizer:
     """The tokenizer whose files (`TOKENIZER_FILES`) are in a folder.
 
-    `tokenizer.json` is preferred; its post-processor alone decides about BOS and EOS. With `tokenizer.model`
-    alone, `add_bos_token` and `add_eos_token` of tokenizer_config.json decide. If they are absent, BOS is
-    added if the model has one, and EOS is not: that is how the Llama models with such files were trained.
+    `tokenizer.json` is preferred. Its post-processor decides about BOS and EOS, as in transformers 5; with the
+    class GPTNeoXTokenizer neither is added. (transformers 4 let `add_bos_token` of tokenizer_config.json decide for
+    some classes: set `tokenizer.adds_bos`.) With `tokenizer.model` alone, `add_bos_token` and `add_eos_token`
+    decide. If they are absent, BOS is added if the model has one, and EOS is not: that is how the Llama models with
+    such files were trained.
 
     Raises:
         TokenizerError: there is no such file, or one of them is damaged.
@@ -53,25 +55,29 @@ def load_tokenizer_files(folder: Path) -> Tokenizer:
     is_legacy = config.get("added_tokens_decoder") is None
     if is_legacy:
         config |= _read_optional_json(folder / "special_tokens_map.json")
-    named = named_tokens(folder, config)
-    path = folder / "tokenizer.json"
-    if path.exists():
-        json_backend = JsonBackend(path, _read(partial(read_text, max_bytes=MAX_TOKENIZER_BYTES), path))
-        names = {name: token.content for name, token in named.items()}
-        return Tokenizer(json_backend, names, _chat_template(folder, config))
-    path = folder / "tokenizer.model"
-    if not path.exists():
-        raise _no_tokenizer(folder)
-    extra = extra_tokens(folder, config)
+    named, extra = named_tokens(folder, config), extra_tokens(folder, config)
     if is_legacy:
         special = {token.content for token in (*named.values(), *extra)}
         added_file = folder / "added_tokens.json"
         added = read_added_tokens_file(added_file, _read_optional_json(added_file), special)
     else:
         added = read_added_tokens_decoder(folder, config["added_tokens_decoder"])
-    prefix = "none" if _flag(folder, config, "add_prefix_space") is False else "first"
-    if _flag(folder, config, "legacy") is not False:
-        prefix = "every"
+    path = folder / "tokenizer.json"
+    if path.exists():
+        source = _read(partial(read_text, max_bytes=MAX_TOKENIZER_BYTES), path)
+        json_backend = JsonBackend(path, source, added, named, extra)
+        names = {name: token.content for name, token in named.items()}
+        tokenizer = Tokenizer(json_backend, names, _chat_template(folder, config))
+        if str(config.get("tokenizer_class")).removesuffix("Fast") == "GPTNeoXTokenizer":
+            # transformers' class of this name does not use the post-processor.
+            tokenizer.adds_bos = tokenizer.adds_eos = False
+        return tokenizer
+    path = folder / "tokenizer.model"
+    if not path.exists():
+        raise _no_tokenizer(folder)
+    prefix = "first" if _flag(folder, config, "legacy") is False else "every"
+    if _flag(folder, config, "add_prefix_space") is False:
+        prefix = "none"
     backend = SentencePieceBackend(
         path,
         _read(partial(read_bytes, max_bytes=MAX_TOKENIZER_BYTES), path),

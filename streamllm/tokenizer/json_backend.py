@@ -4,31 +4,50 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import tokenizers
 
 from streamllm.tokenizer.backend import TokenBytes, is_encodable
 from streamllm.tokenizer.errors import TokenizerError
 from streamllm.tokenizer.json_decoder import DecoderStages
+from streamllm.tokenizer.json_stages import normalizer_of_piece, pre_tokenizer_of_piece, prefix_behind_added
+from streamllm.tokenizer.special_tokens import STANDARD_NAMES, AddedToken
 from streamllm.weights.errors import shorten, show
 
 T = TypeVar("T")
 
+# Texts that show which ids a post-processor adds: one of them has a token in any vocabulary.
+_PROBES = ("a", "0", ".", " ", "\n", "A", "the")
+
 
 class JsonBackend:
-    """A `tokenizer.json`. Its post-processor alone decides about BOS and EOS.
+    """A `tokenizer.json`. Its post-processor decides about BOS and EOS.
 
-    `path` is for messages; `source` is the text of the file.
+    The tokens of the other files are added as transformers 5 adds them: what is one id there is one id here.
+
+    Args:
+        path: for messages.
+        source: the text of the file.
+        added: the added tokens of the other files, by id.
+        named: the special tokens that the other files name, by name (`bos_token` …).
+        extra: special tokens without a name.
     """
 
     file = "tokenizer.json"
     special_ends_bytes = False
 
-    def __init__(self, path: Path, source: str) -> None:
+    def __init__(
+        self,
+        path: Path,
+        source: str,
+        added: Mapping[int, AddedToken],
+        named: Mapping[str, AddedToken],
+        extra: Iterable[AddedToken],
+    ) -> None:
         self._path = path
         self._tokenizer = _call_library(
             partial(tokenizers.Tokenizer.from_str, source),
@@ -37,38 +56,172 @@ class JsonBackend:
         # Settings of a training run, which are saved in the file; they would cut and pad every text.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
+        _check_ids(path, self._tokenizer.get_vocab(with_added_tokens=True), _added_ids(source))
+        new = _new_tokens(self._tokenizer.get_added_tokens_decoder(), added, named, extra)
+        if new:
+            _call_library(partial(self._tokenizer.add_tokens, new), f"{path.parent}: the added tokens fail")
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
-        _check_ids(path, vocabulary, _added_ids(source))
+        _check_companions(path, vocabulary, added)
         self.vocab_size = max(vocabulary.values(), default=-1) + 1
         if self.vocab_size == 0:
             raise TokenizerError(f"{path}: the vocabulary is empty")
-        added = self._tokenizer.get_added_tokens_decoder().values()
-        self._special = {token.content for token in added if token.special}
+        self._added = self._tokenizer.get_added_tokens_decoder()
+        self.added_ids = self._added.keys()
+        self.special_contents = [token.content for token in self._added.values() if token.special]
         self.table: dict[int, TokenBytes] = {}
         self._decoder = DecoderStages(path, self._tokenizer.decoder)
         self.utf8_errors = self._decoder.utf8_errors
+        self._normalizer = _state(self._tokenizer.normalizer)
+        self._pre_tokenizer = _state(self._tokenizer.pre_tokenizer)
+        self.prefix_behind_added = prefix_behind_added(self._normalizer, self._pre_tokenizer)
+        self._variants: dict[tuple[bool, bool], Any] = {}
+        self.before, self.after = self._added_by_post_processor()
 
     def encode(self, text: str, add_special_tokens: bool) -> list[int]:
-        text.encode("utf-8")  # raises for half of a surrogate pair; the library would call it a wrong type
-        encode = partial(self._tokenizer.encode, text, add_special_tokens=add_special_tokens)
-        ids: list[int] = _call_library(encode, f"the rules of {self._path} fail on this text").ids
+        ids: list[int] = self._encode(self._tokenizer, text, add_special_tokens).ids
         return ids
+
+    def encode_piece(self, text: str, prefix: bool, special_tokens: bool) -> list[int]:
+        encoding = self._encode(self._variant(prefix, special_tokens), text, False)
+        ids: list[int] = encoding.ids
+        if prefix or not self.prefix_behind_added:
+            return ids
+        # Without the prefix up to the first added token, with it from there on.
+        first = next((i for i, token in enumerate(ids) if token in self._added), None)
+        if first is None:
+            return ids
+        prefixed = self._encode(self._variant(True, special_tokens), text, False)
+        same = next((i for i, token in enumerate(prefixed.ids) if token in self._added), None)
+        if same is None or prefixed.offsets[same] != encoding.offsets[first]:
+            return ids
+        return [*ids[:first], *prefixed.ids[same:]]
 
     def token_to_id(self, token: str) -> int | None:
         found: int | None = self._tokenizer.token_to_id(token) if is_encodable(token) else None
         return found
 
+    def id_to_token(self, token: int) -> str | None:
+        if token in self._added:
+            return str(self._added[token].content)
+        found: str | None = self._tokenizer.id_to_token(token)
+        return found
+
     def token_bytes(self, token: int) -> TokenBytes | None:
-        name = self._tokenizer.id_to_token(token) if token < 2**32 else None
+        # The library names a normalised token by its normalised text, "▁<s>", which is how a text spells it. A special
+        # token is not part of the text, so it has its own name.
+        is_special = token in self._added and self._added[token].special
+        name = self.id_to_token(token) if is_special else self._tokenizer.id_to_token(token)
         if name is None:
             return None
         at_start, elsewhere = _call_library(
             partial(self._decoder.token_bytes, name), f"the decoder of {self._path} fails on token {token}"
         )
-        return TokenBytes(at_start, elsewhere, True, name in self._special)
+        return TokenBytes(at_start, elsewhere, True, is_special)
 
     def edits(self) -> list[Callable[[str], str]]:
         return self._decoder.edits()
+
+    def _encode(self, tokenizer: Any, text: str, add_special_tokens: bool) -> Any:
+        text.encode("utf-8")  # raises for half of a surrogate pair; the library would call it a wrong type
+        encode = partial(tokenizer.encode, text, add_special_tokens=add_special_tokens)
+        return _call_library(encode, f"the rules of {self._path} fail on this text")
+
+    def _variant(self, prefix: bool, special_tokens: bool) -> Any:
+        """A tokenizer for a part of a text. It shares the vocabulary with the whole text's tokenizer."""
+        if (prefix, special_tokens) in self._variants:
+            return self._variants[prefix, special_tokens]
+        normalizer = normalizer_of_piece(self._normalizer, prefix)
+        pre_tokenizer = pre_tokenizer_of_piece(self._pre_tokenizer, prefix)
+        variant = self._tokenizer
+        if not special_tokens or (normalizer, pre_tokenizer) != (self._normalizer, self._pre_tokenizer):
+            variant = tokenizers.Tokenizer(self._tokenizer.model)
+            if normalizer is not None:
+                variant.normalizer = _restore(tokenizers.normalizers.Sequence([]), normalizer)
+            if pre_tokenizer is not None:
+                variant.pre_tokenizer = _restore(tokenizers.pre_tokenizers.Sequence([]), pre_tokenizer)
+            tokens = [token for _, token in sorted(self._added.items())]
+            if not special_tokens:
+                # `encode_special_tokens` does not act on special tokens that are normalised.
+                tokens = [_not_normalized(token) if token.special else token for token in tokens]
+                variant.encode_special_tokens = True
+            variant.add_tokens(tokens)
+            assert variant.get_added_tokens_decoder().keys() == self._added.keys()
+        self._variants[prefix, special_tokens] = variant
+        return variant
+
+    def _added_by_post_processor(self) -> tuple[list[int], list[int]]:
+        """The ids in front of a text and behind it."""
+        for probe in _PROBES:
+            encoding = self._encode(self._tokenizer, probe, True)
+            inside = [i for i, sequence in enumerate(encoding.sequence_ids) if sequence is not None]
+            if inside:
+                return encoding.ids[: inside[0]], encoding.ids[inside[-1] + 1 :]
+        return [], []
+
+
+def _state(stage: Any) -> dict[str, Any] | None:
+    """A stage of the library as the JSON object in its file."""
+    return None if stage is None else json.loads(stage.__getstate__())
+
+
+def _restore(empty: Any, state: dict[str, Any]) -> Any:
+    """The reverse of `_state`. `empty` is any stage of the same kind."""
+    empty.__setstate__(json.dumps(state).encode())
+    return empty
+
+
+def _not_normalized(token: Any) -> Any:
+    return tokenizers.AddedToken(
+        token.content,
+        single_word=token.single_word,
+        lstrip=token.lstrip,
+        rstrip=token.rstrip,
+        normalized=False,
+        special=True,
+    )
+
+
+def _new_tokens(
+    present: Mapping[int, Any],
+    added: Mapping[int, AddedToken],
+    named: Mapping[str, AddedToken],
+    extra: Iterable[AddedToken],
+) -> list[Any]:
+    """What the other files add to a tokenizer.json, in transformers' order.
+
+    A token of the other files replaces the flags of a token in tokenizer.json. A token with one of the standard
+    names is special.
+    """
+    theirs = {token.content: token for token in present.values()}
+    by_content = {token.content: _for_library(token) for _, token in sorted(added.items())}
+    for name, token in named.items():
+        content = token.content
+        found = by_content.get(content, theirs.get(content))
+        if found is None or (name in STANDARD_NAMES and not found.special):
+            flags = _for_library(token) if found is None else found
+            by_content[content] = tokenizers.AddedToken(
+                content,
+                single_word=flags.single_word,
+                lstrip=flags.lstrip,
+                rstrip=flags.rstrip,
+                normalized=flags.normalized,
+                special=True,
+            )
+    for token in extra:
+        if token.content not in by_content and token.content not in theirs:
+            by_content[token.content] = _for_library(token)
+    return [token for content, token in by_content.items() if repr(token) != repr(theirs.get(content))]
+
+
+def _for_library(token: AddedToken) -> Any:
+    return tokenizers.AddedToken(
+        token.content,
+        single_word=token.single_word,
+        lstrip=token.lstrip,
+        rstrip=token.rstrip,
+        normalized=not token.special if token.normalized is None else token.normalized,
+        special=token.special,
+    )
 
 
 def _call_library(call: Callable[[], T], what: str) -> T:
@@ -113,4 +266,15 @@ def _check_ids(path: Path, vocabulary: dict[str, int], added: dict[str, int]) ->
             raise TokenizerError(
                 f"{path}: added_tokens gives id {index} to {show(token)}, but that id {problem}; added tokens "
                 f"need the ids that follow the vocabulary"
+            )
+
+
+def _check_companions(path: Path, vocabulary: dict[str, int], added: Mapping[int, AddedToken]) -> None:
+    """Raises TokenizerError if another file gives a token an id that it does not have in tokenizer.json."""
+    for index, token in added.items():
+        found = vocabulary.get(token.content)
+        if found != index:
+            raise TokenizerError(
+                f"{path.parent}: the added token {show(token.content)} has id {index} in tokenizer_config.json "
+                f"or added_tokens.json, but {found} in {path.name}; both must give it the same id"
             )

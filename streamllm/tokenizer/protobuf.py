@@ -13,6 +13,7 @@ _CHARSMAP, _ADD_DUMMY_PREFIX, _REMOVE_EXTRA_WHITESPACES = 2, 3, 4  # fields of N
 
 # Appended to a model, this sets normalizer_spec { add_dummy_prefix: false }: later fields win.
 WITHOUT_PREFIX_SPACE = b"\x1a\x02\x18\x00"
+WITH_PREFIX_SPACE = b"\x1a\x02\x18\x01"
 
 
 class DamagedModel(Exception):

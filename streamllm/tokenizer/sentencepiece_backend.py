@@ -12,6 +12,7 @@ import sentencepiece
 from streamllm.tokenizer.backend import REPLACE_EACH_BYTE, TokenBytes, byte_fallback, is_encodable
 from streamllm.tokenizer.errors import TokenizerError
 from streamllm.tokenizer.protobuf import (
+    WITH_PREFIX_SPACE,
     WITHOUT_PREFIX_SPACE,
     DamagedModel,
     HasDenormalizer,
@@ -63,10 +64,14 @@ class SentencePieceBackend:
                 f"same model beside it"
             )
         self._model = self._load(data)
-        self._drops_one_space, self._drops_all_spaces = self._read_drops(data)
-        without_prefix = self._load(data + WITHOUT_PREFIX_SPACE) if prefix != "every" else self._model
-        self._first_segment = without_prefix if prefix == "none" else self._model
-        self._later_segments = without_prefix
+        self._drops_one_space, self._drops_all_spaces = self._read_drops(
+            data + WITHOUT_PREFIX_SPACE if prefix == "none" else data
+        )
+        self._without_prefix = self._load(data + WITHOUT_PREFIX_SPACE)
+        self._with_prefix = self._load(data + WITH_PREFIX_SPACE) if self._drops_all_spaces else self._model
+        self._first_segment = self._without_prefix if prefix == "none" else self._model
+        self._later_segments = self._model if prefix == "every" else self._without_prefix
+        self.prefix_behind_added = prefix == "every"
         self._names = self._read_names()
         self._model_size = len(self._names)
         self._added = dict(added)
@@ -82,17 +87,41 @@ class SentencePieceBackend:
         self._split_at = {
             content: token for content, token in split_at.items() if self.token_to_id(content) is not None
         }
-        self._split_pattern = _any_of(self._split_at.values())
         if add_bos is None:
             add_bos = "bos_token" in self.special_tokens
-        self._before = [self._required_id("bos_token")] if add_bos else []
-        self._after = [self._required_id("eos_token")] if add_eos else []
+        ordinary = [token for token in self._split_at.values() if not self._is_special(token.content)]
+        self.special_contents = [content for content in self._split_at if self._is_special(content)]
+        self._any_token, self._ordinary_token = _any_of(self._split_at.values()), _any_of(ordinary)
+        self.added_ids = {self._id_of(content) for content in self._split_at}
+        if add_bos is None:
+            add_bos = "bos_token" in self.special_tokens
+        self.before = [self._required_id("bos_token")] if add_bos else []
+        self.after = [self._required_id("eos_token")] if add_eos else []
 
     def encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        ids = self._encode(text, self._first_segment, self._any_token)
+        return [*self.before, *ids, *self.after] if add_special_tokens else ids
+
+    def encode_piece(self, text: str, prefix: bool, special_tokens: bool) -> list[int]:
+        first = self._first_segment if prefix else self._without_prefix
+        split_at = self._any_token if special_tokens else self._ordinary_token
+        if not self._drops_all_spaces:
+            return self._encode(text, first, split_at)
+        # The model's normaliser removes the spaces around a text; those between two parts belong to it.
+        normalized = self._model.normalize(f"a{text}a")
+        if not prefix and normalized.removeprefix(_SPACE)[1:].startswith(_SPACE):
+            first = self._with_prefix
+        ids = self._encode(text, first, split_at)
+        space = self.token_to_id(_SPACE)
+        if text and space is not None and normalized.removesuffix(_SPACE)[:-1].endswith(_SPACE):
+            ids.append(space)
+        return ids
+
+    def _encode(self, text: str, model: Any, split_at: re.Pattern[str]) -> list[int]:
+        """The ids of a text. `model` encodes what comes before the first added token."""
         text.encode("utf-8")  # raises for half of a surrogate pair; the caller explains it
-        ids = [*self._before] if add_special_tokens else []
-        model = self._first_segment
-        for segment in self._segments(text):
+        ids: list[int] = []
+        for segment in self._segments(text, split_at):
             try:
                 ids += [segment] if isinstance(segment, int) else model.encode(segment)
             except Exception as error:
@@ -100,7 +129,7 @@ class SentencePieceBackend:
                     f"the rules of {self._path} fail on this text: {shorten(str(error))}"
                 ) from error
             model = self._later_segments
-        return ids + self._after if add_special_tokens else ids
+        return ids
 
     def token_to_id(self, token: str) -> int | None:
         if token in self._added_ids:
@@ -109,6 +138,11 @@ class SentencePieceBackend:
             return None
         index: int = self._model.piece_to_id(token)  # the id of <unk> for an unknown token
         return index if self._names[index] == token else None
+
+    def id_to_token(self, token: int) -> str | None:
+        if token in self._added:
+            return self._added[token].content
+        return self._names[token] if token < self._model_size else None
 
     def token_bytes(self, token: int) -> TokenBytes | None:
         if token in self._added:
@@ -207,18 +241,26 @@ class SentencePieceBackend:
             )
         return index
 
-    def _segments(self, text: str) -> Iterator[str | int]:
+    def _is_special(self, content: str) -> bool:
+        index = self._id_of(content)
+        return content in self._special or (index < self._model_size and bool(self._model.is_control(index)))
+
+    def _id_of(self, content: str) -> int:
+        """The id of a token at which texts are split."""
+        index = self.token_to_id(content)
+        assert index is not None
+        return index
+
+    def _segments(self, text: str, split_at: re.Pattern[str]) -> Iterator[str | int]:
         """A text split at added tokens: their ids, and the strings between them that are not empty."""
         start = 0
-        while found := self._split_pattern.search(text, start):
+        while found := split_at.search(text, start):
             token = self._split_at[found.group()]
             before = text[start : found.start()]
             before = before.rstrip() if token.lstrip else before
             if before:
                 yield before
-            index = self.token_to_id(token.content)
-            assert index is not None
-            yield index
+            yield self._id_of(token.content)
             start = found.end()
             while token.rstrip and start < len(text) and text[start].isspace():
                 start += 1

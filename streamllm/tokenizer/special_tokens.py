@@ -23,6 +23,7 @@ class AddedToken(NamedTuple):
     lstrip: bool = False  # the token includes the white space on its left
     rstrip: bool = False
     single_word: bool = False  # only where no letter or digit is next to it
+    normalized: bool | None = None  # found in the normalised text; None: unless it is special
 
 
 def named_tokens(folder: Path, config: Mapping[str, Any]) -> dict[str, AddedToken]:
@@ -95,7 +96,13 @@ def _read_token(folder: Path, name: str, value: Any, special: bool) -> AddedToke
         return AddedToken(value, special)
     if isinstance(value, dict) and isinstance(value.get("content"), str):
         flags = {flag: value.get(flag) is True for flag in ("lstrip", "rstrip", "single_word")}
-        return AddedToken(value["content"], special or value.get("special") is True, **flags)
+        normalized = value.get("normalized")
+        return AddedToken(
+            value["content"],
+            special or value.get("special") is True,
+            **flags,
+            normalized=normalized if isinstance(normalized, bool) else None,
+        )
     raise TokenizerError(
         f"{folder}: {name} in the tokenizer's configuration is {show(value)}; it must be a string, or an "
         f"object with a content"

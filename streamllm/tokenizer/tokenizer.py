@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -31,6 +32,7 @@ class Tokenizer:
         self.special_tokens = dict(special_tokens)
         self.chat_template = chat_template
         self.vocab_size = backend.vocab_size
+        self._before, self._after = backend.before, backend.after
 
     def __repr__(self) -> str:
         named = "".join(
@@ -41,6 +43,16 @@ class Tokenizer:
         return f"Tokenizer({self._backend.file}, {self.vocab_size} ids{named})"
 
     @property
+    def bos_token(self) -> str | None:
+        """The token that begins a text, None if the tokenizer names none."""
+        return self.special_tokens.get("bos_token")
+
+    @property
+    def eos_token(self) -> str | None:
+        """The token that ends a text, None if the tokenizer names none."""
+        return self.special_tokens.get("eos_token")
+
+    @property
     def bos_token_id(self) -> int | None:
         """The id that begins a text, None if the tokenizer names none."""
         return self._named_id("bos_token")
@@ -49,9 +61,18 @@ class Tokenizer:
     def eos_token_id(self) -> int | None:
         """The id that ends a text, None if the tokenizer names none.
 
-        Generation stops at the ids that the model's own files name, if they name any.
+        Generation stops at the ids that the model's own files name, if they name any; see `eos_token_ids`.
         """
         return self._named_id("eos_token")
+
+    def eos_token_ids(self, model: Any) -> list[int]:
+        """The ids at which the model's files end a text, and the tokenizer's own: for the argument `eos` of a call.
+
+        Some checkpoints name different ones: the model's files the end of a document, the tokenizer's that of an
+        answer. Generation stops at the model's alone, unless it is given others.
+        """
+        ids = [*model.generation_config.eos, self.eos_token_id]
+        return list(dict.fromkeys(index for index in ids if index is not None))
 
     def _named_id(self, name: str) -> int | None:
         token = self.special_tokens.get(name)
@@ -61,8 +82,48 @@ class Tokenizer:
         """The id of a token as the vocabulary spells it (`"</s>"`, `"▁the"`), None if there is none."""
         return self._backend.token_to_id(token)
 
+    def id_to_token(self, index: int) -> str | None:
+        """The token of an id as the vocabulary spells it, None if there is none."""
+        return self._backend.id_to_token(index) if 0 <= index < self.vocab_size else None
+
+    def __call__(
+        self, text: str | Sequence[str], *, add_special_tokens: bool = True
+    ) -> dict[str, list[int] | list[list[int]]]:
+        """`{"input_ids": ids}` of a text, or of each of several texts; see `encode` and `encode_batch`."""
+        if isinstance(text, str):
+            return {"input_ids": self.encode(text, add_special_tokens=add_special_tokens)}
+        return {"input_ids": self.encode_batch(text, add_special_tokens=add_special_tokens)}
+
+    def encode_batch(self, texts: Iterable[str], *, add_special_tokens: bool = True) -> list[list[int]]:
+        """The token ids of each text; see `encode`."""
+        return [self.encode(text, add_special_tokens=add_special_tokens) for text in texts]
+
+    def decode_batch(self, batch: Iterable[Iterable[int]], *, skip_special_tokens: bool = True) -> list[str]:
+        """The text of each list of ids; see `decode`."""
+        return [self.decode(ids, skip_special_tokens=skip_special_tokens) for ids in batch]
+
+    @property
+    def adds_bos(self) -> bool:
+        """Whether `encode` puts BOS in front of a text. The tokenizer's files decide, unless you set it."""
+        return self.bos_token_id in self._before
+
+    @adds_bos.setter
+    def adds_bos(self, value: bool) -> None:
+        without = [token for token in self._before if token != self.bos_token_id]
+        self._before = [self._required_id("bos_token"), *without] if value else without
+
+    @property
+    def adds_eos(self) -> bool:
+        """Whether `encode` puts EOS behind a text. The tokenizer's files decide, unless you set it."""
+        return self.eos_token_id in self._after
+
+    @adds_eos.setter
+    def adds_eos(self, value: bool) -> None:
+        without = [token for token in self._after if token != self.eos_token_id]
+        self._after = [*without, self._required_id("eos_token")] if value else without
+
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """The token ids of a text.
+        """The token ids of a whole text, as transformers encodes it. For a stream, see `encode_piece`.
 
         Args:
             add_special_tokens: add the tokens that the tokenizer puts around a text (Llama: BOS in front).
@@ -72,16 +133,83 @@ class Tokenizer:
             TokenizerError: the text contains half of a surrogate pair, or the tokenizer's rules fail on it.
             TypeError: the text is not a str.
         """
+        self._check_text(text, "encode")
+        files_decide = (self._before, self._after) == (self._backend.before, self._backend.after)
+        ids = self._backend.encode(text, add_special_tokens and files_decide)
+        return [*self._before, *ids, *self._after] if add_special_tokens and not files_decide else ids
+
+    def encode_piece(
+        self,
+        text: str,
+        *,
+        bos: bool | None = None,
+        continuation: bool = False,
+        after: int | None = None,
+        special_tokens: bool = True,
+    ) -> list[int]:
+        """The token ids of the next piece of a stream.
+
+        The pieces of a text have the ids of the whole text, up to merges across the cuts: the prefix space (Llama)
+        and BOS come once, at the start. EOS is not added, because the stream goes on.
+
+        Args:
+            bos: put BOS in front, unless the text begins with it. None: at the start of a stream, what the
+                tokenizer's files put in front of a text; else nothing.
+            continuation: the text does not begin the stream, so it gets no prefix space.
+            after: the last id of the stream, if it is known. Older Llama tokenizers put the prefix space behind
+                each special token, too.
+            special_tokens: special tokens that are written in the text become their ids. With False they are
+                ordinary text, as text of a user should be. (Added tokens that are not special become their ids in any
+                case.)
+
+        Raises:
+            TokenizerError: as `encode`; or `bos` is true and the tokenizer has no BOS.
+            TypeError: the text is not a str.
+        """
+        self._check_text(text, "encode_piece")
+        behind_added = self._backend.prefix_behind_added and after in self._backend.added_ids
+        ids = self._backend.encode_piece(text, not continuation or behind_added, special_tokens)
+        if not special_tokens and any(map(self._is_special, ids)):
+            ids = self._encode_special_as_text(text, not continuation or behind_added)
+        if bos is None:
+            front = [] if continuation else self._before
+        else:
+            front = [self._required_id("bos_token")] if bos else []
+        return ids if ids[: len(front)] == front else [*front, *ids]
+
+    def _encode_special_as_text(self, text: str, prefix: bool) -> list[int]:
+        """Cuts special tokens in the text in two, where the vocabulary finds them in ordinary text, too."""
+        special = "|".join(map(re.escape, self._backend.special_contents))
+        cuts = [found.start() + 1 for found in re.finditer(f"(?={special})", text)]
+        parts = [text[start:end] for start, end in zip([0, *cuts], [*cuts, len(text)], strict=True)]
+        first, *rest = (
+            self._backend.encode_piece(part, prefix and index == 0, False) for index, part in enumerate(parts)
+        )
+        return sum(rest, first)
+
+    def _is_special(self, token: int) -> bool:
+        found = self._backend.token_bytes(token)
+        return found is not None and found.special
+
+    def _check_text(self, text: object, method: str) -> None:
         if not isinstance(text, str):
-            raise TypeError(f"encode() takes a str, not {type(text).__name__}")
+            raise TypeError(f"{method}() takes a str, not {type(text).__name__}")
         try:
-            return self._backend.encode(text, add_special_tokens)
+            text.encode("utf-8")
         except UnicodeEncodeError as error:
             raise TokenizerError(
                 f"the text contains half of a surrogate pair (U+{ord(text[error.start]):04X} at index "
                 f"{error.start}), which no tokenizer can encode; remove it, for example with "
                 f"text.encode(errors='replace').decode()"
             ) from None
+
+    def _required_id(self, name: str) -> int:
+        index = self._named_id(name)
+        if index is None:
+            raise TokenizerError(
+                f"this tokenizer has no {name}: its files name none that is in the vocabulary"
+            )
+        return index
 
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
         """The text of token ids: what an `IncrementalDecoder` returns for them.
