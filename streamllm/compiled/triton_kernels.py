@@ -370,9 +370,12 @@ def attention(
         tl.store(key_at + slot.to(tl.int64) * key_slot + d * key_dim, stored_key, mask=real)
         tl.store(value_at + slot.to(tl.int64) * value_slot + d * value_dim, stored_value, mask=real)
 
-    best = tl.full((SHARED_PADDED,), float("-inf"), tl.float32)
-    total = tl.zeros((SHARED_PADDED,), tl.float32)
-    read = tl.zeros((SHARED_PADDED, D_PADDED), tl.float32)
+    # One query head for each key head is no work for matrix units: each slot of the block then has a softmax of its
+    # own over the rounds, without a reduction in the loop, and all are joined behind it.
+    LANES: tl.constexpr = BLOCK if SHARED == 1 else SHARED_PADDED
+    best = tl.full((LANES,), float("-inf"), tl.float32)
+    total = tl.zeros((LANES,), tl.float32)
+    read = tl.zeros((LANES, D_PADDED), tl.float32)
     if ALIBI:
         slope = tl.load(slopes + head, mask=r < SHARED, other=0.0) * bias_scale
     share = (held + SPLITS * BLOCK - 1) // (SPLITS * BLOCK) * BLOCK
@@ -411,11 +414,19 @@ def attention(
             value = tl.load(value_at + place * value_slot + d[None, :] * value_dim, mask=here, other=0.0)
         key = tl.where((at == slot)[:, None], stored_key[None, :], key)
         value = tl.where((at == slot)[:, None], stored_value[None, :], value)
-        scores = tl.dot(query, tl.trans(key), input_precision="ieee")
-        if SINKS > 0 and ROTATED > 0:
-            if first < SINKS:
-                sink_scores = tl.dot(sink_query, tl.trans(key), input_precision="ieee")
-                scores = tl.where((at < SINKS)[None, :], sink_scores, scores)
+        if SHARED == 1:
+            wide_key = key.to(tl.float32)
+            scores = tl.sum(query.to(tl.float32) * wide_key, 1)[None, :]
+            if SINKS > 0 and ROTATED > 0:
+                if first < SINKS:
+                    sink_scores = tl.sum(sink_query.to(tl.float32) * wide_key, 1)[None, :]
+                    scores = tl.where((at < SINKS)[None, :], sink_scores, scores)
+        else:
+            scores = tl.dot(query, tl.trans(key), input_precision="ieee")
+            if SINKS > 0 and ROTATED > 0:
+                if first < SINKS:
+                    sink_scores = tl.dot(sink_query, tl.trans(key), input_precision="ieee")
+                    scores = tl.where((at < SINKS)[None, :], sink_scores, scores)
         scores = scores * scale
         if INT8:
             scores = scores * key_factor[None, :]
@@ -426,15 +437,33 @@ def attention(
             scores = scores - slope[:, None] * distance.to(tl.float32)[None, :]
         seen = inside & ((at < SINKS) | (t - back >= start_place))
         scores = tl.where(seen[None, :], scores, float("-inf"))
-        largest = tl.maximum(best, tl.max(scores, 1))
-        level = tl.where(largest == float("-inf"), 0.0, largest)  # where nothing was seen yet
-        weights = tl.exp(scores - level[:, None])
-        fade = tl.exp(best - level)
-        total = total * fade + tl.sum(weights, 1)
-        if INT8:
-            weights = weights * value_factor[None, :]
-        read = read * fade[:, None] + tl.dot(weights.to(value.dtype), value, input_precision="ieee")
+        if SHARED == 1:
+            scores = tl.sum(scores, 0)  # [BLOCK]
+            largest = tl.maximum(best, scores)
+            level = tl.where(largest == float("-inf"), 0.0, largest)  # where nothing was seen yet
+            weights = tl.exp(scores - level)
+            fade = tl.exp(best - level)
+            total = total * fade + weights
+            if INT8:
+                weights = weights * value_factor
+            read = read * fade[:, None] + weights[:, None] * value.to(tl.float32)
+        else:
+            largest = tl.maximum(best, tl.max(scores, 1))
+            level = tl.where(largest == float("-inf"), 0.0, largest)
+            weights = tl.exp(scores - level[:, None])
+            fade = tl.exp(best - level)
+            total = total * fade + tl.sum(weights, 1)
+            if INT8:
+                weights = weights * value_factor[None, :]
+            read = read * fade[:, None] + tl.dot(weights.to(value.dtype), value, input_precision="ieee")
         best = largest
+    if SHARED == 1:
+        largest = tl.max(best, 0)
+        weights = tl.exp(best - tl.where(largest == float("-inf"), 0.0, largest))
+        zero = tl.zeros((1,), tl.float32)
+        best = zero + largest
+        total = zero + tl.sum(total * weights, 0)
+        read = tl.sum(read * weights[:, None], 0)[None, :]
     total = tl.where(total == 0.0, 1.0, total)  # a split without a key
     result_at = out + (pair.to(tl.int64) * SHARED + r[:, None]) * D + d[None, :]
     if SPLITS == 1:

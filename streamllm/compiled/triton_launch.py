@@ -183,7 +183,8 @@ def attended(
     batch, heads = keys.shape[:2]
     shared = q.shape[1] // (heads * dim)
     out = q.new_empty(batch, 1, q.shape[1])
-    dim_padded, shared_padded = max(16, power_of_two(dim)), max(16, power_of_two(shared))
+    dim_padded = max(16, power_of_two(dim))
+    shared_padded = 1 if shared == 1 else max(16, power_of_two(shared))  # matrix units need 16 rows
     wide: dict[str, Any] = dict(dtype=torch.float32, device=q.device)
     partial = torch.empty(batch * heads * splits * shared_padded * dim_padded, **wide) if splits > 1 else out
     log_sums = torch.empty(batch * heads * splits * shared_padded, **wide) if splits > 1 else out

@@ -29,12 +29,17 @@ def product_tiles(outputs: int, inputs: int, gated: bool) -> list[Tile]:
     return tiles
 
 
-def attention_tiles(default: AttentionTile) -> list[AttentionTile]:
+def attention_tiles(default: AttentionTile, shared: int) -> list[AttentionTile]:
     """The tiles worth a measurement, around the rule's."""
-    splits = sorted({max(1, default.splits // 2), default.splits, min(64, default.splits * 2)})
+    splits = {max(1, default.splits // 2), default.splits, min(64, default.splits * 2)}
+    blocks, warps = (
+        ((64, 128), ((4, 2), (4, 3), (8, 2))) if shared > 1 else ((32, 64), ((4, 2), (4, 3), (8, 3)))
+    )
+    if shared == 1:
+        splits.add(min(64, default.splits * 4))
     return [
-        AttentionTile(split, block, warps, stages)
-        for split, block, (warps, stages) in every(splits, (64, 128), ((4, 2), (4, 3), (8, 2)))
+        AttentionTile(split, block, warp, stages)
+        for split, block, (warp, stages) in every(sorted(splits), blocks, warps)
     ]
 
 

@@ -59,7 +59,7 @@ def compilations() -> Iterator[Callable[[], Any]]:
         next(triton_tune.attention_launches(*shape, BF16, device, layers=1)(tile))
 
     for shape in ATTENTIONS:
-        for tile in triton_tune.attention_tiles(default_attention(*shape, device)):
+        for tile in triton_tune.attention_tiles(default_attention(*shape, device), shape[1]):
             yield lambda shape=shape, tile=tile: attention(shape, tile)
     for shape in PRODUCTS:
         for tile in triton_tune.product_tiles(*shape[:3]):
@@ -98,7 +98,7 @@ def attention_row(
     default = default_attention(heads, shared, slots, dim, device)
     measured = lambda tile: triton_tune.microseconds(lambda: ours(tile))  # noqa: E731
     before = measured(default)
-    us, tile = triton_tune.best_tile(triton_tune.attention_tiles(default), measured)
+    us, tile = triton_tune.best_tile(triton_tune.attention_tiles(default, shared), measured)
     kept[triton_tiles.attention_key(heads, shared, slots, dim, 2)] = tuple(tile)
     log.add(product=f"attention, {heads} x {shared} heads of {dim}, {slots} slots", tile=str(tuple(tile)), us=us,
             tb_per_s=2 * heads * slots * dim * 2 / us / 1e6, cublas_us=0.0, default_us=before)  # fmt: skip
