@@ -63,8 +63,9 @@ def load(
         UnsupportedConfig: the checkpoint asks for something that is not implemented.
         CheckpointError: its files are damaged. (The two above are subclasses.)
         TokenizerError: the files of its tokenizer are damaged or not supported.
-        ValueError: another `dtype` or `quantize`; with `tensor_parallel`, no torchrun, or so many processes that
-            the model's heads cannot be divided among them.
+        ValueError: another `dtype` or `quantize`; with `tensor_parallel`, a process that torchrun has not started, or
+            a number of processes among which the model's heads cannot be divided.
+        streamllm.tensor_parallel.JobError: another process of a tensor-parallel job has failed or ended.
     """
     with _job(tensor_parallel, device) as job:
         source = open_source(name, revision=revision, local_files_only=local_files_only, token=token)
