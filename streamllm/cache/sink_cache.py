@@ -15,9 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from streamllm.cache.int8_ring import Int8Ring
 from streamllm.cache.ring import (
     LayerStore,
     Layout,
+    Ring,
     TokenKind,
     Writes,
     plan_chunk,
@@ -115,7 +117,9 @@ class SinkCache(Streams):
         }
         shape = batch_size, geometry.kv_heads, geometry.head_dim
         with torch.inference_mode(False):  # or only forwards in inference mode could write to them
-            self._starts = torch.full((len(layouts), batch_size), sinks, dtype=torch.int64, device=self.device)
+            self._starts = torch.full(
+                (len(layouts), batch_size), sinks, dtype=torch.int64, device=self.device
+            )
             rings = [
                 (own, RINGS[quantize](shape, layouts[own], self.dtype, self.device))
                 for own in geometry.windows
@@ -220,6 +224,15 @@ class SinkCache(Streams):
         """What distinguishes caches of one model whose steps cannot share a recording. Hashable."""
         sizes = self.sinks, self.window, self.batch_size  # rope may depend on S + W where layers keep less
         return (*self._layouts.items(), *sizes, self.quantize, self.dtype, self.device)
+
+    def slots_of(self, window: int | None) -> int:
+        """How many slots the rings of layers with this window of their own have."""
+        return self._layouts[window].slots
+
+    def list_of(self, ring: Ring | Int8Ring) -> int:
+        """The number of a layer's list of entries: its row in `starts`."""
+        own = next(own for own, other in self._rings if other is ring)
+        return list(self._layouts).index(own)
 
     def write_places(self, places: Tensor) -> None:
         """Write t of the next token of each row to `places`, int64 [R] on the cache's device, and begin it."""

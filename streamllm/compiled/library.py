@@ -78,7 +78,7 @@ def library(module: fx.GraphModule, inputs: Sequence[Tensor], options: Mapping[s
     own message where compiling fails.
     """
     request = _Request.of(module, inputs, options)
-    kept = _folder() / request.key()
+    kept = folder() / request.key()
     found = _loaded(kept)
     if found is not None:
         return found
@@ -136,7 +136,7 @@ def _digest(folder: Path) -> str:
     return hashlib.sha256((folder / LIBRARY_FILE).read_bytes()).hexdigest()
 
 
-def _folder() -> Path:
+def folder() -> Path:
     """The folder in which libraries are kept."""
     if os.environ.get("STREAMLLM_CACHE"):
         return Path(os.environ["STREAMLLM_CACHE"])
