@@ -16,7 +16,7 @@ from torch import nn
 from streamllm.generation_config import GenerationConfig, attach, read_generation_config
 from streamllm.malloc import trim_heap
 from streamllm.models import linear
-from streamllm.tokenizer import TOKENIZER_FILES, Tokenizer, load_tokenizer_files
+from streamllm.tokenizer import TOKENIZER_FILES, Tokenizer, list_template_files, load_tokenizer_files
 from streamllm.weights.checkpoint import Checkpoint
 from streamllm.weights.errors import CheckpointNotFound
 from streamllm.weights.files import read_json
@@ -173,6 +173,8 @@ def _generation_config(source: Source, eos: Any) -> GenerationConfig:
 
 def _load_tokenizer(source: Source) -> Tokenizer:
     found = {name: path for name in TOKENIZER_FILES if (path := source.find(name)) is not None}
+    for name in list_template_files(source):
+        source.find(name)  # downloads it
     if not found.keys() & set(TOKENIZER_FILES[:2]):
         if source.offline:
             source.file(TOKENIZER_FILES[0])  # raises: the file may exist on the hub, but is not in the cache

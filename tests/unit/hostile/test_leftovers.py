@@ -1,19 +1,21 @@
 """Folders that other tools left incomplete: pointers of git-lfs, indexes of shards that are gone, quantised tensors."""
 
 import json
+import os
 
 import pytest
 import torch
 from safetensors.torch import save
 
 import streamllm
-from streamllm import CheckpointError, UnsupportedConfig
+from streamllm import CheckpointError, TokenizerError, UnsupportedConfig
 from streamllm.convert import convert
+from streamllm.tokenizer import load_tokenizer_files
 from tests.unit.hostile.samples import (
     GENERATION,
     HEAD,
-    INTACT,
     INDEX,
+    INTACT,
     LFS,
     NORM,
     SHARDED,
@@ -23,6 +25,7 @@ from tests.unit.hostile.samples import (
     TOKENIZER,
     build,
     check_refused,
+    link,
     load_and_run,
 )
 
@@ -111,3 +114,40 @@ def test_info_shows_the_file_that_is_read(tmp_path):
     lines = [line for _, line in describe(Checkpoint(resolve(tmp_path)))]
     assert any(line.startswith(SINGLE) for line in lines)
     assert not any("gone" in line for line in lines)
+
+
+TEMPLATES = {f"additional_chat_templates/{name}.jinja": name.encode() for name in ("tool_use", "rag")}
+
+
+def test_templates_in_files_are_all_kept(tmp_path):
+    build(tmp_path / "in", INTACT | TEMPLATES)
+    expected = {"rag": "rag", "tool_use": "tool_use"}
+    assert streamllm.load_tokenizer(tmp_path / "in").chat_template == expected
+    convert(tmp_path / "in", tmp_path / "out")
+    assert streamllm.load_tokenizer(tmp_path / "out").chat_template == expected
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, link("/etc/hostname")], ids=["pipe", "link"])
+@pytest.mark.parametrize("name", ["additional_chat_templates/x.jinja", "chat_template.jinja"])
+def test_templates_are_guarded_as_other_files_are(tmp_path, name, make):
+    folder = build(tmp_path / "in", INTACT | TEMPLATES)
+    make(folder / name)
+    for attempt in (
+        lambda: streamllm.load_tokenizer(folder),
+        lambda: convert(folder, tmp_path / "out"),
+        lambda: load_tokenizer_files(folder),
+    ):
+        with pytest.raises(
+            (CheckpointError, TokenizerError), match=r"a pipe or a device|a link out of the folder"
+        ):
+            attempt()
+
+
+def test_the_folder_of_templates_may_not_be_a_link_out(tmp_path):
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "outside" / "x.jinja").write_text("x")
+    folder = build(tmp_path / "in", INTACT)
+    (folder / "additional_chat_templates").symlink_to(tmp_path / "outside")
+    for load in (streamllm.load_tokenizer, load_tokenizer_files):
+        with pytest.raises((CheckpointError, TokenizerError), match="a link out of the folder"):
+            load(folder)
