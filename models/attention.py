@@ -1,8 +1,8 @@
 """attend(): the softmax of the project, and the choice of the kernel that computes it.
 
-A kernel reads some of the keys and returns ``(out, lse)``: what the queries read of them, and the logarithm of
-the sum that their softmax was divided by. `merge` joins what several kernels read, as if one softmax had run
-over all their keys.
+`kernel_for` chooses one of three kernels: `one_softmax`, `tiles`, `fused`. Inside `tiles`, the sinks and the recent
+tokens are read apart. Each read returns ``(out, lse)``: the attention over its keys, and the logarithm of the sum
+that its softmax was divided by. `merge` joins reads, as if one softmax had run over all their keys.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ from streamllm.models.torch_private import flash_attention_cpu
 Read = tuple[Tensor, Tensor]  # out [B, H, T, D] and lse [B, H, T]
 
 TILE_QUERIES = 64  # tools/bench.py score, AMD EPYC, 2026-11: 32 to 256 are within 10 %, 512 is not
-TILE_QUERIES_AMX = 128  # half types on a Xeon with AMX, 2026-11: 1.03 to 1.2 times as fast as 64
+TILE_QUERIES_AMX = (
+    128  # half types, tools/bench.py score, Xeon with AMX, 2026-11: 1.03 to 1.2 times as fast as 64
+)
 TILE_QUERIES_ACCELERATOR = 512  # not measured
 
 
@@ -49,7 +51,7 @@ def attend(
 
 
 def kernel_for(query: Tensor, sink_query: Tensor | None, step: Step, bias: Tensor | None) -> str:
-    """Which kernel of `KERNELS` serves. One row of the table for each line; the first that fits is taken.
+    """Which kernel of `KERNELS` serves: the first row of this table that fits.
 
     device   queries   visibility        sinks apart   bias             kernel
     any      1         any               yes           any              one_softmax

@@ -57,7 +57,7 @@ class CausalLM(nn.Module):
         with torch.no_grad():  # a stream has no end at which its graph could be freed
             for start in range(0, length, cache.chunk):
                 part = tokens[:, start : start + cache.chunk]
-                plan = cache.plan(part.shape[1], counts and clipped(counts, start, part.shape[1]))
+                plan = cache.plan(part.shape[1], counts and real_tokens(counts, start, part.shape[1]))
                 x = self.hidden(part, plan)
                 if logits_to_keep is None:
                     kept.append(self.project(x))
@@ -118,9 +118,10 @@ def check_lengths(
     return None if all(count == length for count in counts) else counts
 
 
-def clipped(counts: Sequence[int], start: int, length: int) -> list[int]:
-    """How many of the tokens `start` … `start + length` - 1 are real, for each row."""
-    return [min(max(count - start, 0), length) for count in counts]
+def real_tokens(counts: Sequence[int], start: int, length: int) -> list[int] | None:
+    """How many of the tokens `start` … `start + length` - 1 are real, for each row; None where all are."""
+    real = [min(max(count - start, 0), length) for count in counts]
+    return None if min(real) == length else real
 
 
 def keep_rows(

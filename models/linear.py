@@ -47,7 +47,7 @@ class Linear(nn.Linear):
     def arrange(self) -> None:
         """Store the weight for inference on the CPU. On other devices and in float64 nothing changes.
 
-        No second copy stays. Where the weight is shared (a tied head), both owners get the new layout.
+        No second copy stays. A weight shared by a head and an embedding has the new layout in both.
         """
         weight = self.weight
         if weight.device.type == "cpu" and not weight.is_mkldnn and weight.dtype in LAYOUTS:
@@ -59,8 +59,8 @@ class Linear(nn.Linear):
         self.weight.data = self.weight.data.contiguous()
         self.__dict__.pop("kernel", None)
         self._choose_kernel(arranged=False)
-        if self.weight.dtype == torch.float32 and self.weight.device.type == "cpu":
-            self.kernel = float32_kernel
+        if self.weight.device.type == "cpu" and self.weight.dtype in KERNELS_BY_ROWS:
+            self.kernel = KERNELS_BY_ROWS[self.weight.dtype]
 
     def quantize(self) -> None:
         """Round the weight to int8, with one scale for each of its rows. The output keeps the input's type.
@@ -69,11 +69,15 @@ class Linear(nn.Linear):
         `scale` [out]. A weight shared with an embedding is rounded for this layer only.
         """
         weight = (self.weight.to_dense() if self.weight.is_mkldnn else self.weight).detach()
-        scale = (weight.float().abs().amax(1) / 127).clamp(min=1e-30)
+        scale = (self.row_maxima(weight) / 127).clamp(min=1e-30)
         rounded = (weight / scale[:, None]).round_().to(torch.int8)
         self.weight = nn.Parameter(rounded, requires_grad=False)
         self.register_buffer("scale", scale.to(weight.dtype if weight.dtype in HALF else torch.float32))
         self._choose_kernel(arranged=False)
+
+    def row_maxima(self, weight: Tensor) -> Tensor:
+        """The largest absolute value of each row, float32 [out]: int8 weights are scaled by it."""
+        return weight.float().abs().amax(1)
 
     def _choose_kernel(self, arranged: bool) -> None:
         if self.weight.dtype == torch.int8:
@@ -209,6 +213,7 @@ LAYOUTS: dict[torch.dtype, Callable[[Linear], None]] = {
     torch.bfloat16: _arrange_bfloat16,
     torch.float16: _arrange_float16,
 }
+KERNELS_BY_ROWS = {torch.float32: float32_kernel, torch.float16: float16_kernel}
 
 
 # Whole models

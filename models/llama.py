@@ -99,7 +99,7 @@ class Model(CausalLM):
         super().__init__(config, blocks, RMSNorm(config.width, config.norm_eps))
         c = config
         self.geometry = Geometry(
-            c.kv_heads, c.head_dim, c.vocab_size, c.windows or (None,) * c.layers, c.trained_length
+            c.kv_heads, c.head_dim, c.vocab_size, c.windows or (None,) * c.layers, c.trained_length, c.rope
         )
 
     def hidden(self, tokens: Tensor, plan: Plan) -> Tensor:

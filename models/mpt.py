@@ -88,7 +88,9 @@ class Model(CausalLM):
         blocks = (Block(config) for _ in range(config.layers))
         super().__init__(config, blocks, nn.LayerNorm(config.width, config.norm_eps, bias=False))
         c = config
-        self.geometry = Geometry(c.heads, c.head_dim, c.vocab_size, (None,) * c.layers, c.trained_length)
+        self.geometry = Geometry(
+            c.heads, c.head_dim, c.vocab_size, (None,) * c.layers, c.trained_length, rope=None
+        )
 
     def hidden(self, tokens: Tensor, plan: Plan) -> Tensor:
         """One chunk: int64 [B, T] -> [B, T, C], the input of the head."""

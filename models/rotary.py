@@ -8,7 +8,7 @@ Frequencies are float32 values, as in training. Angles are exact for any place.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -169,6 +169,14 @@ def rotation(rope: Rope, step: Step, dtype: torch.dtype) -> Rotation:
     places = torch.stack((step.query_place, step.sink_query_place, step.new_key_place))
     cos, sin = _table(rope, places, step.rope_length, dtype)
     return Rotation((cos[0], sin[0]), (cos[1], sin[1]), (cos[2], sin[2]))
+
+
+def moved_keys(rope: Rope, keys: Tensor, shift: int, rope_length: int) -> Tensor:
+    """Rotated keys [..., D], rotated on as if each stood `shift` places further on. Rounded once, to their type."""
+    wide = keys.float() if keys.device.type == "mps" else keys.double()
+    turn = replace(rope, attention_factor=1.0, float32_angles=False)  # the keys have their factor
+    table = _table(turn, torch.tensor([shift], device=keys.device), rope_length, wide.dtype)
+    return _rotate(wide, table).to(keys.dtype)
 
 
 def _table(rope: Rope, places: Tensor, rope_length: int, dtype: torch.dtype) -> Table:

@@ -9,10 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from streamllm.models.rotary import Rope
 
 
 def is_visible(key: Tensor, query: Tensor, sinks: int, window: int) -> Tensor:
@@ -53,7 +56,8 @@ class Step:
     """The places of T new tokens and of the K keys that they meet: the same for all layers with one window.
 
     A query stands at two places. Recent keys see it at ``query_place``, its place in the text. Sinks see it at
-    ``sink_query_place``, which stops at S + W - 1 once the window is full: the sinks travel with the window.
+    ``sink_query_place``, which stops at S + W - 1 once the window is full: the sinks travel with the window. Where
+    `gap` places behind the sinks are empty, because entries were taken out, the sinks have moved up by the gap.
 
     Example: S = 2 sinks, W = 3, the single token t = 9. Its key takes slot 2 + (9 - 2) % 3 = 3, where token 6
     was. The slots then hold the tokens 0 1 8 9 7. Token 9 sees all of them, so ``visible`` is None. Its
@@ -63,13 +67,13 @@ class Step:
 
     slots: Tensor  # int64 [R, T] slot that each new token takes
     query_place: Tensor  # int64 [R, T] place of each query for recent keys: origin + t
-    sink_query_place: Tensor  # int64 [R, T] place of each query for sinks: min(t, S + W - 1)
+    sink_query_place: Tensor  # int64 [R, T] place of each query for sinks: min(t - gap, S + W - 1)
     new_key_place: (
         Tensor  # int64 [R, T] place where each new key is rotated, once: t for a sink, else origin + t
     )
     key_place: Tensor  # int64 [R, K] place of each key that is met
     visible: Tensor | None  # bool [R, T, K]; None where every query sees every key, or where `band` tells
-    sinks: int  # the first `sinks` of the K keys meet the sink query; 0 where both places of a query agree
+    sinks: int  # the first `sinks` of the K keys meet the sink query; 0: no key needs a query of its own
     rope_length: int  # S + W with a cache, T without: the length that the frequencies of some ropes depend on
     band: Band | None = None  # visibility in numbers, where they can tell it
 
@@ -160,6 +164,7 @@ class Geometry:
     trained_length: (
         int | None
     )  # positions that the model was trained for; None: its encoding has no limit (ALiBi)
+    rope: Rope | None  # rotates the keys; None: the model's keys are not rotated (ALiBi)
 
     def dense_plan(self, length: int, device: torch.device | str = "cpu") -> Plan:
         """The plan of a whole text without a cache."""

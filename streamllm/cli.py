@@ -81,7 +81,8 @@ def main(args: list[str] | None = None) -> None:
         sentence = _user_error(error)
         if sentence is None:
             raise
-        click.echo(f"Error: {sentence}", err=True)
+        if not _is_reported_elsewhere(error):
+            click.echo(f"Error: {sentence}", err=True)
         code = USER_ERROR
         with contextlib.suppress(OSError, ValueError):  # a full disk: do not fail once more at exit
             sys.stdout.flush()
@@ -96,12 +97,26 @@ def _user_error(error: Exception) -> str | None:
     # After the types above, because looking up the errors of this package imports torch.
     if isinstance(error, (streamllm.CheckpointError, streamllm.CompileError)):
         return sentence
+    if "streamllm.tensor_parallel" in sys.modules:
+        from streamllm.tensor_parallel import JobError
+
+        if isinstance(error, JobError):
+            return sentence
     if _out_of_memory(error):
         return (
             "there is not enough memory: give a smaller --window or --chunk, --dtype bfloat16, "
             "or take a smaller model"
         )
     return None
+
+
+def _is_reported_elsewhere(error: Exception) -> bool:
+    """Whether another process of a tensor-parallel job prints the error."""
+    if "streamllm.tensor_parallel" not in sys.modules:
+        return False
+    from streamllm.tensor_parallel import is_reported_elsewhere
+
+    return is_reported_elsewhere(error)
 
 
 def _out_of_memory(error: Exception) -> bool:

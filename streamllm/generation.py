@@ -14,6 +14,7 @@ from streamllm.cache import SinkCache
 from streamllm.generation_config import GenerationConfig, SamplingSettings, resolve
 from streamllm.models.step import geometry_of
 from streamllm.sampling import check_finite, choose, next_token
+from streamllm.tensor_parallel import agreed_seed
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -145,6 +146,7 @@ class Loop:
             raise ValueError(f"seed must be a whole number of 64 bits, not {seed}")
         if not tokens and not self.unfed and self.logits is None:
             raise ValueError("the stream is empty: give a prompt")
+        seed = agreed_seed(self.model, seed, tokens)
         self.push(tokens)
         generator = None
         if seed is not None:

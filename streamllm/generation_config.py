@@ -9,6 +9,7 @@ from typing import Any, TypedDict
 
 from torch import nn
 
+from streamllm.generation_checks import CHECKS
 from streamllm.weights.config_reader import ConfigReader
 from streamllm.weights.errors import UnsupportedConfig
 
@@ -23,14 +24,9 @@ UNSUPPORTED_KEYS: dict[str, tuple[Any, ...] | None] = {
     "epsilon_cutoff": (0, 0.0),
     "eta_cutoff": (0, 0.0),
     "encoder_repetition_penalty": (1, 1.0),
-    "no_repeat_ngram_size": (0,),
     "diversity_penalty": (0, 0.0),
     "length_penalty": None,
     "min_length": (0,),
-    "min_new_tokens": (0,),
-    "bad_words_ids": ([],),
-    "suppress_tokens": ([],),
-    "begin_suppress_tokens": ([],),
     "sequence_bias": ({}, []),
     "forced_bos_token_id": (),
     "forced_eos_token_id": (),
@@ -39,6 +35,10 @@ UNSUPPORTED_KEYS: dict[str, tuple[Any, ...] | None] = {
     "watermarking_config": (),
     "dola_layers": (),
 }
+# Keys of generation_config.json that mean the same as the fields of this name.
+HONOURED_KEYS = (
+    "no_repeat_ngram_size", "bad_words_ids", "min_new_tokens", "suppress_tokens", "begin_suppress_tokens",
+)  # fmt: skip
 TRANSFORMERS_TOP_K = 50  # its default where do_sample is true and top_k is absent
 
 
@@ -50,6 +50,20 @@ class SamplingSettings(TypedDict, total=False):
     top_p: float | None
     min_p: float | None
     repetition_penalty: float | None
+    presence_penalty: float | None
+    frequency_penalty: float | None
+    repeat_last_n: int | None
+    no_repeat_ngram_size: int | None
+    bad_words_ids: Sequence[Sequence[int]] | None
+    min_new_tokens: int | None
+    suppress_tokens: Sequence[int] | None
+    begin_suppress_tokens: Sequence[int] | None
+    logit_bias: Mapping[int, float] | None
+    dry_multiplier: float | None
+    dry_base: float | None
+    dry_allowed_length: int | None
+    dry_penalty_last_n: int | None
+    dry_sequence_breakers: Sequence[str | Sequence[int]] | None
     eos: Sequence[int] | int | None
 
 
@@ -63,7 +77,21 @@ class GenerationConfig:
     repetition_penalty: logits of tokens that the stream has seen are divided by it, or multiplied where
     negative (arXiv 1909.05858). eos: ids of the tokens that end a text.
 
-    Raises ValueError for a number outside its range.
+    Settings against repetition look at the last tokens of the stream, whoever wrote them:
+    repeat_last_n: how many tokens repetition_penalty, presence_penalty, frequency_penalty and no_repeat_ngram_size
+    look back; None or -1: the window, 0: none, which switches them off. presence_penalty: subtracted from the
+    logits of tokens that occurred; frequency_penalty: subtracted once for each time that a token occurred.
+    no_repeat_ngram_size: no n-gram of this length occurs twice; 0: off. dry_multiplier: above 0, a token that would
+    continue a repetition of n tokens loses dry_multiplier * dry_base ** (n - dry_allowed_length), if n is at least
+    dry_allowed_length (DRY, oobabooga/textgen#5677). dry_penalty_last_n: how far it looks, as repeat_last_n.
+    dry_sequence_breakers: strings, or lists of token ids, that interrupt a repetition; None: line breaks, colons,
+    double quotes and asterisks in a `Stream`, and nothing in `generate`, which has no tokenizer.
+
+    logit_bias: by token id, a number that is added to its logit; -inf forbids the token. bad_words_ids: sequences
+    of token ids that are never completed. suppress_tokens: ids that are never generated; begin_suppress_tokens:
+    not as the first token of a call. min_new_tokens: a call generates no eos before so many tokens.
+
+    Raises ValueError for a setting outside its range.
     """
 
     temperature: float = 0.0
@@ -71,6 +99,20 @@ class GenerationConfig:
     top_p: float = 1.0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repeat_last_n: int | None = None
+    no_repeat_ngram_size: int = 0
+    bad_words_ids: tuple[tuple[int, ...], ...] = ()
+    min_new_tokens: int = 0
+    suppress_tokens: tuple[int, ...] = ()
+    begin_suppress_tokens: tuple[int, ...] = ()
+    logit_bias: tuple[tuple[int, float], ...] = ()  # a mapping may be given
+    dry_multiplier: float = 0.0
+    dry_base: float = 1.75
+    dry_allowed_length: int = 2
+    dry_penalty_last_n: int | None = None
+    dry_sequence_breakers: tuple[str | tuple[int, ...], ...] | None = None
     eos: tuple[int, ...] = ()
     unsupported: tuple[
         str, ...
@@ -86,6 +128,8 @@ class GenerationConfig:
         ):
             if not fits:
                 raise ValueError(f"{name} must be {allowed}, not {getattr(self, name)}")
+        for name, check in CHECKS.items():
+            object.__setattr__(self, name, check(name, getattr(self, name)))
 
     def override(self, **given: Any) -> GenerationConfig:
         """This config with those of the given values that are not None.
@@ -133,6 +177,7 @@ def read_generation_config(
             top_p=config.number("top_p", 1.0) if samples else 1.0,
             min_p=config.number("min_p", 0.0) if samples else 0.0,
             repetition_penalty=config.number("repetition_penalty", 1.0),
+            **{name: config.get(name) for name in HONOURED_KEYS if values.get(name) is not None},
             eos=tuple(eos),
             unsupported=unsupported,
         )

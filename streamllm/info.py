@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,6 +13,7 @@ from streamllm.cache import SinkCache
 from streamllm.models.alibi import Alibi
 from streamllm.models.rotary import Rope
 from streamllm.models.step import Geometry
+from streamllm.tensor_parallel import Share, list_numbers
 from streamllm.tokenizer import TOKENIZER_FILES
 from streamllm.weights.checkpoint import DTYPES, INDEX, PICKLE, PICKLE_INDEX, SINGLE, Checkpoint
 from streamllm.weights.files import read_json
@@ -20,12 +22,18 @@ KEYS_USED_OUTSIDE_MODEL = ("eos_token_id",)  # keys of config.json that the mode
 
 
 def describe(
-    checkpoint: Checkpoint, sinks: int = 4, window: int | None = None, dtype: torch.dtype | str = "auto"
+    checkpoint: Checkpoint,
+    sinks: int = 4,
+    window: int | None = None,
+    dtype: torch.dtype | str = "auto",
+    processes: int = 1,
 ) -> Iterator[tuple[str, str]]:
     """Lines about a checkpoint, as (name, value). A line that continues the one before has the name "".
 
-    Raises ValueError for an unknown dtype and for sinks or a window out of range; CheckpointError for a broken
-    index.
+    processes: how many hold the model together; lines say what each holds.
+
+    Raises ValueError for an unknown dtype, for sinks or a window out of range and where the model cannot be divided
+    among so many processes; CheckpointError for a broken index.
     """
     source, config = checkpoint.source, checkpoint.config
     files, dtypes = _files(checkpoint)
@@ -67,9 +75,33 @@ def describe(
         "",
         f"{sinks} sinks and {cache.window:,} recent tokens: {_bytes(cache.nbytes)}, however long the stream",
     )
+    if processes > 1:
+        yield from _shares(checkpoint, sinks, cache.window, chosen, processes)
     for key in KEYS_USED_OUTSIDE_MODEL:
         checkpoint.config_reader.get(key)
     yield "no effect", ", ".join(checkpoint.config_reader.unread()) or "every key of config.json has one"
+
+
+def _shares(
+    checkpoint: Checkpoint, sinks: int, window: int, dtype: torch.dtype, processes: int
+) -> Iterator[tuple[str, str]]:
+    """What each process of a tensor-parallel job holds. Processes that hold equally much share a line."""
+    ranks_by_line: dict[str, list[int]] = {}
+    for rank in range(processes):
+        share = Share(checkpoint.config, rank, processes)
+        model = share.build(checkpoint.build, checkpoint.config).to(dtype)
+        count = sum(parameter.numel() for parameter in model.parameters())
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the cache of the whole model has warned
+            cache = SinkCache(model, sinks=sinks, window=window)
+        line = (
+            f"heads: {len(share.heads)} for queries, {len(share.kv_heads)} for keys and values; parameters: "
+            f"{count:,}, {_bytes(count * dtype.itemsize)}; cache: {_bytes(cache.nbytes)}"
+        )
+        ranks_by_line.setdefault(line, []).append(rank)
+    for number, (line, ranks) in enumerate(ranks_by_line.items()):
+        which = f"rank {ranks[0]}" if len(ranks) == 1 else f"each of ranks {list_numbers(ranks, 'and')}"
+        yield "divided" if number == 0 else "", f"{which}: {line}"
 
 
 def _positions(config: Any, head_dim: int) -> Iterator[tuple[str, str]]:

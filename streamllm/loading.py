@@ -16,6 +16,7 @@ from torch import nn
 from streamllm.generation_config import GenerationConfig, attach, read_generation_config
 from streamllm.malloc import trim_heap
 from streamllm.models import linear
+from streamllm.tensor_parallel import Job, Share, join
 from streamllm.tokenizer import TOKENIZER_FILES, Tokenizer, list_template_files, load_tokenizer_files
 from streamllm.weights.checkpoint import Checkpoint
 from streamllm.weights.errors import CheckpointNotFound
@@ -36,6 +37,7 @@ def load(
     token: str | None = None,
     allow_pickle: bool = False,
     quantize: str | None = None,
+    tensor_parallel: bool = False,
 ) -> tuple[nn.Module, Tokenizer]:
     """The model and the tokenizer of a checkpoint.
 
@@ -53,17 +55,21 @@ def load(
             it only if you trust its author.
         quantize: "int8" rounds the weights of linear layers to 8 bits, with one scale for each output, and
             computes in bfloat16 unless `dtype` names another type.
+        tensor_parallel: hold only this process' part of the model, which the processes that torchrun has started
+            compute together. Each must make the same calls. With CUDA, each takes a device of its own.
 
     Raises:
         CheckpointNotFound: there is no such checkpoint or file, no permission, or no network.
         UnsupportedConfig: the checkpoint asks for something that is not implemented.
         CheckpointError: its files are damaged. (The two above are subclasses.)
         TokenizerError: the files of its tokenizer are damaged or not supported.
-        ValueError: another `dtype` or `quantize`.
+        ValueError: another `dtype` or `quantize`; with `tensor_parallel`, no torchrun, or so many processes that
+            the model's heads cannot be divided among them.
     """
-    source = open_source(name, revision=revision, local_files_only=local_files_only, token=token)
-    tokenizer = _load_tokenizer(source)  # before the weights: it is small, and may be damaged
-    model = _load_model(source, dtype, device, match_transformers, allow_pickle, quantize)
+    with _job(tensor_parallel, device) as job:
+        source = open_source(name, revision=revision, local_files_only=local_files_only, token=token)
+        tokenizer = _load_tokenizer(source)  # before the weights: it is small, and may be damaged
+        model = _load_model(source, dtype, device, match_transformers, allow_pickle, quantize, job)
     rows = getattr(model, "geometry").vocab_size  # noqa: B009  # nn.Module declares tensors and modules only
     if tokenizer.vocab_size > rows:
         warnings.warn(
@@ -85,10 +91,12 @@ def load_model(
     token: str | None = None,
     allow_pickle: bool = False,
     quantize: str | None = None,
+    tensor_parallel: bool = False,
 ) -> nn.Module:
     """Only the model of a checkpoint. Arguments and errors as for `load`."""
-    source = open_source(name, revision=revision, local_files_only=local_files_only, token=token)
-    return _load_model(source, dtype, device, match_transformers, allow_pickle, quantize)
+    with _job(tensor_parallel, device) as job:
+        source = open_source(name, revision=revision, local_files_only=local_files_only, token=token)
+        return _load_model(source, dtype, device, match_transformers, allow_pickle, quantize, job)
 
 
 def load_tokenizer(
@@ -141,6 +149,17 @@ def weights_progress(total_bytes: int, description: str) -> Iterator[Callable[[i
         yield bar.update
 
 
+@contextmanager
+def _job(tensor_parallel: bool, device: torch.device | str | None) -> Iterator[Job | None]:
+    """The job of a tensor-parallel model, which is loaded by all of its processes or by none; else None."""
+    if not tensor_parallel:
+        yield None
+        return
+    job = join(device)
+    with job.all_or_none():
+        yield job
+
+
 def _load_model(
     source: Source,
     dtype: torch.dtype | str,
@@ -148,16 +167,19 @@ def _load_model(
     match_transformers: bool,
     allow_pickle: bool,
     quantize: str | None,
+    job: Job | None,
 ) -> nn.Module:
     if quantize not in (None, "int8"):
         raise ValueError(f'quantize must be None or "int8", not {quantize!r}')
     if quantize and dtype == "auto":
         dtype = torch.bfloat16  # the fast int8 kernels support no other type
     checkpoint = Checkpoint(source, match_transformers, allow_pickle)
-    target = default_device() if device is None else torch.device(device)
+    part = None if job is None else Share(checkpoint.config, job.rank, job.ranks)
+    target = job.device if job else default_device() if device is None else torch.device(device)
     generation_config = _generation_config(source, checkpoint.config_reader.get("eos_token_id"))
-    with weights_progress(checkpoint.nbytes, f"loading {source.name}") as report:
-        model = checkpoint.load(dtype, target, report)
+    shown_bytes = checkpoint.nbytes if job is None or job.is_first else 0
+    with weights_progress(shown_bytes, f"loading {source.name}") as report:
+        model = checkpoint.load(dtype, target, report, part)
     if quantize:
         linear.quantize(model)
     trim_heap()

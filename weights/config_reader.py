@@ -9,7 +9,7 @@ from typing import Any
 
 from streamllm.weights.errors import UnsupportedConfig, show
 
-# A model is built on the meta device before its weights are read, which takes about 1 ms for each layer.
+# A model is built on the meta device before its weights are read. That takes time for each layer.
 MAX_LAYERS = 2048
 MAX_SIZE = (1 << 31) - 1  # of a width, a vocabulary or the like; the product of larger ones would overflow
 

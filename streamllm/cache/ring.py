@@ -4,11 +4,12 @@ The planning functions are pure: from token counts to a Step and its Writes.
 
 t counts the tokens of a row from 0. `origin` is the place of the first token in the text: it is added to the
 places of recent tokens at the end. Slots 0 … S-1 hold the sinks, the W slots behind them a ring of recent tokens.
+`start` is the first place behind the sinks that a query may see: S, or more where entries were taken out (entries.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
@@ -51,9 +52,10 @@ class Layout:
         recent = newest - (newest - slot) % self.window
         return torch.where(slot > newest, -1, torch.where(slot < self.sinks, slot, recent))
 
-    def sink_query_place(self, t: Tensor) -> Tensor:
-        """The place of query t for the sinks: they travel with the window."""
-        return t.clamp(max=self.slots - 1)
+    def sink_query_place(self, t: Tensor, start: Index | None = None) -> Tensor:
+        """The place of query t for the sinks: they travel with the window, and close up to the place `start`."""
+        rank = t if start is None else t - (start - self.sinks)
+        return rank.clamp(max=self.slots - 1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,42 +90,60 @@ class TokenKind:
     rows: int  # R: 1 where all rows of the batch stand at the same place, else B
     reads: int  # slots that are read
     full: bool  # each row sees all of them: no mask
+    gap: bool  # the first place behind the sinks is a number on the device, too
     apart: bool  # the sinks meet a query of their own
     to_sinks: bool  # some row may take the slot of a sink …
     to_ring: bool  # … or one in the ring
 
 
 def token_kind(
-    layout: Layout, origin: int, seen: Sequence[int], recorded: bool, for_any_place: bool
+    layout: Layout,
+    origin: int,
+    seen: Sequence[int],
+    starts: Sequence[int] | None,
+    lockstep: bool,
+    recorded: bool,
+    for_any_place: bool,
 ) -> TokenKind:
-    """The kind of the next token of rows that have seen so many tokens; see `SinkCache.token_kinds`."""
+    """The kind of the next token of rows at the places `seen`; see `SinkCache.token_kinds`.
+
+    starts: by row; None where no row has a gap. lockstep: whether all rows have the same places and starts.
+    """
     most, least, slots = max(seen) + 1, min(seen) + 1, layout.slots
     reads = READ_STEP_SLOTS
     while reads < most or (recorded and reads <= layout.sinks):
         reads = reads * RECORDED_STEP_FACTOR if recorded else reads + READ_STEP_SLOTS
     reads = min(reads, slots)
     full = not for_any_place and least >= (slots if recorded else reads)
+    if starts is not None:  # a row that sees W recent tokens sees all slots
+        full = full and all(t + 1 - start >= layout.window for t, start in zip(seen, starts, strict=True))
     return TokenKind(
-        rows=1 if most == least else len(seen),
+        rows=1 if lockstep else len(seen),
         reads=reads,
         full=full,
-        apart=layout.sinks > 0 and (recorded or origin > 0 or most > slots),
+        gap=not full and (recorded or starts is not None),
+        apart=layout.sinks > 0 and (recorded or origin > 0 or most > slots or starts is not None),
         to_sinks=layout.sinks > 0 and (not full if recorded else min(seen) < layout.sinks),
         to_ring=recorded or max(seen) >= layout.sinks,
     )
 
 
-def plan_token(layout: Layout, origin: int | Tensor, kind: TokenKind, t: Tensor) -> tuple[Step, Writes]:
-    """One token per row: t int64 [R] on the cache's device. Its values are not read here, nor those of `origin`.
+def plan_token(
+    layout: Layout, origin: int | Tensor, kind: TokenKind, t: Tensor, start: Tensor
+) -> tuple[Step, Writes]:
+    """One token per row: t and start int64 [R] on the cache's device. No value of a tensor is read here.
 
     S = 2, W = 3, t = 9: slot 2 + (9 - 2) % 3 = 3, where token 6 was; see `Step`.
     """
-    t = t[:, None]  # [R, 1]
+    t, start = t[:, None], start[:, None]  # [R, 1]
     slots = layout.slot_of(t)
     moved = isinstance(origin, Tensor) or origin > 0
     query_place = t + origin if moved else t
     slot = torch.arange(kind.reads, device=t.device)[None]  # [1, K]
     held = layout.token_in(slot, t + 1)  # [R, K]
+    visible = None if kind.full else held >= 0
+    if visible is not None and kind.gap:
+        visible = visible & ((slot < layout.sinks) | (held >= start))
     new_key_place, key_place = query_place, held
     if moved:
         key_place = torch.where(slot < layout.sinks, held, held + origin)
@@ -132,10 +152,10 @@ def plan_token(layout: Layout, origin: int | Tensor, kind: TokenKind, t: Tensor)
     step = Step(
         slots=slots,
         query_place=query_place,
-        sink_query_place=layout.sink_query_place(t),
+        sink_query_place=layout.sink_query_place(t, start if kind.gap else None),
         new_key_place=new_key_place,
         key_place=key_place,
-        visible=None if kind.full else (held >= 0)[:, None],
+        visible=None if visible is None else visible[:, None],
         sinks=min(layout.sinks, kind.reads) if kind.apart else 0,
         rope_length=layout.slots,
     )
@@ -146,7 +166,7 @@ def plan_token(layout: Layout, origin: int | Tensor, kind: TokenKind, t: Tensor)
 
 
 def plan_chunk(
-    layout: Layout, origin: int, seen: int, length: int, device: torch.device
+    layout: Layout, origin: int, seen: int, start: int, length: int, device: torch.device
 ) -> tuple[Step, Writes]:
     """T tokens, all rows in lockstep. They meet the sinks, the tokens held behind them in order, and each other.
 
@@ -158,7 +178,7 @@ def plan_chunk(
     sinks, window = layout.sinks, layout.window
     end = seen + length
     columns = min(sinks, end)
-    held = max(0, min(seen - sinks, window - 1))  # tokens behind the sinks that the first query sees
+    held = max(0, min(seen - start, window - 1))  # tokens behind the sinks that the first query sees
     first = seen - held
     slot = layout.slot_of(max(first, sinks))
     ahead = min(held, layout.slots - slot)  # of them, those up to the end of the ring
@@ -166,12 +186,12 @@ def plan_chunk(
 
     places = torch.arange(seen, end, device=device)[None]
     slots = layout.slot_of(places)
-    apart = sinks > 0 and (origin > 0 or end > layout.slots)
+    apart = sinks > 0 and (origin > 0 or end > layout.slots or start > sinks)
     run = torch.arange(origin + first, origin + end, device=device)
     step = Step(
         slots=slots,
         query_place=places + origin,
-        sink_query_place=layout.sink_query_place(places),
+        sink_query_place=layout.sink_query_place(places, start),
         new_key_place=_key_place(layout, origin, places),
         key_place=torch.cat((torch.arange(columns, device=device), run))[None],
         visible=None,
@@ -193,6 +213,7 @@ def plan_ragged_chunk(
     layout: Layout,
     origin: int,
     seen: Sequence[int],
+    starts: Sequence[int],
     counts: Sequence[int],
     length: int,
     device: torch.device,
@@ -203,25 +224,26 @@ def plan_ragged_chunk(
     0 1 2 3. Tokens 0 and 1 are written first and hidden behind: token 3 sees keys at the places 0 1 - - 2 3.
     """
     sinks, window = layout.sinks, layout.window
-    start = torch.tensor(seen, dtype=torch.int64)[:, None]  # [R, 1]
-    end = start + torch.tensor(counts, dtype=torch.int64)[:, None]
+    first, start = (torch.tensor(given, dtype=torch.int64)[:, None] for given in (seen, starts))  # [R, 1]
+    end = first + torch.tensor(counts, dtype=torch.int64)[:, None]
     reads = max(min(max(seen), layout.slots), min(int(end.max()), sinks))
     column = torch.arange(length)
-    places = start + column  # [R, T]
-    real = column < end - start
+    places = first + column  # [R, T]
+    real = column < end - first
     is_sink = places < sinks
     slots = layout.slot_of(places)
     slot = torch.arange(reads)
     # A slot holds what it held before the chunk, or a sink that the chunk brings.
-    held = torch.where((slot < sinks) & (slot < end), slot, layout.token_in(slot, start))
+    held = torch.where((slot < sinks) & (slot < end), slot, layout.token_in(slot, first))
+    held = torch.where((slot < sinks) | (held >= start), held, -1)
     keys = torch.cat((held, torch.where(real & is_sink, -1, places)), 1)  # [R, reads + T]
-    apart = sinks > 0 and (origin > 0 or int(places.max()) >= layout.slots)
+    apart = sinks > 0 and (origin > 0 or int(places.max()) >= layout.slots or max(starts) > sinks)
     columns = min(sinks, reads) if apart else 0
     shifted = torch.arange(keys.shape[1]) >= columns
     step = Step(
         slots=slots.to(device),
         query_place=(places + origin).to(device),
-        sink_query_place=layout.sink_query_place(places).to(device),
+        sink_query_place=layout.sink_query_place(places, start).to(device),
         new_key_place=_key_place(layout, origin, places).to(device),
         key_place=torch.where(shifted, keys + origin, keys).to(device),
         visible=is_visible(keys[:, None, :], places[:, :, None], sinks, window).to(device),
@@ -281,6 +303,15 @@ class Ring:
         """Store what `encode` returned."""
         put(self.keys, move, move.slots, k)
         put(self.values, move, move.slots, v)
+
+    def take(self, rows: Tensor, slots: Tensor, turn: Callable[[Tensor], Tensor]) -> tuple[Tensor, ...]:
+        """Recent entries of `rows` [r, 1] in `slots` [n]: the turned keys and the values, [r, n, G, D] each."""
+        return turn(self.keys[rows, :, slots]), self.values[rows, :, slots]
+
+    def replace(self, rows: Tensor, slots: Tensor, *taken: Tensor) -> None:
+        """Store what `take` returned in other slots."""
+        for store, entries in zip(self.tensors.values(), taken, strict=True):
+            store[..., rows, :, slots, :] = entries
 
     def read(self, ranges: Sequence[tuple[int, int]], *chunk: Tensor) -> tuple[Tensor, Tensor]:
         """The slots in `ranges`, and behind them an encoded chunk: keys and values [B, G, K, D]."""

@@ -1,11 +1,17 @@
-"""Whether the state of one cache fits another."""
+"""The state of a cache as tensors: what was taken out of each row, and whether a state fits a cache."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
+
+from streamllm.cache.entries import Row
+from streamllm.cache.ring import Layout
+
+STATE_VERSION = 1
+FIRST_KEYS = {"version", "rows"}  # those that a state without a version lacks
 
 
 def check_state(own: Mapping[str, Tensor], state: Mapping[str, Tensor], quantize: str | None) -> None:
@@ -13,10 +19,15 @@ def check_state(own: Mapping[str, Tensor], state: Mapping[str, Tensor], quantize
     quantized = "int8" if "layers.0.scales" in state else None
     if quantized != quantize:
         raise ValueError(f"the state belongs to a cache with quantize={quantized!r}, here it is {quantize!r}")
-    if own.keys() != state.keys():
+    if "version" in state and state["version"].tolist() != [STATE_VERSION]:
+        raise ValueError(
+            f"the state has version {state['version'].tolist()}, and this version of streamllm reads "
+            f"[{STATE_VERSION}]: load it with the version that saved it"
+        )
+    if own.keys() != state.keys() | (set() if "version" in state else FIRST_KEYS):
         raise ValueError("the state does not belong to a cache of this model: it has other layers")
-    for name, tensor in own.items():
-        given = state[name]
+    for name, given in state.items():
+        tensor = own[name]
         if given.shape != tensor.shape or given.dtype != tensor.dtype:
             raise ValueError(
                 f"the state belongs to another cache: {name} is {given.dtype} {list(given.shape)}, "
@@ -27,3 +38,35 @@ def check_state(own: Mapping[str, Tensor], state: Mapping[str, Tensor], quantize
             f"the state belongs to a cache of other sinks, window and origin: {state['sizes'].tolist()}, "
             f"here {own['sizes'].tolist()}"
         )
+
+
+def state_of_rows(rows: Sequence[Row]) -> Tensor:
+    """int64 [B, 3 + distinct windows]: ahead, highest and lowest of each row, and its starts; see `Row`."""
+    return torch.tensor(
+        [[row.ahead, row.highest, row.lowest, *row.starts] for row in rows], dtype=torch.int64
+    )
+
+
+def rows_of_state(
+    state: Mapping[str, Tensor], layouts: Sequence[Layout]
+) -> tuple[list[int], tuple[Row, ...]]:
+    """t and what was taken out, by row. Raises ValueError for numbers that no cache can have."""
+    seen, sinks = state["seen"].tolist(), layouts[0].sinks
+    if "rows" not in state:
+        # A token may have been begun and undone: then what it pushed out is gone.
+        rows = [Row((sinks,) * len(layouts), highest=t + 1) for t in seen]
+    else:
+        rows = [
+            Row(tuple(starts), ahead, highest, lowest)
+            for ahead, highest, lowest, *starts in state["rows"].tolist()
+        ]
+    t = [count - row.ahead for count, row in zip(seen, rows, strict=True)]
+    for number, row in enumerate(rows):
+        last = max(t[number], sinks)
+        beyond = max(*row.starts, row.lowest, *(row.highest - layout.window for layout in layouts))
+        least = min(t[number], row.ahead, row.highest, row.lowest, *(start - sinks for start in row.starts))
+        if least < 0 or beyond > last:
+            raise ValueError(
+                f"the state is damaged: row {number} has seen {seen[number]} tokens and has {row}"
+            )
+    return t, tuple(rows)

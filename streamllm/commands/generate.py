@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import sys
+from contextlib import nullcontext
 from typing import IO
 
 import click
 
+from streamllm.commands.job import join_quietly
 from streamllm.commands.loading import load_with_threads
 from streamllm.commands.options import (
     DeviceParamType,
@@ -19,6 +21,7 @@ from streamllm.commands.options import (
     quantize_option,
     revision_option,
     sinks_option,
+    tensor_parallel_option,
     threads_option,
     window_option,
 )
@@ -70,46 +73,56 @@ COMPILE_BACKENDS = ("flat", "inductor", "cudagraphs")  # streamllm.compiled.BACK
 @dtype_option
 @click.option("--device", type=DeviceParamType(), help="cpu, cuda, mps.  [default: the best available]")
 @threads_option
+@tensor_parallel_option
 @click.option("--quiet", "-q", is_flag=True, help="Show no status line.")
 def generate(
     prompt: str | None, file: IO[str] | None, model: str | None, revision: str | None, sinks: int,
     window: int | None, quantize_cache: str | None, quantize: str | None, backend: str | None, chunk: int,
     max_new_tokens: int | str, temperature: float | None, top_k: int | None, top_p: float | None, min_p: float | None,
     repetition_penalty: float | None, seed: int | None, stop: tuple[str, ...], ignore_eos: bool, dtype: str,
-    device: str | None, threads: int | None, quiet: bool,
+    device: str | None, threads: int | None, tensor_parallel: bool, quiet: bool,
 ) -> None:  # fmt: skip
     """Generate text after a prompt, for as long as you like.
 
     The prompt and the generated text go to standard output. Without PROMPT, the prompt is read from --file,
-    or from standard input where that is not a terminal. Ctrl-C stops.
+    or from standard input where that is not a terminal. Ctrl-C stops. With --tensor-parallel, one process reads
+    the prompt and prints.
     """
     if prompt is not None and file is not None:
         raise click.UsageError("give a prompt or a --file, not both")
-    if prompt is None:
-        prompt = _read_prompt(file)
     check_device(device)
+    job = join_quietly(device) if tensor_parallel else None
+    if prompt is None:
+        prompt = job.from_first(lambda: _read_prompt(file)) if job else _read_prompt(file)
 
     from streamllm import Stream, compile
     from streamllm.status import Status
 
-    loaded, tokenizer = load_with_threads(
-        model, revision=revision, dtype=dtype, device=device, threads=threads, quantize=quantize
-    )
-    if backend is not None:
-        loaded = compile(loaded, backend)
-    stream = Stream(loaded, tokenizer, sinks=sinks, window=window, chunk=chunk, quantize=quantize_cache)
-    pieces = stream.generate(
-        prompt,
-        max_new_tokens=None if max_new_tokens == "forever" else int(max_new_tokens),
-        stop=stop,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
-        eos=[] if ignore_eos else None,
-        seed=seed,
-    )
+    with job.all_or_none() if job else nullcontext():
+        loaded, tokenizer = load_with_threads(
+            model,
+            revision=revision,
+            dtype=dtype,
+            device=device,
+            threads=threads,
+            quantize=quantize,
+            tensor_parallel=tensor_parallel,
+        )
+        if backend is not None:
+            loaded = compile(loaded, backend)
+        stream = Stream(loaded, tokenizer, sinks=sinks, window=window, chunk=chunk, quantize=quantize_cache)
+        pieces = stream.generate(
+            prompt,
+            max_new_tokens=None if max_new_tokens == "forever" else int(max_new_tokens),
+            stop=stop,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            eos=[] if ignore_eos else None,
+            seed=seed,
+        )
     out = sys.stdout
     with Status(stream, sys.stderr, out, quiet) as status:
         out.write(prompt)

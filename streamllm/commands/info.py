@@ -19,7 +19,13 @@ from streamllm.commands.options import (
 @sinks_option
 @window_option
 @dtype_option
-def info(name: str | None, revision: str | None, sinks: int, window: int | None, dtype: str) -> None:
+@click.option(
+    "--tensor-parallel", "processes", type=click.IntRange(1), default=1, metavar="N",
+    help="Say what each of N processes would hold.",
+)  # fmt: skip
+def info(
+    name: str | None, revision: str | None, sinks: int, window: int | None, dtype: str, processes: int
+) -> None:
     """Describe a checkpoint without reading its weights.
 
     The checkpoint is a hub name or a folder; weights on the hub are not downloaded. --sinks, --window and
@@ -30,5 +36,5 @@ def info(name: str | None, revision: str | None, sinks: int, window: int | None,
     from streamllm.weights.checkpoint import Checkpoint
 
     checkpoint = Checkpoint(open_source(name, revision=revision))
-    lines = list(describe(checkpoint, sinks, window, dtype))
+    lines = list(describe(checkpoint, sinks, window, dtype, processes))
     click.echo("\n".join(f"{what:<12} {line}" for what, line in lines))

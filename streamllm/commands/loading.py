@@ -22,13 +22,21 @@ def load_with_threads(
     device: str | None,
     threads: int | None,
     quantize: str | None = None,
+    tensor_parallel: bool = False,
 ) -> tuple[nn.Module, Tokenizer]:
     """Load as `streamllm.load` does, and set torch's threads: `threads`, or 1 for a small model."""
     import torch
 
     from streamllm import load
 
-    model, tokenizer = load(name, revision=revision, dtype=dtype, device=device, quantize=quantize)
+    model, tokenizer = load(
+        name,
+        revision=revision,
+        dtype=dtype,
+        device=device,
+        quantize=quantize,
+        tensor_parallel=tensor_parallel,
+    )
     if threads is None:
         parameters = sum(parameter.numel() for parameter in model.parameters())
         threads = 1 if parameters < ONE_THREAD_BELOW_PARAMETERS else None

@@ -101,6 +101,11 @@ dtype_option = click.option(
 quantize_option = click.option(
     "--quantize", type=click.Choice(QUANTIZATIONS), help="Round the weights to 8 bits."
 )
+tensor_parallel_option = click.option(
+    "--tensor-parallel", is_flag=True,
+    help="Divide the model among the processes that torchrun has started: "
+    "torchrun --nproc-per-node 2 -m streamllm generate --tensor-parallel …",
+)  # fmt: skip
 threads_option = click.option(
     "--threads", type=click.IntRange(1), help="CPU threads.  [default: 1 for small models, else all cores]"
 )

@@ -21,11 +21,12 @@ from streamllm.malloc import trim_heap
 from streamllm.models import linear
 from streamllm.models.base import check_lengths, check_tokens
 from streamllm.models.step import Cache, Plan, geometry_of
+from streamllm.tensor_parallel import is_tensor_parallel
 
 BACKENDS = ("flat", "inductor", "cudagraphs")
 CAPTURABLE = ("cuda",)  # device types with graphs that can be captured
 
-# (tokens [B, 1], places [R], origin [1], *the cache's tensors) -> logits [B, 1, V]
+# (tokens [B, 1], places [R], origin [1], starts [windows, B], *the cache's tensors) -> logits [B, 1, V]
 Recording = Callable[..., Tensor]
 
 
@@ -45,10 +46,12 @@ def compile(model: nn.Module, backend: str | None = None) -> Compiled:
     STREAMLLM_CACHE names, or else in streamllm under XDG_CACHE_HOME or ~/.cache; it may be deleted at any
     time. On CUDA, inductor's kernels are launched together, too.
 
+    A tensor-parallel model is recorded with its sums over the processes, by "flat" and "cudagraphs".
+
     Hooks on the model's modules run only for what takes the model's own way. When a model is moved, quantized or
     arranged anew, it is recorded anew. Raises TypeError for a model of another library, ValueError for an
-    unknown backend or one that the model's device lacks, CompileError (a RuntimeError) where "inductor" finds
-    no C++ compiler. A forward raises CompileError where compiling fails.
+    unknown backend or one that the model or its device cannot have, CompileError (a RuntimeError) where
+    "inductor" finds no C++ compiler. A forward raises CompileError where compiling fails.
     """
     geometry_of(model)
     device = next(model.parameters()).device.type
@@ -56,6 +59,11 @@ def compile(model: nn.Module, backend: str | None = None) -> Compiled:
         backend = "cudagraphs" if device == "cuda" else "flat"
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, not {backend!r}")
+    if backend == "inductor" and is_tensor_parallel(model):
+        raise ValueError(
+            'backend="inductor" cannot compile the sums over the processes of a tensor-parallel model: take '
+            '"flat", or "cudagraphs" on CUDA'
+        )
     if backend == "cudagraphs" and device not in CAPTURABLE:
         raise ValueError(
             f'backend="cudagraphs" needs a model on CUDA, and this one is on {device}: take "flat" or "inductor"'
@@ -123,10 +131,11 @@ class Compiled(nn.Module):
         kinds = cache.token_kinds(recorded=True, for_any_place=self._uses_loops(cache.device))
         key = (*kinds.items(), tokens.dtype, torch.is_inference_mode_enabled(),
                cache.device.type == "cpu" and torch.get_num_threads())  # fmt: skip
-        steps = self._bound.setdefault(cache, {})
-        if key not in steps:
-            steps[key] = self._bind(tokens.contiguous(), cache, kinds, key)
-        return steps[key]
+        step = self._bound.get(cache, {}).get(key)
+        if step is None:
+            step = self._bind(tokens.contiguous(), cache, kinds, key)
+            self._bound.setdefault(cache, {})[key] = step  # binding may have forgotten older ones
+        return step
 
     def _bind(self, tokens: Tensor, cache: SinkCache, kinds: TokenKinds, key: Any) -> _BoundStep:
         """The recording for caches like this one, with this cache's own tensors."""
@@ -134,18 +143,19 @@ class Compiled(nn.Module):
         places = torch.zeros(rows, dtype=torch.int64, device=cache.device)
         cache.write_places(places)
         origin = torch.full((1,), cache.origin, dtype=torch.int64, device=cache.device)
-        given = [tokens, places, origin, *cache.tensors()]
-        key = (cache.sizes, key)
-        if key not in self._recorded:
+        given = [tokens, places, origin, cache.starts, *cache.tensors()]
+        recording_key = (cache.recording_key, key)
+        if recording_key not in self._recorded:
 
             def step() -> Tensor:
-                plan: Plan = cache.plan_token(places, kinds, origin)
+                planned = cache.plan_token(places, kinds, origin)
+                plan: Plan = planned
                 if self._uses_loops(cache.device):
-                    plan = Plan(plan.steps, [cpu_loops.LoopStore(store) for store in plan.stores])
+                    plan = Plan(planned.steps, [cpu_loops.LoopStore(store) for store in planned.stores])
                 return self.model.project(self.model.hidden(tokens, plan))  # type: ignore[no-any-return, operator]
 
-            self._recorded[key] = self._record(given, step)
-        recording = self._recorded[key]
+            self._recorded[recording_key] = self._record(given, step)
+        recording = self._recorded[recording_key]
         if self._is_captured(cache.device):
             return _CapturedStep(recording, given)
         return _BoundStep(recording, given)
@@ -161,8 +171,8 @@ class Compiled(nn.Module):
         if loops:
             try:
                 made = cpu_loops.compiled(recorded, given)
-            except library.CompileError:
-                linear.arrange(self.model)  # for a caller who goes on without
+            except BaseException:  # Ctrl-C, too: for a caller who goes on without
+                linear.arrange(self.model)
                 raise
         elif self.backend == "inductor":
             made = _by_inductor(recorded)

@@ -27,6 +27,8 @@ MAX_SUM_ROWS = 16
 # Independent sums computed together hide the latency of an add. How many, by bytes of a weight; else 1.
 # tools/bench.py decode, AMD EPYC, 2026-11.
 PARALLEL_SUMS = {1: 2, 2: 2}
+# Calls of a recording that return views of their first argument.
+VIEWS = ("__getitem__", operator.getitem, "unbind", "unsqueeze", "transpose", "view")
 OPTIONS = {
     "cpp.enable_floating_point_contract_flag": "fast",  # fused multiply-add
     "size_asserts": False,  # the recording was looked up by its sizes
@@ -102,14 +104,29 @@ def _keep_shared_results(graph: fx.Graph, given: Sequence[Tensor]) -> None:
             of_places.add(node)
     for node in nodes:
         outside = [user for user in node.users if user not in of_places]
-        if node in of_places and node.op != "placeholder" and outside:
-            first = min(outside, key=order.__getitem__)
-            if any(changes(user.target) and order[user] >= order[first] for user in node.users):
-                continue  # it changes before others read it
+        if node not in of_places or node.op == "placeholder" or not outside:
+            continue
+        first = min(outside, key=order.__getitem__)
+        if any(changes(user.target) and order[user] >= order[first] for user in node.users):
+            continue  # it changes before others read it
+        # What a view looks at is stored, not the view: inductor before torch 2.12 loses the offset of the view.
+        source = node
+        while source.target in VIEWS:
+            source = source.all_input_nodes[0]
+        if source is node:
             with graph.inserting_before(first):
                 kept = graph.call_function(_stored, (node,))
             for user in outside:
                 user.replace_input_with(node, kept)
+        elif source.op != "placeholder" and all(_may_read_stored(user) for user in source.users):
+            with graph.inserting_after(source):
+                kept = graph.call_function(_stored, (source,))
+            for user in set(source.users) - {kept}:
+                user.replace_input_with(source, kept)
+
+
+def _may_read_stored(user: fx.Node) -> bool:
+    return user.target is not _stored and not changes(user.target)
 
 
 def _constants_as_inputs(module: fx.GraphModule) -> list[Tensor]:
@@ -169,7 +186,7 @@ def _matmul(a: Tensor | _Quantized, b: Tensor | _Quantized) -> Tensor:
         return _matmul(b.transpose(-1, -2), a.transpose(-1, -2)).transpose(-1, -2)
     if isinstance(b, _Quantized):
         return b.behind(a)
-    if min(a.shape[-2], b.shape[-1]) > MAX_SUM_ROWS or min(a.dim(), b.dim()) < 2:
+    if min(a.dim(), b.dim()) < 2 or min(a.shape[-2], b.shape[-1]) > MAX_SUM_ROWS:
         return torch.matmul(a, b)
     return _sums(a, b).to(a.dtype)
 

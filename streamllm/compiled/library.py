@@ -28,7 +28,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from streamllm.models import processor, torch_private
+from streamllm.weights.errors import shorten
 
+MAX_REASON_CHARACTERS = 2000  # of a compiler's message in an error
 LIBRARY_FILE, DIGEST_FILE = "step.pyd" if sys.platform == "win32" else "step.so", "sha256"
 # Environment variables that change what the compiler produces, by their prefixes.
 COMPILER_VARIABLES = ("ATEN_CPU_CAPABILITY", "TORCHINDUCTOR_", "AOT_INDUCTOR_")
@@ -108,9 +110,10 @@ def _keep(made: Path, kept: Path) -> None:
         with tempfile.TemporaryDirectory(dir=kept.parent, prefix=".", ignore_cleanup_errors=True) as copy:
             for name in (LIBRARY_FILE, DIGEST_FILE):
                 shutil.copy(made / name, copy)
-            shutil.rmtree(kept, ignore_errors=True)  # it could not be loaded
-            Path(copy).rename(kept)
-    except OSError:  # also where another process was faster
+            if _loaded(kept) is None:  # or another process was faster
+                shutil.rmtree(kept, ignore_errors=True)
+                Path(copy).rename(kept)
+    except OSError:
         return
 
 
@@ -251,7 +254,7 @@ def _compile_elsewhere(request: _Request, library: Path) -> None:
             reason = f"killed by signal {-process.returncode}"
         elif not found:
             reason = output.rpartition("\n")[2] or f"exit code {process.returncode}"
-        reason = " ".join(reason.split())[:2000]
+        reason = shorten(" ".join(reason.split()), MAX_REASON_CHARACTERS)
         raise CompileError(f'the step could not be compiled ({reason}); backend="flat" needs no compiler')
 
 

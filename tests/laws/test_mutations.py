@@ -262,9 +262,9 @@ def a_chunk_is_stored_before_it_reads_the_ring(patch):
 def padding_is_stored(patch):
     plan = sink_cache.plan_ragged_chunk
 
-    def storing_padding(layout, origin, seen, counts, length, device):
-        step, _ = plan(layout, origin, seen, counts, length, device)
-        _, writes = plan(layout, origin, seen, [length] * len(seen), length, device)
+    def storing_padding(layout, origin, seen, starts, counts, length, device):
+        step, _ = plan(layout, origin, seen, starts, counts, length, device)
+        _, writes = plan(layout, origin, seen, starts, [length] * len(seen), length, device)
         return step, replace(writes, reads=((0, step.key_place.shape[1] - length),))
 
     patch.setattr(sink_cache, "plan_ragged_chunk", storing_padding)

@@ -93,6 +93,28 @@ def test_caches_of_the_same_sizes_share_recordings():
     assert model.recordings == 4  # two sizes, each filling and full
 
 
+def test_caches_that_differ_only_in_s_plus_w_do_not_share_recordings():
+    """All layers keep 5 tokens, but the frequencies of "dynamic" depend on S + W."""
+    plain = tiny_llama("dynamic", layers=1, windows=(5,))
+    model = streamllm.compile(plain, "flat")
+    tokens = random_tokens(60)
+    for window in (9, 45):
+        got = feed(model, SinkCache(model, 4, window), tokens)
+        assert error(got, feed(plain, SinkCache(plain, 4, window), tokens)) <= TOLERANCE
+
+
+def test_a_step_is_bound_to_its_cache_once(monkeypatch):
+    model = streamllm.compile(tiny_llama.__wrapped__(), "flat")
+    bind, bound = model._bind, []
+    monkeypatch.setattr(model, "_bind", lambda *args: bound.append(args) or bind(*args))
+    cache = SinkCache(model, 2, 3)
+    feed(model, cache, random_tokens(20))
+    for weight in model.parameters():  # recording fuses them anew, which drops older recordings
+        weight.data = weight.data.clone()
+    feed(model, cache, random_tokens(20))
+    assert len(bound) == model.recordings == 3
+
+
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 0.0), (torch.float16, 0.0)], ids=str
 )

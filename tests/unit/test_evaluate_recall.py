@@ -24,7 +24,7 @@ class Copier(CausalLM):
     Its keys are the tokens themselves, so the cache is its only memory.
     """
 
-    geometry = Geometry(1, 1, 258, (None,), None)
+    geometry = Geometry(1, 1, 258, (None,), None, None)
 
     def __init__(self):
         nn.Module.__init__(self)

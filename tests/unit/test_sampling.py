@@ -8,9 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from streamllm import sampling
 from streamllm.generation_config import UNSUPPORTED_KEYS, GenerationConfig, read_generation_config
-from streamllm.sampling import next_token
+from streamllm.sampling import RowSettings, choose_rows, next_token, rows
 from streamllm.weights.errors import UnsupportedConfig
 
 
@@ -45,23 +44,17 @@ def _softmax(scores: list[float], kept: set[int]) -> list[float]:
     return masked.double().softmax(-1).tolist()
 
 
-def probabilities_of(logits: Tensor, config: GenerationConfig) -> Tensor:
-    """The probability [V] of each token, from the scores that `choose` draws from."""
-    drawn_from = []
-
-    def draw(scores: Tensor, generator: torch.Generator | None) -> Tensor:
-        drawn_from.append(scores)
-        return torch.tensor([len(drawn_from) % len(scores)])
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sampling, "draw", draw)
-        sampling.choose(logits, config, None)
-    (scores,) = drawn_from
-    if len(scores) == len(logits) and not (config.top_k or config.top_p < 1 or config.min_p):
-        tokens = torch.arange(len(logits))
-    else:
-        tokens = sampling._ranked((logits - logits.max()) / config.temperature, config)[1]
-    return torch.zeros(len(logits)).index_add(0, tokens, scores.softmax(-1))
+def probabilities_of(logits: Tensor, config: GenerationConfig, device: str = "cpu") -> Tensor:
+    """The probability [V] of each token, from the scores that `choose` draws from on this kind of device."""
+    settings = RowSettings([config], "cpu")
+    scores = (logits - logits.max())[None] / settings.temperature
+    if not (config.top_k or config.top_p < 1 or config.min_p):
+        return scores[0].softmax(-1)
+    if device == "cpu":
+        values, tokens, short = rows._cut_candidates(scores, settings)
+        if short is None or not short.any():
+            return torch.zeros(len(logits)).index_add(0, tokens[0], values[0].softmax(-1))
+    return rows._cut(scores, settings)[0].softmax(-1)
 
 
 GRID = [
@@ -108,22 +101,32 @@ def test_ties_with_the_kth_token_are_kept() -> None:
 @pytest.mark.parametrize(("top_p", "kept"), [(0.25, 1), (0.5, 2), (0.75, 3), (1.0, 4), (0.51, 3), (0.24, 1)])
 def test_the_token_that_reaches_top_p_is_the_last_one_kept(top_p: float, kept: int, device: str) -> None:
     """Four tokens of probability 1/4, whose sums are exact in floats, so that `<` and `<=` differ."""
-    scores = torch.zeros(4)
     config = GenerationConfig(temperature=1.0, top_p=top_p)
-    assert int(sampling._kept(scores, scores.exp().sum(), config).sum()) == kept
-    if device == "cpu":
-        assert int((probabilities_of(scores, config) > 0).sum()) == kept
+    assert int((probabilities_of(torch.zeros(4), config, device) > 0).sum()) == kept
 
 
-def test_every_device_keeps_the_same_tokens(monkeypatch) -> None:
-    """On a CPU `_ranked` returns some candidates, on other devices it sorts all tokens. The kept ones are equal."""
-    logits = 3 * torch.randn(700, generator=torch.Generator().manual_seed(3))
-    scores = logits - logits.max()
+@pytest.mark.parametrize("rounding", [torch.float32, torch.bfloat16], ids=str)
+def test_every_device_keeps_the_same_tokens(rounding: torch.dtype) -> None:
+    """A CPU sorts some candidates, other devices all tokens. In bfloat16, many tokens are equally likely."""
+    logits = (3 * torch.randn(700, generator=torch.Generator().manual_seed(3))).to(rounding).float()
     for config in GRID:
-        candidates, tokens, total = sampling._ranked(scores, config)
-        ranked, order = scores.sort(descending=True, stable=True)
-        kept = tokens[sampling._kept(candidates, total, config)]
-        assert sorted(kept.tolist()) == sorted(order[sampling._kept(ranked, total, config)].tolist())
+        on_cpu, elsewhere = (probabilities_of(logits, config, device) for device in ("cpu", "other"))
+        assert ((on_cpu > 0) == (elsewhere > 0)).all(), config
+
+
+@pytest.mark.parametrize("size", [40, 700])
+def test_the_random_number_falls_into_the_interval_of_its_token(size: int) -> None:
+    """Each token's interval is as long as its probability, and they follow one another in the order of ids."""
+    logits = 3 * torch.randn(size, generator=torch.Generator().manual_seed(size))
+    margin = 1e-6
+    for config in GRID[:: 3 if size > 100 else 1]:
+        probability = torch.tensor(expected_probabilities(logits.tolist(), config, set())).double()
+        ends = probability.cumsum(0)
+        tokens = (probability > 4 * margin).nonzero()[:, 0][:40]
+        chances = torch.cat((ends[tokens] - probability[tokens] + margin, ends[tokens] - margin))
+        batch = RowSettings([config] * len(chances), "cpu")
+        found, _ = choose_rows(logits.expand(len(chances), -1), batch, chances)
+        assert found.tolist() == tokens.tolist() * 2, config
 
 
 def test_ties_have_equal_probability_and_greedy_decoding_takes_the_first() -> None:
@@ -243,10 +246,10 @@ def test_given_settings_override_those_of_the_checkpoint() -> None:
 def test_unsupported_settings_are_listed_unless_their_value_has_no_effect() -> None:
     without_effect = {name: values[0] for name, values in UNSUPPORTED_KEYS.items() if values}
     assert read_generation_config({**without_effect, "length_penalty": 2.0}).unsupported == ()
-    values = json.loads('{"num_beams": 4, "no_repeat_ngram_size": 3, "forced_eos_token_id": 2, "top_k": 40}')
+    values = json.loads('{"num_beams": 4, "typical_p": 0.9, "forced_eos_token_id": 2, "top_k": 40}')
     assert read_generation_config(values).unsupported == (
         "num_beams=4",
-        "no_repeat_ngram_size=3",
+        "typical_p=0.9",
         "forced_eos_token_id=2",
     )
 

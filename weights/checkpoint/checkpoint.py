@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from streamllm.models.linear import is_copied, linears_to_arrange
 from streamllm.weights.catalogue import FAMILIES
+from streamllm.weights.checkpoint.part import Part, cut
 from streamllm.weights.checkpoint.placement import (
     LoadJob,
     check_complete,
@@ -123,36 +124,44 @@ class Checkpoint:
         dtype: torch.dtype | str = "auto",
         device: torch.device | str = "cpu",
         report: Callable[[int], object] | None = None,
+        part: Part | None = None,
     ) -> nn.Module:
         """The model with its weights, in `dtype` on `device`, ready for inference.
 
         The model is built on the meta device and filled tensor by tensor. A tensor that needs no change stays
         mapped to its file; one that is cast, split or moved is read and released. `report` is called with the
-        bytes of each tensor that is done.
+        bytes of each tensor that is done. `part`: build and read only this part of the model.
         """
         dtype, device = self.dtype(dtype), torch.device(device)
         jobs, config, model = self.plan()
+        if part is not None:
+            model = part.build(self.build, config)
         parameters = find_parameters(model)
         linears = {id(linear.weight): linear for linear in linears_to_arrange(model, dtype, device)}
         reader = TensorReader()
         not_finite: set[str] = set()
         for stored, names, split in jobs:
             targets = [parameters[name] for name in names]
+            slices = [None if part is None else part.slice(name) for name in names]
             to_lay_out = [linears[id(target.meta)] for target in targets if id(target.meta) in linears]
             # A mapped tensor keeps its whole map in memory, so a tensor that is copied must not be mapped.
-            is_copy = split is not None or stored.nbytes < MIN_MAPPED_BYTES
+            is_copy = split is not None or any(slices) or stored.nbytes < MIN_MAPPED_BYTES
             stays = not is_copy and SAFETENSORS_DTYPES[stored.dtype] == dtype and device.type == "cpu"
             stays = stays and not any(is_copied(linear.weight, dtype) for linear in to_lay_out)
             whole = reader.read(stored, keep=stays)
-            parts = (whole,) if split is None else split(whole, config)
+            if any(slices):
+                tensors = cut(whole, split, config, slices)
+            else:
+                tensors = [whole] if split is None else list(split(whole, config))
             del whole
-            for name, target, part in zip(names, targets, parts, strict=True):
-                check_shape(self.source.name, stored, name, tuple(part.shape), tuple(target.meta.shape))
-                part = _converted(part, dtype, device, is_copy)
-                if not _is_finite(part):
+            for name, target in zip(names, targets, strict=True):
+                tensor = tensors.pop(0)
+                check_shape(self.source.name, stored, name, tuple(tensor.shape), tuple(target.meta.shape))
+                tensor = _converted(tensor, dtype, device, is_copy)
+                if not _is_finite(tensor):
                     not_finite.add(stored.name)
-                target.assign(part)
-                del part
+                target.assign(tensor)
+                del tensor
             for linear in to_lay_out:
                 linear.arrange()  # one by one, so that only one weight is in memory twice
             if report is not None:

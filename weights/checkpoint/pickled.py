@@ -1,8 +1,8 @@
 """Old checkpoints: tensors in a pickle (`pytorch_model.bin`), read only if the caller allows it.
 
 A pickle is a program. torch.load(weights_only=True) runs it in an interpreter that allows little but tensors.
-That interpreter has been broken before (CVE-2025-32434). The fix came with torch 2.6, the oldest version that
-this library supports.
+That interpreter has been broken before (CVE-2025-32434, fixed in torch 2.6, which is older than what this library
+supports).
 """
 
 from __future__ import annotations
