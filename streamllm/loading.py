@@ -137,6 +137,21 @@ def default_device() -> torch.device:
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
+def usable_device(device: torch.device | str | None) -> torch.device:
+    """The device, after a first use of it; None is `default_device`. Raises ValueError if torch cannot use it here."""
+    if device is None:
+        return default_device()
+    try:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise ValueError(
+            f"the device {str(device)!r} cannot be used here ({reason}); supported: cpu, and cuda or mps where "
+            f"torch finds them"
+        ) from None
+    return torch.device(device)
+
+
 @contextmanager
 def weights_progress(total_bytes: int, description: str) -> Iterator[Callable[[int], object]]:
     """A progress bar on standard error, for large checkpoints only; the value takes the bytes just done."""
@@ -175,7 +190,7 @@ def _load_model(
         dtype = torch.bfloat16  # the fast int8 kernels support no other type
     checkpoint = Checkpoint(source, match_transformers, allow_pickle)
     part = None if job is None else Share(checkpoint.config, job.rank, job.ranks)
-    target = job.device if job else default_device() if device is None else torch.device(device)
+    target = job.device if job else usable_device(device)
     generation_config = _generation_config(source, checkpoint.config_reader.get("eos_token_id"))
     shown_bytes = checkpoint.nbytes if job is None or job.is_first else 0
     with weights_progress(shown_bytes, f"loading {source.name}") as report:
