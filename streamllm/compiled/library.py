@@ -37,6 +37,7 @@ MAX_REASON_CHARACTERS = 2000  # of a compiler's message in an error
 LIBRARY_FILE, DIGEST_FILE = "step.pyd" if sys.platform == "win32" else "step.so", "sha256"
 # Unfinished folders this old belong to processes that were killed. Compiling takes a minute, not an hour.
 SWEEP_AFTER_SECONDS = 3600
+TEMPORARY_PREFIX = "streamllm-compile-"
 # Environment variables that change what the compiler produces, by their prefixes.
 COMPILER_VARIABLES = ("ATEN_CPU_CAPABILITY", "TORCHINDUCTOR_", "AOT_INDUCTOR_")
 
@@ -84,8 +85,8 @@ def library(module: fx.GraphModule, inputs: Sequence[Tensor], options: Mapping[s
     found = _loaded(kept)
     if found is not None:
         return found
-    _sweep(Path(tempfile.gettempdir()), "streamllm-")
-    with tempfile.TemporaryDirectory(prefix="streamllm-", ignore_cleanup_errors=True) as making:
+    _sweep(Path(tempfile.gettempdir()), TEMPORARY_PREFIX)
+    with tempfile.TemporaryDirectory(prefix=TEMPORARY_PREFIX, ignore_cleanup_errors=True) as making:
         made = Path(making)
         _compile_elsewhere(request, made / LIBRARY_FILE)
         (made / DIGEST_FILE).write_text(_digest(made))
