@@ -22,11 +22,18 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     "mistral": lambda: hf.MistralForCausalLM(hf.MistralConfig(**LLAMA, sliding_window=24)),
     "qwen2": lambda: hf.Qwen2ForCausalLM(hf.Qwen2Config(**LLAMA)),
     "qwen3": lambda: hf.Qwen3ForCausalLM(hf.Qwen3Config(**LLAMA, head_dim=16)),
-    "gpt_neox": lambda: hf.GPTNeoXForCausalLM(hf.GPTNeoXConfig(**SIZES, intermediate_size=96, rotary_pct=0.5)),
+    "gpt_neox": lambda: hf.GPTNeoXForCausalLM(
+        hf.GPTNeoXConfig(**SIZES, intermediate_size=96, rotary_pct=0.5)
+    ),
     "falcon": lambda: hf.FalconForCausalLM(hf.FalconConfig(**SIZES, bias=False)),
     "falcon, rw": lambda: hf.FalconForCausalLM(
         hf.FalconConfig(
-            **SIZES, multi_query=False, parallel_attn=False, new_decoder_architecture=False, alibi=True, bias=True
+            **SIZES,
+            multi_query=False,
+            parallel_attn=False,
+            new_decoder_architecture=False,
+            alibi=True,
+            bias=True,
         )
     ),
     "mpt": lambda: hf.MptForCausalLM(
