@@ -139,9 +139,7 @@ class Linear(nn.Linear):
                 f"models or neither"
             )
             return
-        super()._load_from_state_dict(  # type: ignore[no-untyped-call]
-            state_dict, prefix, metadata, strict, missing, unexpected, errors
-        )
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
         if self.weight.dtype == torch.int8:
             self._choose_kernel(arranged=False)  # with assign=True, the scale is another tensor
         elif "kernel" in self.__dict__ and not self.training:
@@ -200,7 +198,7 @@ def onednn_kernel(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     assert linear_pointwise is not None
     if bias is not None and bias.stride(0) != 1:  # it would read the numbers between, too
         bias = bias.contiguous()
-    return in_row_blocks(lambda part: linear_pointwise(part, weight, bias, "none", [], ""), x)  # type: ignore[misc]
+    return in_row_blocks(lambda part: linear_pointwise(part, weight, bias, "none", [], ""), x)
 
 
 def in_row_blocks(product: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
