@@ -123,7 +123,8 @@ class DtypeParamType(click.ParamType):  # type: ignore[type-arg]
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
         if value != "auto" and value not in DTYPES:
-            self.fail(f"dtype is {value!r}; supported: auto, {', '.join(DTYPES)}", param, ctx)
+            # Not `fail`: the sentence is that of `streamllm.load`, without the usage of the command.
+            raise ValueError(f"dtype is {value!r}; supported: auto, {', '.join(DTYPES)}")
         return str(value)
 
 

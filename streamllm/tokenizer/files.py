@@ -81,6 +81,10 @@ def load_tokenizer_files(folder: Path) -> Tokenizer:
         if str(config.get("tokenizer_class")).removesuffix("Fast") == "GPTNeoXTokenizer":
             # transformers' class of this name does not use the post-processor.
             tokenizer.adds_bos = tokenizer.adds_eos = False
+        added_by_encode = {"add_bos_token": tokenizer.adds_bos, "add_eos_token": tokenizer.adds_eos}
+        tokenizer.ignored_flags = tuple(
+            flag for flag, is_added in added_by_encode.items() if config.get(flag) is True and not is_added
+        )
         return tokenizer
     path = _find(source, "tokenizer.model")
     if path is None:
