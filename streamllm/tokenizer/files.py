@@ -128,7 +128,9 @@ def _read_optional_json(source: FolderSource, name: str) -> dict[str, Any]:
     return {} if path is None else _read(read_json, path)
 
 
-def _chat_template(source: Source, folder: Path, config: Mapping[str, Any]) -> str | dict[str, str] | None:
+def _chat_template(
+    source: FolderSource, folder: Path, config: Mapping[str, Any]
+) -> str | dict[str, str] | None:
     """The template, or several by name. If there are files of templates, tokenizer_config.json is ignored."""
     try:
         names = [*list_template_files(source), "chat_template.jinja"]

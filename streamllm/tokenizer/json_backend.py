@@ -8,7 +8,7 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -87,8 +87,10 @@ class JsonBackend:
         if self.vocab_size == 0:
             raise TokenizerError(f"{path}: the vocabulary is empty")
         self._added = self._tokenizer.get_added_tokens_decoder()
-        self.added_ids = self._added.keys()
-        self.special_contents = [token.content for token in self._added.values() if token.special]
+        self.added_ids: Collection[int] = self._added.keys()
+        self.special_contents: Collection[str] = [
+            token.content for token in self._added.values() if token.special
+        ]
         self.table: dict[int, TokenBytes] = {}
         self._decoder = DecoderStages(path, self._tokenizer.decoder)
         self.utf8_errors = self._decoder.utf8_errors
