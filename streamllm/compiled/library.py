@@ -35,6 +35,8 @@ from streamllm.weights.errors import shorten
 
 MAX_REASON_CHARACTERS = 2000  # of a compiler's message in an error
 LIBRARY_FILE, DIGEST_FILE = "step.pyd" if sys.platform == "win32" else "step.so", "sha256"
+MAX_KEPT_LIBRARIES = 64  # of 1 to 3 MB each
+LIBRARY_FOLDER = re.compile("[0-9a-f]{32}")
 # Unfinished folders this old belong to processes that were killed. Compiling takes a minute, not an hour.
 SWEEP_AFTER_SECONDS = 3600
 TEMPORARY_PREFIX = "streamllm-compile-"
@@ -81,7 +83,7 @@ def library(module: fx.GraphModule, inputs: Sequence[Tensor], options: Mapping[s
     own message where compiling fails.
     """
     request = _Request.of(module, inputs, options)
-    kept = _folder() / request.key()
+    kept = folder() / request.key()
     found = _loaded(kept)
     if found is not None:
         return found
@@ -103,9 +105,11 @@ def _loaded(folder: Path) -> Library | None:
     """The library in a folder, if it is there, complete, and can be loaded."""
     try:
         # Loading a truncated library would end the process.
-        return (
-            Library(folder / LIBRARY_FILE) if (folder / DIGEST_FILE).read_text() == _digest(folder) else None
-        )
+        if (folder / DIGEST_FILE).read_text() != _digest(folder):
+            return None
+        with contextlib.suppress(OSError):  # a read-only folder
+            os.utime(folder)  # used now, see `_drop_oldest`
+        return Library(folder / LIBRARY_FILE)
     except (OSError, UnicodeDecodeError, RuntimeError):
         return None
 
@@ -121,8 +125,18 @@ def _keep(made: Path, kept: Path) -> None:
             if _loaded(kept) is None:  # or another process was faster
                 shutil.rmtree(kept, ignore_errors=True)
                 Path(copy).rename(kept)
+        _drop_oldest(kept.parent)
     except OSError:
         return
+
+
+def _drop_oldest(folder: Path) -> None:
+    """Delete the libraries that were used least recently, until MAX_KEPT_LIBRARIES are left."""
+    found = [path for path in folder.iterdir() if LIBRARY_FOLDER.fullmatch(path.name)]
+    for path in sorted(found, key=lambda path: path.stat().st_mtime)[
+        : max(0, len(found) - MAX_KEPT_LIBRARIES)
+    ]:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _sweep(folder: Path, prefix: str) -> None:
@@ -144,7 +158,7 @@ def _digest(folder: Path) -> str:
     return hashlib.sha256((folder / LIBRARY_FILE).read_bytes()).hexdigest()
 
 
-def _folder() -> Path:
+def folder() -> Path:
     """The folder in which libraries are kept."""
     if os.environ.get("STREAMLLM_CACHE"):
         return Path(os.environ["STREAMLLM_CACHE"])
@@ -220,7 +234,10 @@ class _Request:
                 made.append(graph.create_node(op, target, args, kwargs))
         assert torch_private.fake_tensor_mode is not None  # see `check`
         with torch_private.fake_tensor_mode():
-            inputs = [torch.empty_strided(size, stride, dtype=dtype) for size, stride, dtype in self.inputs]
+            inputs = [
+                torch.empty_strided(size, stride, dtype=dtype, device="cpu")
+                for size, stride, dtype in self.inputs
+            ]
         return fx.GraphModule(nn.Module(), graph), tuple(inputs)
 
 

@@ -36,12 +36,15 @@ class RowSettings:
                 for config in configs
             ],
             dtype=wide_dtype(torch.device(device)),
+            device="cpu",
         ).to(device, non_blocking=True)
         self.temperature = table[:, 0:1].float()
         self.top_k = table[:, 1:2]
         self.top_p = table[:, 2:3]
         self.min_p = table[:, 3:4].float()
-        self.greedy = torch.tensor(greedy).to(device, non_blocking=True)[:, None]
+        self.greedy = torch.tensor(greedy, dtype=torch.bool, device="cpu").to(device, non_blocking=True)[
+            :, None
+        ]
         # What the host needs to know to skip work
         sampled = [config for config in configs if config.temperature > 0]
         self.samples = bool(sampled)
@@ -80,10 +83,10 @@ def choose_rows(scores: Tensor, settings: RowSettings, chance: Tensor | float) -
     best, likeliest = scores.max(-1, keepdim=True)
     if not settings.samples:
         return likeliest[:, 0], best[:, 0]
-    if isinstance(chance, Tensor):
-        chance = chance.to(scores.device, wide_dtype(scores.device), non_blocking=True)[:, None]
     if scores.device.type == "mps":
         chance = _below_one(chance)
+    if isinstance(chance, Tensor):
+        chance = chance.to(scores.device, wide_dtype(scores.device), non_blocking=True)[:, None]
     # Subtract the best before dividing: a small temperature would overflow the scores themselves.
     scores = (scores - best) / settings.temperature
     if not (settings.largest_top_k or settings.cuts_top_p or settings.cuts_min_p):

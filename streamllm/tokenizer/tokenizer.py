@@ -190,6 +190,10 @@ class Tokenizer:
         )
         return sum(rest, first)
 
+    def special_text(self, token: int) -> str | None:
+        """A special token as a text spells it, None for an ordinary token."""
+        return self._backend.id_to_token(token) if self._is_special(token) else None
+
     def _is_special(self, token: int) -> bool:
         found = self._backend.token_bytes(token)
         return found is not None and found.special

@@ -224,7 +224,7 @@ def test_the_folder_of_libraries_depends_on_environment_variables(monkeypatch, v
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    assert library._folder().as_posix() == wanted
+    assert library.folder().as_posix() == wanted
 
 
 def test_without_a_home_folder_each_use_compiles(compiled_to_text, monkeypatch):
