@@ -123,11 +123,10 @@ quantize_cache_option = click.option(
 )
 
 
-def chunk_option(default: int) -> Callable[[Command], Command]:
-    """--chunk, with the default of one command."""
-    return click.option(
-        "--chunk", type=click.IntRange(1), default=default, show_default=True, help="Tokens read at once."
-    )
+def chunk_option(default: int | None) -> Callable[[Command], Command]:
+    """--chunk, with the default of one command. None: the cache's."""
+    text = "Tokens read at once." + ("" if default else "  [default: 512; on CUDA 2048]")
+    return click.option("--chunk", type=click.IntRange(1), default=default, show_default=True, help=text)
 
 
 # Groups of options for the commands that evaluate a model

@@ -133,7 +133,7 @@ class Compiled(nn.Module):
         fused = self._uses_triton(cache)
         kinds = cache.token_kinds(recorded=True, for_any_place=fused or self._uses_loops(cache.device))
         if fused:  # the kernel reads what is held, so its recording serves any number of slots
-            kinds = {own: replace(kind, reads=cache.slots_of(own)) for own, kind in kinds.items()}
+            kinds = {own: replace(kind, reads=cache._slots_of(own)) for own, kind in kinds.items()}
         key = (*kinds.items(), tokens.dtype, torch.is_inference_mode_enabled(),
                cache.device.type == "cpu" and torch.get_num_threads())  # fmt: skip
         step = self._bound.get(cache, {}).get(key)

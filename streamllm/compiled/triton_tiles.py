@@ -92,8 +92,9 @@ def _rule(outputs: int, inputs: int, gated: bool) -> Tile:
 def attention_tile(
     pairs: int, shared: int, slots: int, dim: int, dtype: torch.dtype, device: torch.device
 ) -> AttentionTile:
-    """For B · G pairs, `shared` query heads each. By the rule, there are two programs for each multiprocessor."""
-    block = 64 if dtype.itemsize == 2 and dim <= 128 else 32
+    """For B · G pairs, `shared` query heads each. By the rule, each multiprocessor has two programs, or four small."""
+    small = shared == 1 or dtype.itemsize > 2 or dim > 128
+    block = 32 if small else 64
     block = max(16, min(block, _power_of_two(slots)))
     blocks = -(-slots // block)
     if not on_gpu(device):
@@ -101,7 +102,7 @@ def attention_tile(
     kept = kept_tiles(_name(device)).get(attention_key(pairs, shared, slots, dim, dtype.itemsize))
     if kept is not None:
         return AttentionTile(*kept)
-    wanted = 2 * multiprocessors(device) // max(pairs, 1)
+    wanted = (4 if small else 2) * multiprocessors(device) // max(pairs, 1)
     splits = max(1, min(1 << max(wanted, 1).bit_length() - 1, 64, blocks))
     return AttentionTile(splits, block, 4, 2)
 

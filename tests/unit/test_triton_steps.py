@@ -180,5 +180,11 @@ MUTATIONS = {
 @pytest.mark.parametrize("fault", MUTATIONS)
 def test_a_fault_in_a_kernel_is_seen(fault, monkeypatch, tmp_path) -> None:
     before, after, name = MUTATIONS[fault]
-    monkeypatch.setattr(triton_launch, "kernels", mutant(tmp_path, before, after))
+    found = 0
+    for module in ("kernels", "triton_attention_kernel"):
+        faulty = mutant(tmp_path, getattr(triton_launch, module), before, after)
+        if faulty is not None:
+            monkeypatch.setattr(triton_launch, module, faulty)
+            found += 1
+    assert found
     assert max(worst_error(build(name), 4, 40), evicted_error(build(name))) > 100 * TOLERANCE
