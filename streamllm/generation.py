@@ -13,6 +13,7 @@ from streamllm.generation_config import GenerationConfig, SamplingSettings, reso
 from streamllm.loop import Loop
 from streamllm.models.step import geometry_of
 from streamllm.sampling import LogitsProcessor, Sampler, breaker_tokens
+from streamllm.tensor_parallel import agreed_seed
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -53,7 +54,7 @@ def generate(
     cache = SinkCache(model) if cache is None else cache
     loop = Loop(model, cache)
     sampler = make_sampler(
-        loop, config, seed, logits_processor, breaker_tokens(None, config.dry_sequence_breakers)
+        loop, ids, config, seed, logits_processor, breaker_tokens(None, config.dry_sequence_breakers)
     )
     loop.push(ids)
     return _generated(loop, sampler, max_new_tokens)
@@ -84,19 +85,20 @@ def _generated(loop: Loop, sampler: Sampler, max_new_tokens: int | None) -> Iter
 
 def make_sampler(
     loop: Loop,
+    tokens: Sequence[int],
     config: GenerationConfig,
     seed: int | None,
     logits_processor: LogitsProcessor | None,
     breakers: Sequence[tuple[int, ...]],
 ) -> Sampler:
-    """The sampler of one call. Raises ValueError and TypeError, see `generate`."""
+    """The sampler of one call that pushes `tokens`. Raises ValueError and TypeError, see `generate`."""
     if logits_processor is not None and not callable(logits_processor):
         raise TypeError(f"logits_processor must be a function or None, not {logits_processor!r}")
     sampler = Sampler(
         config,
         vocab_size=geometry_of(loop.model).vocab_size,
         window=loop.cache.sinks + loop.cache.window,
-        seed=check_seed(seed),
+        seed=agreed_seed(loop.model, check_seed(seed), [*loop.unfed, *tokens]),
         breakers=breakers,
         logits_processor=logits_processor,
     )
@@ -112,9 +114,7 @@ def token_ids(tokens: Sequence[int] | Tensor) -> list[int]:
         if tokens.dim() == 2 and len(tokens) == 1:
             tokens = tokens[0]
         if tokens.dim() != 1:
-            raise ValueError(
-                f"tokens of one stream have the shape [T] or [1, T], not {list(tokens.shape)}"
-            )
+            raise ValueError(f"tokens of one stream have the shape [T] or [1, T], not {list(tokens.shape)}")
         tokens = tokens.tolist()
     return [_whole(token, "a token id") for token in tokens]
 

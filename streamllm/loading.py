@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -177,7 +176,7 @@ def _load_model(
     checkpoint = Checkpoint(source, match_transformers, allow_pickle)
     part = None if job is None else Share(checkpoint.config, job.rank, job.ranks)
     target = job.device if job else default_device() if device is None else torch.device(device)
-    generation_config = _generation_config(source, checkpoint.config_reader.get("eos_token_id"))
+    generation_config = _generation_config(source)
     shown_bytes = checkpoint.nbytes if job is None or job.is_first else 0
     with weights_progress(shown_bytes, f"loading {source.name}") as report:
         model = checkpoint.load(dtype, target, report, part)
@@ -188,10 +187,13 @@ def _load_model(
     return model
 
 
-def _generation_config(source: Source, eos: Any) -> GenerationConfig:
-    found = source.find("generation_config.json")
-    values = {} if found is None else read_json(found)
-    return read_generation_config({"eos_token_id": eos, **values}, f"generation_config.json of {source.name}")
+def _generation_config(source: Source) -> GenerationConfig:
+    """From generation_config.json alone where it exists; else from config.json, as older checkpoints have it."""
+    for name in ("generation_config.json", "config.json"):
+        found = source.find(name)
+        if found is not None:
+            return read_generation_config(read_json(found), f"{name} of {source.name}")
+    return GenerationConfig()
 
 
 def _load_tokenizer(source: Source) -> Tokenizer:

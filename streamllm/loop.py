@@ -28,7 +28,6 @@ class Log:
     history: History  # the last tokens, for the penalties
     ahead: int  # the number of the first token that the history has read
     cuts: int = 0  # how often tokens were taken back
-    is_cut: bool = False  # whether tokens were taken back since the last push
 
     @property
     def end(self) -> int:
@@ -69,8 +68,9 @@ class Loop:
         self._ahead: _Ahead | None = None
         self._running_ahead: int | None = None  # the number of a token while its forward runs ahead
         self._on_device: tuple[int, Tensor] | None = None  # waiting tokens from this number on, on the device
-        # While tokens are taken back: the cuts before, how many entries the cache keeps, whether some were fed.
-        self._leaving: tuple[int, int, bool] | None = None
+        # While tokens are taken back: the cuts before, how many entries the cache keeps, whether tokens had been fed,
+        # whether the last one that stays is fed again.
+        self._leaving: tuple[int, int, bool, bool] | None = None
         self._rows: tuple[Sampler, RowSettings] | None = None
 
     @property
@@ -125,7 +125,7 @@ class Loop:
         known = log.tokens[max(0, seen - log.first - 1) :]
         if on_device is not None:
             self._on_device = log.end, on_device
-        self.log = replace(log, first=log.end - len(known), tokens=[*known, *tokens], is_cut=False)
+        self.log = replace(log, first=log.end - len(known), tokens=[*known, *tokens])
 
     def check(self, tokens: Sequence[int]) -> None:
         """Raises ValueError for ids outside the model's vocabulary."""
@@ -152,9 +152,6 @@ class Loop:
         self._running_ahead = None
         if self.logits is not None or self.is_empty:
             return
-        if log.is_cut and self.seen >= log.end:  # the logits of the last token belong to what was taken back
-            self.take_back(log.end - 1, log.tokens[-1:])
-            log = self.log
         seen = self.seen
         if seen >= log.end:  # interrupted after the commit, before the logits arrived
             self.cache.step_back()
@@ -197,9 +194,7 @@ class Loop:
         history = self._read_log().history
         history.grow(sampler.needs)
         with torch.inference_mode():
-            tokens, best = sample(
-                logits[None], [sampler], self._rows[1], [history], [place], [generated]
-            )
+            tokens, best = sample(logits[None], [sampler], self._rows[1], [history], [place], [generated])
             if run_ahead and self.cache.device.type in RUN_AHEAD:
                 return self._read_while_running_ahead(place, tokens, best)
             check_finite(float(best))
@@ -255,32 +250,29 @@ class Loop:
         log, cache = self._read_log(), self.cache
         self._drawn = self._ahead = self._on_device = None
         cache.evict_for_space(1)  # so the result is the same whether a forward ran ahead or not
+        left = log.history.last(len(log.history))
+        left = left[: max(0, len(left) - (log.end - start))]
         held, fed = int(cache.held[0]), max(0, self.seen - start)
         if self._leaving is None or self._leaving[0] != log.cuts:  # else it was interrupted
-            self._leaving = log.cuts, held - fed, fed > 0
-        _, kept, was_fed = self._leaving
+            again = (
+                fed > 0 and not then and bool(left)
+            )  # the last token that stays is fed again, for its logits
+            self._leaving = log.cuts, held - fed - again, fed > 0, again
+        _, kept, was_fed, again = self._leaving
         if kept < cache.sinks and held - kept <= int(cache.rewindable[0]):
             cache.rewind(held - kept)  # the text is so short that sinks leave
         elif held > max(kept, cache.sinks):
             cache.evict_range(max(kept, cache.sinks), held)
-        left = log.history.last(len(log.history))
-        left = left[: max(0, len(left) - (log.end - start))]
+        if again:
+            left, then = left[:-1], left[-1:]
         if was_fed:
-            end = self.seen
-            tokens = left[-1:]
+            end, tokens = self.seen, left[-1:]
             self._logits = None  # their number may be that of the stream now
         else:
-            end = start
-            tokens = log.tokens[: start - log.first]
+            end, tokens = start, log.tokens[: start - log.first]
         history = History(log.history.size, left)
-        self.log = Log(
-            first=end - len(tokens),
-            tokens=[*tokens, *then],
-            history=history,
-            ahead=end - history.total,
-            cuts=log.cuts + 1,
-            is_cut=was_fed and not then,
-        )
+        first = end - len(tokens)
+        self.log = Log(first, [*tokens, *then], history, end - history.total, log.cuts + 1)
 
 
 class _Answer:

@@ -150,8 +150,9 @@ class Stream:
         top = check_max_new_tokens(top_logprobs)
         if top is not None and top > self._loop.vocab_size:
             raise ValueError(f"top_logprobs must be at most {self._loop.vocab_size}, not {top_logprobs}")
-        sampler = make_sampler(self._loop, config, seed, logits_processor, self._breaker_tokens(config))
-        self._push(self._encode(text, bos, special_tokens))
+        tokens, breakers = self._encode(text, bos, special_tokens), self._breaker_tokens(config)
+        sampler = make_sampler(self._loop, tokens, config, seed, logits_processor, breakers)
+        self._push(tokens)
         self.finish_reason, self.logprobs = None, []
         return self._pieces(sampler, stops, limit, top)
 
@@ -160,7 +161,9 @@ class Stream:
         self.cache.reset()
         self._start(self.model)
 
-    def _encode(self, text: str | Sequence[int] | Tensor, bos: bool | None, special_tokens: bool) -> list[int]:
+    def _encode(
+        self, text: str | Sequence[int] | Tensor, bos: bool | None, special_tokens: bool
+    ) -> list[int]:
         if bos not in (None, True, False):
             raise TypeError(f"bos must be True, False or None, not {bos!r}")
         log = self._loop.log

@@ -68,7 +68,7 @@ def check_device(device: str | None) -> None:
     import torch
 
     try:
-        torch.zeros(1, device=device).item()
+        torch.zeros(1, dtype=torch.float32, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise click.BadParameter(

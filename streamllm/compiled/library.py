@@ -13,6 +13,7 @@ import os
 import pickle
 import pkgutil
 import platform
+import re
 import shutil
 import signal
 import subprocess
@@ -32,6 +33,8 @@ from streamllm.weights.errors import shorten
 
 MAX_REASON_CHARACTERS = 2000  # of a compiler's message in an error
 LIBRARY_FILE, DIGEST_FILE = "step.pyd" if sys.platform == "win32" else "step.so", "sha256"
+MAX_KEPT_LIBRARIES = 64  # of 1 to 3 MB each
+LIBRARY_FOLDER = re.compile("[0-9a-f]{32}")
 # Environment variables that change what the compiler produces, by their prefixes.
 COMPILER_VARIABLES = ("ATEN_CPU_CAPABILITY", "TORCHINDUCTOR_", "AOT_INDUCTOR_")
 
@@ -96,9 +99,11 @@ def _loaded(folder: Path) -> Library | None:
     """The library in a folder, if it is there, complete, and can be loaded."""
     try:
         # Loading a truncated library would end the process.
-        return (
-            Library(folder / LIBRARY_FILE) if (folder / DIGEST_FILE).read_text() == _digest(folder) else None
-        )
+        if (folder / DIGEST_FILE).read_text() != _digest(folder):
+            return None
+        with contextlib.suppress(OSError):  # a read-only folder
+            os.utime(folder)  # used now, see `_drop_oldest`
+        return Library(folder / LIBRARY_FILE)
     except (OSError, UnicodeDecodeError, RuntimeError):
         return None
 
@@ -113,8 +118,18 @@ def _keep(made: Path, kept: Path) -> None:
             if _loaded(kept) is None:  # or another process was faster
                 shutil.rmtree(kept, ignore_errors=True)
                 Path(copy).rename(kept)
+        _drop_oldest(kept.parent)
     except OSError:
         return
+
+
+def _drop_oldest(folder: Path) -> None:
+    """Delete the libraries that were used least recently, until MAX_KEPT_LIBRARIES are left."""
+    found = [path for path in folder.iterdir() if LIBRARY_FOLDER.fullmatch(path.name)]
+    for path in sorted(found, key=lambda path: path.stat().st_mtime)[
+        : max(0, len(found) - MAX_KEPT_LIBRARIES)
+    ]:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _digest(folder: Path) -> str:
@@ -197,7 +212,10 @@ class _Request:
                 made.append(graph.create_node(op, target, args, kwargs))
         assert torch_private.fake_tensor_mode is not None  # see `check`
         with torch_private.fake_tensor_mode():
-            inputs = [torch.empty_strided(size, stride, dtype=dtype) for size, stride, dtype in self.inputs]
+            inputs = [
+                torch.empty_strided(size, stride, dtype=dtype, device="cpu")
+                for size, stride, dtype in self.inputs
+            ]
         return fx.GraphModule(nn.Module(), graph), tuple(inputs)
 
 

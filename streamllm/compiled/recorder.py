@@ -6,6 +6,7 @@ import operator
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from types import FrameType, MethodDescriptorType, MethodWrapperType, WrapperDescriptorType
 from typing import Any
 
@@ -21,6 +22,25 @@ class NotedCall:
     arguments: dict[str, Any]
     result: Any = None
     nodes: list[fx.Node] = field(default_factory=list)  # recorded within it
+
+
+class Recorded(fx.GraphModule):
+    """A recorded graph. Unlike fx's own module, it leaves nothing behind: fx keeps the code of each for good."""
+
+    def recompile(self) -> Any:
+        code = self._graph.python_code(root_module="self")
+        self._code = code.src
+        return code
+
+    def function(self, owner: Any) -> Callable[..., Any]:
+        """The graph as a function of its inputs. `owner` has the constants as attributes."""
+        code = self.recompile()
+        names = dict(code.globals)
+        exec(compile(code.src, "<recording>", "exec", dont_inherit=True), names)
+        return partial(names["forward"], owner)
+
+    def forward(self, *given: Tensor) -> Any:
+        return self.function(self)(*given)
 
 
 class Recorder(TorchFunctionMode):
@@ -111,13 +131,13 @@ class Recorder(TorchFunctionMode):
                     self._name(output, self.graph.call_function(operator.getitem, (node, index)))
         return result
 
-    def finish(self, result: Tensor | tuple[Tensor, ...]) -> fx.GraphModule:
+    def finish(self, result: Tensor | tuple[Tensor, ...]) -> Recorded:
         """The function from the inputs to `result`."""
         self.graph.output(self._mapped(result))
         root = nn.Module()
         for name, tensor in self.constants.items():
             setattr(root, name, tensor)
-        return fx.GraphModule(root, self.graph)
+        return Recorded(root, self.graph)
 
     def _name(self, tensor: Tensor, node: fx.Node) -> None:
         node.meta["shape"] = tuple(tensor.shape)

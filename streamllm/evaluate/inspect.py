@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from streamllm.evaluate.result import Result
 from streamllm.evaluate.scoring import perplexity
 from streamllm.models.step import Plan, Step, geometry_of
+from streamllm.sampling import check_finite
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,6 +106,7 @@ class _Recorder:
     def weights(self) -> Tensor:
         """[L, H, T, T]. Rows that do not sum to one are no attention weights, which is an error."""
         found = [self.recorded.get(layer) for layer in range(self.depth)]
+        check_finite(sum(float(weights.sum()) for weights in found if weights is not None))
         for layer, weights in enumerate(found):
             if weights is None or ((weights.sum(-1) - 1).abs() > 0.05).any():
                 raise RuntimeError(

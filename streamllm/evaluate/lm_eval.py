@@ -182,21 +182,22 @@ class Requests:
     @torch.no_grad()
     def _score(self, texts: Sequence[list[int]]) -> Iterable[tuple[Tensor, Tensor]]:
         """For each text [N]: nats float64 [N-1] of the tokens 1 … N-1, and whether each is the most likely."""
-        found: list[tuple[Tensor, Tensor]] = [(torch.empty(0), torch.empty(0))] * len(texts)
+        nothing = torch.empty(0, dtype=torch.float64, device="cpu")
+        found: list[tuple[Tensor, Tensor]] = [(nothing, nothing)] * len(texts)
         order = sorted(range(len(texts)), key=lambda index: -len(texts[index]))  # similar lengths in a batch
         device = next(self.model.parameters()).device
         for first in range(0, len(order), self.batch):
             rows = order[first : first + self.batch]
             read = [len(texts[row]) - 1 for row in rows]
-            tokens = torch.zeros(len(rows), max(read) + 1, dtype=torch.int64)
+            tokens = torch.zeros(len(rows), max(read) + 1, dtype=torch.int64, device="cpu")
             for row, index in enumerate(rows):
-                tokens[row, : len(texts[index])] = torch.tensor(texts[index])
+                tokens[row, : len(texts[index])] = torch.tensor(texts[index], dtype=torch.int64, device="cpu")
             tokens = tokens.to(device)
             cache = self._cache(len(rows), max(read))
             nats, hits = [], []
             for start in range(0, max(read), self.chunk):
                 stop = min(start + self.chunk, max(read))
-                lengths = torch.tensor([min(max(count - start, 0), stop - start) for count in read])
+                lengths = [min(max(count - start, 0), stop - start) for count in read]
                 logits = self.model(tokens[:, start:stop], cache, lengths=lengths)
                 targets = tokens[:, start + 1 : stop + 1]
                 nats.append(nll_of(logits, targets))

@@ -372,9 +372,9 @@ def test_the_model_remembers_what_was_shown_of_a_stopped_text(model, tokenizer, 
         if window == 60:  # nothing was pushed out, so the text goes on as if it had been typed
             typed = stream()
             typed.feed(stopped._loop.last_tokens(10**6))
-            assert list(stopped.generate(max_new_tokens=5, eos=[])) == list(
-                typed.generate(max_new_tokens=5, eos=[])
-            )
+            for each in (stopped, typed):
+                list(each.generate(max_new_tokens=5, eos=[]))
+            assert stopped._loop.last_tokens(10**6) == typed._loop.last_tokens(10**6)
 
 
 def test_a_stop_string_may_be_a_special_token(model, tokenizer) -> None:
@@ -442,4 +442,6 @@ def test_numpy_numbers_are_numbers(model, tokenizer) -> None:
     settings = {"temperature": 1.0, "eos": []}
     wanted = list(_stream(model, tokenizer).generate(TEXT, max_new_tokens=5, seed=3, **settings))
     count, seed = numpy.int64(5), numpy.int64(3)
-    assert list(_stream(model, tokenizer).generate(TEXT, max_new_tokens=count, seed=seed, **settings)) == wanted
+    assert (
+        list(_stream(model, tokenizer).generate(TEXT, max_new_tokens=count, seed=seed, **settings)) == wanted
+    )

@@ -20,7 +20,11 @@ TEXT = "def once(upon):\n    return"
 SETTINGS = {"temperature": 0.9, "seed": 5, "repetition_penalty": 1.2, "no_repeat_ngram_size": 3, "eos": []}
 # Every so many lines. STREAMLLM_EVERY_LINE=1 strikes at each line; that takes half an hour.
 EVERY_LINE = bool(os.environ.get("STREAMLLM_EVERY_LINE"))
-STRIDE = dict.fromkeys(["modules", "flat", "run ahead"], 1) if EVERY_LINE else {"modules": 13, "flat": 17, "run ahead": 17}
+STRIDE = (
+    dict.fromkeys(["modules", "flat", "run ahead"], 1)
+    if EVERY_LINE
+    else {"modules": 13, "flat": 17, "run ahead": 17}
+)
 
 
 class Strike:
@@ -111,7 +115,9 @@ def test_ctrl_c_at_every_line_of_a_prompt_and_of_a_stop_string_loses_nothing(
         if stream.seen or stream._loop.end:  # else it fell before the prompt was pushed
             if struck and stream.finish_reason is None:
                 shown += "".join(
-                    stream.generate(max_new_tokens=12 - stream.said + stream._view.unsaid, stop=stop, **SETTINGS)
+                    stream.generate(
+                        max_new_tokens=12 - stream.said + stream._view.unsaid, stop=stop, **SETTINGS
+                    )
                 )
             assert shown == first[:4], f"at line event {at}"
             got = "".join(stream.generate(" and", max_new_tokens=6, **SETTINGS))
