@@ -17,7 +17,7 @@ from torch import Tensor
 
 from streamllm.models.processor import IS_INTEL
 from streamllm.models.step import Step, is_visible
-from streamllm.models.torch_private import flash_attention_cpu
+from streamllm.models.torch_private import flash_attention_cpu, flash_attention_cuda
 
 Read = tuple[Tensor, Tensor]  # out [B, H, T, D] and lse [B, H, T]
 
@@ -67,6 +67,7 @@ def kernel_for(query: Tensor, sink_query: Tensor | None, step: Step, bias: Tenso
     any      any       any               no            in a half type   one_softmax
     cpu      1         any               no            any              one_softmax
     cpu      2 …       band, not causal  no            any              tiles
+    cuda     2 …       band, not causal  no            none, half type  tiles
     any      any       any               no            any              fused
 
     Why (tools/bench.py decode, AMD EPYC, 2026-11): one query reads the cache at memory speed by two matmuls, 4 to 5
@@ -84,7 +85,8 @@ def kernel_for(query: Tensor, sink_query: Tensor | None, step: Step, bias: Tenso
         return "tiles" if tileable else "one_softmax"
     if on_cpu and not many:
         return "one_softmax"
-    if on_cpu and tileable and not step.is_causal:
+    windowed = on_cpu or (bias is None and _flash_cuda_serves(query))
+    if windowed and tileable and not step.is_causal:
         return "tiles"
     return "fused"
 
@@ -149,7 +151,16 @@ def tiles(
         kernel = _by_flash if fuse else _by_matmul
         return kernel(query[:, :, start:stop], keys[:, :, low:high], values[:, :, low:high], scale, added)
 
-    read = [read_run(start, min(start + rows, T)) for start in range(0, T, rows)]
+    if bias is None and _flash_cuda_serves(query):
+        # One call knows the window. Its queries must see a key, which those that are sinks do not.
+        first = min(T, max(0, band.sinks - band.start))
+        low, high = band.run(first, T)
+        read = [read_run(0, first)] if first else []
+        if first < T:
+            parts = query[:, :, first:], keys[:, :, low:high], values[:, :, low:high]
+            read.append(_by_flash_cuda(*parts, scale, band.window))
+    else:
+        read = [read_run(start, min(start + rows, T)) for start in range(0, T, rows)]
     run = (
         read[0]
         if len(read) == 1
@@ -222,6 +233,31 @@ def _by_flash(query: Tensor, keys: Tensor, values: Tensor, scale: float, bias: T
     # It assumes, without a check, that the numbers of one head lie next to each other.
     query, keys, values = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, keys, values))
     return flash_attention_cpu(query, keys, values, attn_mask=bias, scale=scale)  # type: ignore[no-any-return]
+
+
+def _by_flash_cuda(query: Tensor, keys: Tensor, values: Tensor, scale: float, window: int) -> Read:
+    """torch's flash kernel for CUDA: consecutive queries, of which the last stands at the last key, and their band.
+
+    Each query must see a key.
+    """
+    assert flash_attention_cuda is not None  # see _flash_cuda_serves
+    out, lse, *_ = flash_attention_cuda(
+        *(part.transpose(1, 2) for part in (query, keys, values)), None, None, query.shape[2], keys.shape[2],
+        0.0, True, False, scale=scale, window_size_left=window - 1, window_size_right=0,
+    )  # fmt: skip
+    return out.transpose(1, 2), lse
+
+
+def _flash_cuda_serves(query: Tensor) -> bool:
+    """Whether `_by_flash_cuda` takes queries like these."""
+    dim = query.shape[3]
+    fits = query.dtype != _wide(query.dtype) and dim % 8 == 0 and dim <= 256 and not query.requires_grad
+    return query.is_cuda and fits and flash_attention_cuda is not None and _has_flash(query.device)
+
+
+@lru_cache(maxsize=16)
+def _has_flash(device: torch.device) -> bool:
+    return torch.version.cuda is not None and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 @lru_cache(maxsize=4)  # all layers, and nearly all tiles of a long text, have the same

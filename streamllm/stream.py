@@ -65,7 +65,7 @@ class Stream:
         tokenizer: Tokenizer,
         sinks: int = 4,
         window: int | None = None,
-        chunk: int = 512,
+        chunk: int | None = None,
         quantize: str | None = None,
     ) -> None:
         self.tokenizer = tokenizer

@@ -140,7 +140,7 @@ class Compiled(nn.Module):
         fused = self._uses_triton(cache)
         kinds = cache.token_kinds(recorded=True, for_any_place=fused or self._uses_loops(cache.device))
         if fused:  # the kernel reads what is held, so its recording serves any number of slots
-            kinds = {own: replace(kind, reads=cache.slots_of(own)) for own, kind in kinds.items()}
+            kinds = {own: replace(kind, reads=cache._slots_of(own)) for own, kind in kinds.items()}
         key = (*kinds.items(), tokens.dtype, torch.is_inference_mode_enabled(),
                cache.device.type == "cpu" and torch.get_num_threads())  # fmt: skip
         steps = self._bound.get(cache)
@@ -169,11 +169,8 @@ class Compiled(nn.Module):
                     plan = Plan(planned.steps, [cpu_loops.LoopStore(store) for store in planned.stores])
                 return self.model.project(self.model.hidden(tokens, plan))  # type: ignore[no-any-return, operator]
 
-            made = (
-                self._record_fused(given, step, cache)
-                if self._uses_triton(cache)
-                else self._record(given, step)
-            )
+            fused = self._uses_triton(cache)
+            made = self._record_fused(given, step, cache) if fused else self._record(given, step)
             if made is None:
                 return self._step(tokens, cache)  # without Triton
             recording = made
