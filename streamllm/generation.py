@@ -4,23 +4,19 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor, nn
 
 from streamllm.cache import SinkCache
 from streamllm.generation_config import GenerationConfig, SamplingSettings, resolve
+from streamllm.loop import Loop
 from streamllm.models.step import geometry_of
-from streamllm.sampling import check_finite, choose, next_token
+from streamllm.sampling import LogitsProcessor, Sampler, breaker_tokens
 from streamllm.tensor_parallel import agreed_seed
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
-
-# Device types that work through a queue: the next forward is queued before the last token is read from them.
-RUN_AHEAD = ("cuda",)
 
 
 def generate(
@@ -30,15 +26,18 @@ def generate(
     *,
     max_new_tokens: int | None = None,
     seed: int | None = None,
+    logits_processor: LogitsProcessor | None = None,
     generation_config: GenerationConfig | None = None,
     **settings: Unpack[SamplingSettings],
 ) -> Iterator[int]:
     """The tokens that follow `tokens` (ids, [T] or [1, T]) in the stream that `cache` holds, one by one.
 
-    `max_new_tokens=None` goes on forever, in constant memory. `seed` makes sampling repeatable. The settings
-    temperature, top_k, top_p, min_p, repetition_penalty and eos are those of `GenerationConfig`. Those that are
-    not given are the checkpoint's (generation_config.json), or greedy. An id in `eos` (an empty list for
-    none) ends the text, and is the last one yielded.
+    `max_new_tokens=None` goes on forever, in constant memory. `seed` makes sampling repeatable: the random number of
+    a token depends on the seed and on the token's number in the stream, and on nothing else. `logits_processor`
+    is called with the last tokens and the logits [V] in float32, and returns logits. The settings temperature,
+    top_k, top_p, eos and so on are those of `GenerationConfig`. Those that are not given are the checkpoint's
+    (generation_config.json), or greedy. An id in `eos` (an empty list for none) ends the text, and is the last one
+    yielded.
 
     The last token yielded is not in the cache yet: begin the next call's tokens with it. After an exception
     or Ctrl-C, `cache.seen` tells how far the stream came, and the cache can be used again.
@@ -47,192 +46,104 @@ def generate(
     range; UnsupportedConfig where generation_config.json asks for what is not supported; TypeError for tokens
     that are not whole numbers and for unknown settings.
     """
-    ids = _ids(tokens)
+    ids = token_ids(tokens)
     if not ids:
         raise ValueError("there are no tokens to begin with: give a prompt, or a BOS token")
+    max_new_tokens = check_max_new_tokens(max_new_tokens)
     config = resolve(model, generation_config, settings)
     cache = SinkCache(model) if cache is None else cache
-    return Loop(model, cache).run(config, max_new_tokens, seed, ids)
+    loop = Loop(model, cache)
+    sampler = make_sampler(
+        loop, ids, config, seed, logits_processor, breaker_tokens(None, config.dry_sequence_breakers)
+    )
+    loop.push(ids)
+    return _generated(loop, sampler, max_new_tokens)
 
 
-def _ids(tokens: Sequence[int] | Tensor) -> list[int]:
+def _generated(loop: Loop, sampler: Sampler, max_new_tokens: int | None) -> Iterator[int]:
+    count = 0
+    while max_new_tokens is None or count < max_new_tokens:
+        loop.push_drawn()
+        count += 1
+        interrupt: BaseException | None = None
+        try:
+            token = loop.draw(sampler, count - 1, run_ahead=count != max_new_tokens)
+        except BaseException as error:
+            drawn = loop.drawn
+            if drawn is None:
+                loop.keep_last_unfed()
+                raise
+            token, interrupt = drawn, error  # Ctrl-C behind the token: it comes first
+        try:
+            yield token
+        finally:
+            if interrupt is not None:  # also where the caller wants no more tokens
+                raise interrupt
+        if token in sampler.config.eos:
+            return
+
+
+def make_sampler(
+    loop: Loop,
+    tokens: Sequence[int],
+    config: GenerationConfig,
+    seed: int | None,
+    logits_processor: LogitsProcessor | None,
+    breakers: Sequence[tuple[int, ...]],
+) -> Sampler:
+    """The sampler of one call that pushes `tokens`. Raises ValueError and TypeError, see `generate`."""
+    if logits_processor is not None and not callable(logits_processor):
+        raise TypeError(f"logits_processor must be a function or None, not {logits_processor!r}")
+    sampler = Sampler(
+        config,
+        vocab_size=geometry_of(loop.model).vocab_size,
+        window=loop.cache.sinks + loop.cache.window,
+        seed=agreed_seed(loop.model, check_seed(seed), [*loop.unfed, *tokens]),
+        breakers=breakers,
+        logits_processor=logits_processor,
+    )
+    loop.log.history.grow(sampler.needs)
+    return sampler
+
+
+def token_ids(tokens: Sequence[int] | Tensor) -> list[int]:
+    """The ids [T] or [1, T] as a list. Raises ValueError for another shape, TypeError for other types."""
+    if isinstance(tokens, str):
+        raise TypeError("tokens must be ids, not text: encode it, or use a Stream")
     if isinstance(tokens, Tensor):
         if tokens.dim() == 2 and len(tokens) == 1:
             tokens = tokens[0]
         if tokens.dim() != 1:
-            raise ValueError(
-                f"generate() runs one stream, of tokens [T] or [1, T], not of shape {list(tokens.shape)}"
-            )
+            raise ValueError(f"tokens of one stream have the shape [T] or [1, T], not {list(tokens.shape)}")
         tokens = tokens.tolist()
-    return [operator.index(token) for token in tokens]
+    return [_whole(token, "a token id") for token in tokens]
 
 
-class Loop:
-    """One stream between a model and its cache: the tokens still to be fed, and the logits after the last one.
+def check_max_new_tokens(value: int | None) -> int | None:
+    """Raises ValueError and TypeError."""
+    if value is None:
+        return None
+    number = _whole(value, "max_new_tokens")
+    if number < 0:
+        raise ValueError(f"max_new_tokens must be 0 or above, or None for no end, not {value}")
+    return number
 
-    It can be interrupted anywhere and resumed: `unfed` are the tokens that the cache has not taken in yet.
 
-    A device that works through a queue (`RUN_AHEAD`) never waits for the host: a token is fed to the next forward
-    on the device, and read by the host only then. The cache steps back from that forward before the token is
-    yielded, and on again when the next one is asked for. So between two tokens the state is the same as if
-    nothing had run ahead.
-    """
+def check_seed(value: int | None) -> int | None:
+    """Raises ValueError and TypeError."""
+    if value is None:
+        return None
+    number = _whole(value, "seed")
+    if not -(1 << 63) <= number < 1 << 64:
+        raise ValueError(f"seed must be a whole number of 64 bits, not {value}")
+    return number
 
-    def __init__(self, model: nn.Module, cache: SinkCache) -> None:
-        if cache.batch_size != 1:
-            raise ValueError(
-                f"generate() runs one stream; the cache was made for a batch of {cache.batch_size}"
-            )
-        self.model, self.cache = model, cache
-        self.vocab_size = geometry_of(model).vocab_size
-        self.unfed: list[int] = []
-        self.logits: Tensor | None = None  # [V], after the last token fed
-        self.past: set[int] = set()  # the tokens of the stream so far
-        self.seen_tokens: Tensor | None = None  # the same as bool [V], once the repetition penalty needs it
-        self._ahead: _Ahead | None = None  # the forward of `unfed`, if that one token was run ahead
 
-    def push(self, tokens: Sequence[int], on_device: Tensor | None = None) -> None:
-        """Tokens to take in before the next one is chosen. on_device: the same, int64, where the device has them.
-
-        Raises ValueError for ids outside the model's vocabulary.
-        """
-        wrong = [token for token in tokens if not 0 <= token < self.vocab_size]
-        if wrong:
-            raise ValueError(
-                f"token id {wrong[0]} is outside the model's vocabulary of 0 … {self.vocab_size - 1}"
-            )
-        self.unfed.extend(tokens)
-        self.past.update(tokens)
-        if self.seen_tokens is not None:
-            with torch.inference_mode():
-                if on_device is None:
-                    on_device = torch.tensor(list(tokens), dtype=torch.int64, device=self.cache.device)
-                self.seen_tokens.index_fill_(0, on_device, True)
-
-    def feed(self) -> None:
-        """Let the cache take in the tokens that are still to be fed."""
-        if not self.unfed:
-            return
-        before = int(self.cache.seen[0])
-        ahead, self._ahead, self.logits = self._ahead, None, None
+def _whole(value: object, name: str) -> int:
+    """Whole numbers of any type (numpy's, too), but no bool."""
+    if not isinstance(value, bool):
         try:
-            if ahead is not None and len(self.unfed) == 1 and self.cache.step_on(ahead.back):
-                self.logits = ahead.logits
-                return
-            with torch.inference_mode():
-                tokens = torch.tensor([self.unfed], device=self.cache.device)
-                self.logits = self.model(tokens, self.cache, logits_to_keep=1)[0, -1]
-        finally:
-            taken = int(self.cache.seen[0]) - before
-            if self.logits is None and taken == len(self.unfed):  # interrupted before the logits arrived
-                self.cache.step_back()
-                taken -= 1
-            del self.unfed[:taken]
-
-    def run(
-        self,
-        config: GenerationConfig,
-        max_new_tokens: int | None,
-        seed: int | None,
-        tokens: Sequence[int] = (),
-    ) -> Iterator[int]:
-        """Push `tokens`, then feed, choose and push, until an eos token or `max_new_tokens`.
-
-        Raises ValueError before anything is pushed.
-        """
-        if max_new_tokens is not None and max_new_tokens < 0:
-            raise ValueError(f"max_new_tokens must be 0 or above, or None for no end, not {max_new_tokens}")
-        if seed is not None and not -(1 << 63) <= seed < 1 << 64:
-            raise ValueError(f"seed must be a whole number of 64 bits, not {seed}")
-        if not tokens and not self.unfed and self.logits is None:
-            raise ValueError("the stream is empty: give a prompt")
-        seed = agreed_seed(self.model, seed, tokens)
-        self.push(tokens)
-        generator = None
-        if seed is not None:
-            generator = torch.Generator(self.cache.device).manual_seed(seed)
-        return self._tokens(config, max_new_tokens, generator)
-
-    def _tokens(
-        self, config: GenerationConfig, max_new_tokens: int | None, generator: torch.Generator | None
-    ) -> Iterator[int]:
-        if config.repetition_penalty != 1.0 and self.seen_tokens is None:
-            with torch.inference_mode():
-                self.seen_tokens = torch.zeros(self.vocab_size, dtype=torch.bool, device=self.cache.device)
-                self.seen_tokens[list(self.past)] = True
-        done = 0
-        failed: BaseException | None = None
-        while max_new_tokens is None or done < max_new_tokens:
-            if failed is not None:  # now, as without running ahead: the tokens before it were yielded
-                self.logits = None
-                raise failed
-            self.feed()
-            done += 1
-            if self.cache.device.type in RUN_AHEAD and done != max_new_tokens:
-                token, failed = self._choose_and_run_ahead(config, generator)
-            else:
-                token = self._choose(config, generator)
-            try:
-                yield token
-            finally:
-                if failed is not None and not isinstance(failed, Exception):
-                    raise failed  # Ctrl-C is not lost when the caller wants no more tokens
-            if token in config.eos:
-                return
-
-    def _choose(self, config: GenerationConfig, generator: torch.Generator | None) -> int:
-        assert self.logits is not None
-        with torch.inference_mode():
-            token = next_token(self.logits, config, generator, self.seen_tokens)
-        self.push([token])
-        return token
-
-    def _choose_and_run_ahead(
-        self, config: GenerationConfig, generator: torch.Generator | None
-    ) -> tuple[int, BaseException | None]:
-        """The next token, pushed, and the error of feeding it, if there was one."""
-        assert self.logits is not None
-        before = int(self.cache.seen[0])
-        ahead: _Ahead | None = None
-        failed: BaseException | None = None
-        with torch.inference_mode():
-            token, best = choose(self.logits, config, generator, self.seen_tokens)
-            answer = _Answer(torch.cat((token.double(), best.double())))
-            try:
-                logits = self.model(token[None], self.cache, logits_to_keep=1)[0, -1]
-                answer.wait()
-            except BaseException as error:
-                failed = error
-        if int(self.cache.seen[0]) > before:
-            back = self.cache.step_back()
-            ahead = None if failed is not None else _Ahead(logits, back)
-        value, finite = answer.wait()
-        check_finite(finite)
-        self.push([int(value)], token)
-        self._ahead = ahead
-        return int(value), failed
-
-
-@dataclass(frozen=True, eq=False)
-class _Ahead:
-    """A forward that ran before its logits were asked for."""
-
-    logits: Tensor  # [V]
-    back: object  # of the cache's `step_back` from it
-
-
-class _Answer:
-    """Numbers on their way to the host. Work that the device has queued behind them is not waited for."""
-
-    def __init__(self, numbers: Tensor) -> None:
-        cuda = numbers.device.type == "cuda"
-        self._numbers = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=cuda)
-        self._numbers.copy_(numbers, non_blocking=cuda)
-        self._there = torch.cuda.Event() if cuda else None  # type: ignore[no-untyped-call]
-        if self._there is not None:
-            self._there.record()
-
-    def wait(self) -> list[float]:
-        if self._there is not None:
-            self._there.synchronize()
-        return self._numbers.tolist()
+            return operator.index(value)  # type: ignore[arg-type]
+        except TypeError:
+            pass
+    raise TypeError(f"{name} must be a whole number, not {value!r}")

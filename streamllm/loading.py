@@ -16,7 +16,7 @@ from streamllm.generation_config import GenerationConfig, attach, read_generatio
 from streamllm.malloc import trim_heap
 from streamllm.models import linear
 from streamllm.tensor_parallel import Job, Share, join
-from streamllm.tokenizer import TOKENIZER_FILES, Tokenizer, load_tokenizer_files
+from streamllm.tokenizer import TOKENIZER_FILES, Tokenizer, list_template_files, load_tokenizer_files
 from streamllm.weights.checkpoint import Checkpoint
 from streamllm.weights.errors import CheckpointNotFound
 from streamllm.weights.files import read_json
@@ -62,8 +62,9 @@ def load(
         UnsupportedConfig: the checkpoint asks for something that is not implemented.
         CheckpointError: its files are damaged. (The two above are subclasses.)
         TokenizerError: the files of its tokenizer are damaged or not supported.
-        ValueError: another `dtype` or `quantize`; with `tensor_parallel`, no torchrun, or so many processes that
-            the model's heads cannot be divided among them.
+        ValueError: another `dtype` or `quantize`; with `tensor_parallel`, a process that torchrun has not started, or
+            a number of processes among which the model's heads cannot be divided.
+        streamllm.tensor_parallel.JobError: another process of a tensor-parallel job has failed or ended.
     """
     with _job(tensor_parallel, device) as job:
         source = open_source(name, revision=revision, local_files_only=local_files_only, token=token)
@@ -136,6 +137,21 @@ def default_device() -> torch.device:
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
+def usable_device(device: torch.device | str | None) -> torch.device:
+    """The device, after a first use of it; None is `default_device`. Raises ValueError if torch cannot use it here."""
+    if device is None:
+        return default_device()
+    try:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise ValueError(
+            f"the device {str(device)!r} cannot be used here ({reason}); supported: cpu, and cuda or mps where "
+            f"torch finds them"
+        ) from None
+    return torch.device(device)
+
+
 @contextmanager
 def weights_progress(total_bytes: int, description: str) -> Iterator[Callable[[int], object]]:
     """A progress bar on standard error, for large checkpoints only; the value takes the bytes just done."""
@@ -174,7 +190,7 @@ def _load_model(
         dtype = torch.bfloat16  # the fast int8 kernels support no other type
     checkpoint = Checkpoint(source, match_transformers, allow_pickle)
     part = None if job is None else Share(checkpoint.config, job.rank, job.ranks)
-    target = job.device if job else default_device() if device is None else torch.device(device)
+    target = job.device if job else usable_device(device)
     generation_config = _generation_config(source)
     shown_bytes = checkpoint.nbytes if job is None or job.is_first else 0
     with weights_progress(shown_bytes, f"loading {source.name}") as report:
@@ -197,6 +213,8 @@ def _generation_config(source: Source) -> GenerationConfig:
 
 def _load_tokenizer(source: Source) -> Tokenizer:
     found = {name: path for name in TOKENIZER_FILES if (path := source.find(name)) is not None}
+    for name in list_template_files(source):
+        source.find(name)  # downloads it
     if not found.keys() & set(TOKENIZER_FILES[:2]):
         if source.offline:
             source.file(TOKENIZER_FILES[0])  # raises: the file may exist on the hub, but is not in the cache

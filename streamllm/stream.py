@@ -3,24 +3,60 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from streamllm.cache import SinkCache
-from streamllm.generation import Loop
+from streamllm.generation import check_max_new_tokens, make_sampler, token_ids
 from streamllm.generation_config import GenerationConfig, SamplingSettings, resolve
-from streamllm.tokenizer import Tokenizer
+from streamllm.loop import Loop
+from streamllm.sampling import LogitsProcessor, Sampler, TokenLogProbs, breaker_tokens, token_logprobs
+from streamllm.stop_strings import Held, Segment, check_stops
+from streamllm.tokenizer import IncrementalDecoder, Tokenizer
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
+
+# The decoder of a text that goes on depends on its last tokens only: a character has at most 4 bytes.
+DECODER_TOKENS = 16
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """Tokens that leave the stream, because they hold a stop string."""
+
+    start: int  # the number of the first of them
+    then: tuple[int, ...]  # the tokens of the text in front of the stop string
+    cuts: int  # the cuts of the stream before this one
+
+
+@dataclass(frozen=True)
+class _View:
+    """How far the text of a stream was decoded and shown. It is replaced as a whole."""
+
+    number: int = 0  # the tokens before this number were decoded
+    generated_to: int = 0  # the number behind the last generated token that was decoded
+    generated: int = 0  # how many tokens were generated
+    held: Held = field(default_factory=Held)  # generated text that may become a stop string
+    owed: str = ""  # generated text to show first
+    unsaid: int = 0  # 1 where the last token was decoded and its piece was not yielded
+    stopped: bool = False  # whether a stop string ended the text and its last piece was not yielded
+    cut: _Cut | None = None  # what is to be done first, with `number` unknown until then
 
 
 class Stream:
     """An endless text that a model and its user write together, in constant memory.
 
     `sinks`, `window`, `chunk`, `quantize`: see `SinkCache`, which is `stream.cache`. Each `generate` goes on where
-    the text ends, after Ctrl-C, too.
+    the text ends, after Ctrl-C, too: no token is lost, and none is fed twice.
+
+    Attributes:
+        finish_reason: why the last `generate` ended: "eos", "stop", "length" (max_new_tokens), or None where it did
+            not end.
+        logprobs: the log-probabilities of the tokens of the last `generate`, if it was asked for them.
     """
 
     def __init__(
@@ -34,110 +70,240 @@ class Stream:
     ) -> None:
         self.tokenizer = tokenizer
         self.cache = SinkCache(model, sinks=sinks, window=window, chunk=chunk, quantize=quantize)
+        self._breakers: tuple[object, tuple[tuple[int, ...], ...]] | None = None
+        self._start(model)
+
+    def _start(self, model: nn.Module) -> None:
         self._loop = Loop(model, self.cache)
-        self._decoder = tokenizer.decoder()
-        self._held = ""  # the end of the generated text, while it may still become a stop string
-        self._generated = 0
-        self._started = False
+        self._view = _View()
+        self._decoder: IncrementalDecoder = self.tokenizer.decoder()
+        self._decoder_at: int | None = 0  # the number of tokens that it decoded; None while it decodes
+        self.finish_reason: str | None = None
+        self.logprobs: list[TokenLogProbs] = []
+
+    @property
+    def model(self) -> nn.Module:
+        return self._loop.model
 
     @property
     def seen(self) -> int:
         """How many tokens the cache has taken in."""
-        return int(self.cache.seen[0])
+        return self._loop.seen
 
     @property
     def said(self) -> int:
         """How many tokens the model has generated."""
-        return self._generated
+        return self._view.generated
 
     def __repr__(self) -> str:
-        return f"Stream({self._loop.model.__class__.__module__.rpartition('.')[2]}, {self.cache!r})"
+        return f"Stream({type(self.model).__module__}, {self.cache!r})"
 
-    def feed(self, text: str) -> int:
-        """Let the model read a text without generating. Returns its number of tokens."""
-        tokens = self._encode(text)
-        self._loop.push(tokens)
-        self._written(tokens)
+    def feed(
+        self, text: str | Sequence[int] | Tensor, *, bos: bool | None = None, special_tokens: bool = True
+    ) -> int:
+        """Let the model read a text, or ids, without generating. Returns the number of tokens.
+
+        A text in the middle of a stream goes on where the stream ends, without a space or a BOS token in front. So
+        the pieces of a text have the ids of the whole, up to merges across the cuts.
+
+        Args:
+            bos: begin with a BOS token, unless the text does. None: at the start of the stream, as the tokenizer's
+                files have it.
+            special_tokens: special tokens that are written in the text become their ids; False: they stay text.
+
+        Raises ValueError for ids outside the vocabulary, and for an empty text at the start of a stream whose
+        tokenizer adds no BOS token; TokenizerError for a text that the tokenizer cannot encode.
+        """
+        tokens = self._encode(text, bos, special_tokens)
+        self._push(tokens)
         self._loop.feed()
         return len(tokens)
 
     def generate(
         self,
-        text: str = "",
+        text: str | Sequence[int] | Tensor = "",
         *,
+        bos: bool | None = None,
+        special_tokens: bool = True,
         max_new_tokens: int | None = None,
         stop: str | Sequence[str] = (),
         seed: int | None = None,
+        top_logprobs: int | None = None,
+        logits_processor: LogitsProcessor | None = None,
         generation_config: GenerationConfig | None = None,
         **settings: Unpack[SamplingSettings],
     ) -> Iterator[str]:
-        """The text that the model generates after `text`, piece by piece, in whole characters.
+        """The text that the model generates after `text` (or ids), piece by piece, in whole characters.
 
-        Ends before one of the strings in `stop`, which is not yielded; else as `streamllm.generate`, which
-        describes the other arguments and errors. A piece may be empty while a character is not complete.
-        Raises ValueError for an empty text at the start of a stream whose tokenizer adds no BOS token.
+        Ends before one of the strings in `stop`; special tokens are compared with them, too. What a stop string cut
+        off is taken out of the stream again, so the model remembers what was shown. A piece may be empty while a
+        character is not complete. `top_logprobs`: keep the log-probability of each token, and of so many of the
+        likeliest, in `logprobs`. `bos`, `special_tokens`: as `feed`. `streamllm.generate` describes the other arguments
+        and errors.
+
+        Raises ValueError for an empty text at the start of a stream whose tokenizer adds no BOS token. After any
+        error at the call, nothing was pushed.
         """
-        config = resolve(self._loop.model, generation_config, settings)
-        stops = [stop] if isinstance(stop, str) else list(stop)
-        if "" in stops:
-            raise ValueError("a stop string must not be empty")
-        tokens = self._encode(text)
-        generated = self._loop.run(config, max_new_tokens, seed, tokens)
-        self._written(tokens)
-        return self._pieces(generated, stops)
+        config = resolve(self.model, generation_config, settings)
+        stops = check_stops(stop)
+        limit = check_max_new_tokens(max_new_tokens)
+        top = check_max_new_tokens(top_logprobs)
+        if top is not None and top > self._loop.vocab_size:
+            raise ValueError(f"top_logprobs must be at most {self._loop.vocab_size}, not {top_logprobs}")
+        tokens, breakers = self._encode(text, bos, special_tokens), self._breaker_tokens(config)
+        sampler = make_sampler(self._loop, tokens, config, seed, logits_processor, breakers)
+        self._push(tokens)
+        self.finish_reason, self.logprobs = None, []
+        return self._pieces(sampler, stops, limit, top)
 
     def reset(self) -> None:
         """Forget everything and start a new text."""
         self.cache.reset()
-        self._loop = Loop(self._loop.model, self.cache)
-        self._decoder = self.tokenizer.decoder()
-        self._held = ""
-        self._generated = 0
-        self._started = False
+        self._start(self.model)
 
-    def _encode(self, text: str) -> list[int]:
-        tokens = self.tokenizer.encode(text, add_special_tokens=not self._started)
-        if not tokens and not self._started:
+    def _encode(
+        self, text: str | Sequence[int] | Tensor, bos: bool | None, special_tokens: bool
+    ) -> list[int]:
+        if bos not in (None, True, False):
+            raise TypeError(f"bos must be True, False or None, not {bos!r}")
+        log = self._loop.log
+        end = max(self._view.number, log.end)
+        if isinstance(text, str):
+            only_bos = end == 1 and log.tokens == [self.tokenizer.bos_token_id]
+            last = log.tokens[-1] if log.tokens and self._view.generated_to != end else None
+            tokens = self.tokenizer.encode_piece(
+                text,
+                bos=False if only_bos and bos is None else bos,
+                continuation=end > 0 and not only_bos,
+                after=last,
+                special_tokens=special_tokens,
+            )
+        else:
+            tokens = token_ids(text)
+            front = self.tokenizer.encode_piece("", bos=True, continuation=end > 0) if bos else []
+            tokens = tokens if tokens[: len(front)] == front else front + tokens
+        if not tokens and not end:
             raise ValueError(
                 "the prompt is empty and the tokenizer adds no BOS token: give some text to begin with"
             )
+        self._loop.check(tokens)
         return tokens
 
-    def _written(self, tokens: Sequence[int]) -> None:
-        if tokens:
-            self._held = ""  # of an answer that was abandoned
-        self._started = True
-        for token in tokens:  # so that the next tokens are not decoded as the start of a text
-            self._decoder.push(token)
+    def _push(self, tokens: Sequence[int]) -> None:
+        """Push the user's tokens, behind what the model has said."""
+        self._finish_cut()
+        if not tokens:
+            return
+        loop = self._loop
+        if loop.drawn is not None:
+            if self._view.number == loop.end:  # interrupted before it was decoded
+                self._decode(loop.drawn)
+            loop.push_drawn()
+        view = self._view
+        owed = view.owed + view.held.shown(len(view.held.text))
+        self._view = replace(view, held=Held(), owed=owed, unsaid=0, stopped=False)
+        loop.push(tokens)
+        self._decode_pushed()
 
-    def _pieces(self, tokens: Iterator[int], stops: Sequence[str]) -> Iterator[str]:
-        for token in tokens:
-            self._generated += 1
-            self._held += self._decoder.push(token)
-            # The stop string that ends first, however the text is cut into tokens; of two, the longer one.
-            ends = [(at + len(stop), at) for stop in stops if (at := self._held.find(stop)) >= 0]
-            if ends:
-                piece = self._release(min(ends)[1])
-                self._held = ""
-                yield piece
+    def _pieces(
+        self, sampler: Sampler, stops: Sequence[str], limit: int | None, top_logprobs: int | None
+    ) -> Iterator[str]:
+        # The state changes in the line that yields the piece: an interrupt finds both done, or neither.
+        loop, count = self._loop, 0
+        while limit is None or count < limit:
+            self._finish_cut()
+            self._decode_pushed()
+            if self._view.stopped:
+                piece, after = self._view.owed, replace(self._view, owed="", stopped=False)
+                self._view, self.finish_reason = after, "stop"; yield piece  # noqa: E702  # fmt: skip
                 return
-            yield self._release(len(self._held) - _overlap(self._held, stops))
-        if self._held:
-            yield self._release(len(self._held))
+            if not self._view.unsaid:
+                if self._view.number > loop.end:
+                    loop.push_drawn()
+                token = loop.draw(sampler, count, run_ahead=count + 1 != limit)
+                if top_logprobs is not None:
+                    self._keep_logprobs(token, top_logprobs)
+                self._decode(token)
+            view, last = self._view, loop.drawn
+            found = view.held.find(stops)
+            if found is not None:
+                then = self.tokenizer.encode_piece(found.kept, continuation=True) if found.kept else []
+                cut = _Cut(view.number - found.tokens, tuple(then), loop.log.cuts)
+                owed = view.owed + found.shown
+                self._view = replace(view, held=Held(), owed=owed, unsaid=0, stopped=True, cut=cut)
+                continue
+            count += 1
+            reason = "eos" if last in sampler.config.eos else "length" if count == limit else None
+            piece, held = view.held.release(stops if reason is None else ())
+            piece, after = view.owed + piece, replace(view, held=held, owed="", unsaid=0)
+            self._view, self.finish_reason = after, reason; yield piece  # noqa: E702  # fmt: skip
+            if reason is not None:
+                return
+        self.finish_reason = "length"  # of 0 tokens
 
-    def _release(self, length: int) -> str:
-        piece, self._held = self._held[:length], self._held[length:]
-        return piece
+    def _finish_cut(self) -> None:
+        """Take the tokens of a stop string out of the stream, if there are some to take out."""
+        cut = self._view.cut
+        if cut is not None:
+            if self._loop.log.cuts == cut.cuts:
+                self._loop.take_back(cut.start, cut.then)
+            end, self._decoder_at = self._loop.end, None
+            self._view = replace(self._view, number=end, generated_to=end, cut=None)
 
+    def _decode(self, token: int) -> None:
+        """Decode a token that the model has generated."""
+        view = self._view
+        text = self._decoder_for(view.number).push(token)
+        special = self.tokenizer.special_text(token)
+        segments = [Segment(text)]
+        if special is not None:
+            segments.append(Segment(special, is_shown=False, is_token=False))
+        number = view.number + 1
+        self._view = replace(
+            view,
+            number=number,
+            generated_to=number,
+            generated=view.generated + 1,
+            held=view.held.add(*segments),
+            unsaid=1,
+        )
+        self._decoder_at = number
 
-def _overlap(text: str, stops: Sequence[str]) -> int:
-    """How many characters at the end of `text` may be the beginning of a stop string."""
-    return max(
-        (
-            length
-            for stop in stops
-            for length in range(1, min(len(stop), len(text) + 1))
-            if text.endswith(stop[:length])
-        ),
-        default=0,
-    )
+    def _decode_pushed(self) -> None:
+        """Decode tokens that the user has pushed, so that the next ones are not decoded as the start of a text."""
+        number, loop = self._view.number, self._loop
+        if number < loop.end:
+            decoder = self._decoder_for(number)
+            for token in loop.last_tokens(loop.end - number):
+                decoder.push(token)
+            self._view = replace(self._view, number=loop.end)
+            self._decoder_at = loop.end
+
+    def _decoder_for(self, number: int) -> IncrementalDecoder:
+        """The decoder after so many tokens, about to decode more."""
+        if self._decoder_at != number:  # it was interrupted, or tokens were taken back
+            self._decoder = self.tokenizer.decoder()
+            before = self._loop.last_tokens(self._loop.end)
+            if self._loop.end > number:
+                before = before[: number - self._loop.end]
+            whole = len(before) >= number
+            for token in before if whole else before[-DECODER_TOKENS:]:
+                self._decoder.push(token)
+        self._decoder_at = None
+        return self._decoder
+
+    def _keep_logprobs(self, token: int, top: int) -> None:
+        logits = self._loop.logits
+        assert logits is not None
+        with torch.inference_mode():
+            chosen = torch.tensor([token], dtype=torch.int64, device=logits.device)
+            self.logprobs += token_logprobs(logits[None], chosen, top).rows()
+
+    def _breaker_tokens(self, config: GenerationConfig) -> tuple[tuple[int, ...], ...]:
+        """The breakers of DRY, which are found once: all tokens of the vocabulary are looked at."""
+        if not config.dry_multiplier:
+            return ()
+        given = config.dry_sequence_breakers
+        if self._breakers is None or self._breakers[0] != given:
+            self._breakers = given, breaker_tokens(self.tokenizer, given)
+        return self._breakers[1]

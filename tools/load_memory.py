@@ -1,6 +1,7 @@
 """Measures the peak resident memory of loading a checkpoint on the CPU, with this library and transformers.
 
     python tools/load_memory.py --gigabytes 2
+    python tools/load_memory.py --gigabytes 2 --loader streamllm --processes 4    # tensor-parallel: of one process
 
 Writes a random Llama in bfloat16 of that size, in shards. Then new processes load it, unchanged and cast to
 other types. The peak is the kernel's count of resident pages (VmHWM) minus those before loading, with all
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import subprocess
 import sys
 import tempfile
@@ -39,7 +41,7 @@ CONFIG: dict[str, Any] = {
 SHARD_BYTES = 500_000_000  # a shard is full when it has more
 
 PROGRAM = """
-import gc, json, re, sys, threading, time, warnings
+import gc, json, os, re, sys, threading, time, warnings
 from pathlib import Path
 import torch
 folder, loader, dtype = sys.argv[1:]
@@ -48,7 +50,8 @@ def status(field):
     return int(re.search(field + r":\\s*(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
 if loader == "streamllm":
     import streamllm
-    load = lambda: streamllm.load_model(folder, dtype=dtype, device="cpu")
+    parallel = "WORLD_SIZE" in os.environ
+    load = lambda: streamllm.load_model(folder, dtype=dtype, device="cpu", tensor_parallel=parallel)
 else:
     import transformers
     from transformers import AutoModelForCausalLM, LlamaForCausalLM
@@ -130,15 +133,29 @@ def make(folder: Path, size: int) -> int:
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
-def measure(folder: Path, loader: str, dtype: str) -> tuple[int, int, int, float]:
-    """Bytes at the peak, anonymous bytes at their peak, bytes of the result, and seconds."""
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, str(folder), loader, dtype], capture_output=True, text=True
-    )
+def measure(folder: Path, loader: str, dtype: str, processes: int = 1) -> tuple[int, int, int, float]:
+    """Bytes at the peak, anonymous bytes at their peak, bytes of the result, and seconds.
+
+    Of several processes that load the model together, each number is the largest of any process.
+    """
+    command = [sys.executable, "-c", PROGRAM, str(folder), loader, dtype]
+    if processes > 1:
+        run = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            str(processes),
+        ]
+        command = [*run, "--no-python", *command]
+    done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise click.ClickException(f"{loader} failed to load as {dtype}:\n{done.stderr}")
-    peak, anonymous, result, took, finite = json.loads(done.stdout.splitlines()[-1])
-    assert finite
+    found = [json.loads(line) for line in re.findall(r"\[\d.*?\]", done.stdout)]
+    assert len(found) == processes
+    assert all(finite for *_, finite in found)
+    peak, anonymous, result, took = (max(numbers) for numbers in list(zip(*found, strict=True))[:4])
     return peak, anonymous, result, took
 
 
@@ -148,12 +165,15 @@ def measure(folder: Path, loader: str, dtype: str) -> tuple[int, int, int, float
     "--dtype", "dtypes", multiple=True, default=["bfloat16", "float16", "float32"], show_default=True
 )
 @click.option("--loader", "loaders", multiple=True, default=["streamllm", "transformers"], show_default=True)
+@click.option("--processes", type=click.IntRange(1), default=1, help="Load it in so many processes together.")
 @click.option(
     "--folder",
     type=click.Path(path_type=Path),
     help="Where to write it.  [default: the system's folder for temporary files]",
 )
-def main(gigabytes: float, dtypes: tuple[str, ...], loaders: tuple[str, ...], folder: Path | None) -> None:
+def main(
+    gigabytes: float, dtypes: tuple[str, ...], loaders: tuple[str, ...], processes: int, folder: Path | None
+) -> None:
     """Measure the peak memory of loading a random Llama on the CPU."""
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(dir=folder) as space:
@@ -165,8 +185,8 @@ def main(gigabytes: float, dtypes: tuple[str, ...], loaders: tuple[str, ...], fo
                    f"{'peak / larger of file and result':>35}")  # fmt: skip
         for loader in loaders:
             for dtype in dtypes:
-                peak, anonymous, result, took = measure(Path(space), loader, dtype)
-                ratio = peak / max(size, result)
+                peak, anonymous, result, took = measure(Path(space), loader, dtype, processes)
+                ratio = peak / max(size / processes, result)
                 numbers = (
                     f"{result / 1e9:11.2f}{peak / 1e9:9.2f}{anonymous / 1e9:11.2f}{took:9.1f}{ratio:35.3f}"
                 )

@@ -5,6 +5,11 @@ keeps it one run. Where it takes entries out of the middle, those on the shorter
 rotated by as many places as were taken out, and take the slots of their new places. Taking the oldest or the newest
 recent entries moves nothing.
 
+Why keys move: the part before a gap could stay, and meet a query of its own, as the sinks do. Then each token would pay
+for each gap, and recordings would depend on their number. Moving costs one more rounding of the moved keys. The error
+of the logits after 16 evictions from the middle of a window of 64, against 16 that move nothing: float32 the same,
+bfloat16 1.05 times, int8 1.7 times (1.0 times each after one). tools/eviction.py, AMD EPYC, 2026-11.
+
 The functions are pure. t is the place of a row's next token, counted from 0 whatever the origin. `layouts` are the
 sizes of the lists, one for each distinct window of the model's layers.
 """

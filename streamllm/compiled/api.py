@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -15,7 +16,7 @@ from torch import Tensor, fx, nn
 
 from streamllm.cache import SinkCache
 from streamllm.cache.sink_cache import TokenKinds
-from streamllm.compiled import cpu_loops, cuda, fusion, library
+from streamllm.compiled import cpu_loops, cuda, fusion, library, triton_support
 from streamllm.compiled.recorder import Recorder
 from streamllm.lru import LRU
 from streamllm.malloc import trim_heap
@@ -90,6 +91,7 @@ class Compiled(nn.Module):
 
     def _forget(self) -> None:
         self.recordings = 0
+        self._fusable = True  # whether Triton kernels cover the model's attention
         self._recorded: LRU[Any, Recording] = LRU(MAX_RECORDINGS)
         self._bound: WeakKeyDictionary[SinkCache, LRU[Any, _BoundStep]] = WeakKeyDictionary()
         self._weights = _WeightAddresses()
@@ -135,7 +137,10 @@ class Compiled(nn.Module):
             self._recorded.clear()
             self._bound.clear()
         # Compiling takes long: then one recording serves a window that fills and one that is full.
-        kinds = cache.token_kinds(recorded=True, for_any_place=self._uses_loops(cache.device))
+        fused = self._uses_triton(cache)
+        kinds = cache.token_kinds(recorded=True, for_any_place=fused or self._uses_loops(cache.device))
+        if fused:  # the kernel reads what is held, so its recording serves any number of slots
+            kinds = {own: replace(kind, reads=cache.slots_of(own)) for own, kind in kinds.items()}
         key = (*kinds.items(), tokens.dtype, torch.is_inference_mode_enabled(),
                cache.device.type == "cpu" and torch.get_num_threads())  # fmt: skip
         steps = self._bound.get(cache)
@@ -164,7 +169,14 @@ class Compiled(nn.Module):
                     plan = Plan(planned.steps, [cpu_loops.LoopStore(store) for store in planned.stores])
                 return self.model.project(self.model.hidden(tokens, plan))  # type: ignore[no-any-return, operator]
 
-            recording = self._record(given, step)
+            made = (
+                self._record_fused(given, step, cache)
+                if self._uses_triton(cache)
+                else self._record(given, step)
+            )
+            if made is None:
+                return self._step(tokens, cache)  # without Triton
+            recording = made
             self._recorded.put(recording_key, recording)
         if self._is_captured(cache.device):
             return _CapturedStep(recording, given)
@@ -188,13 +200,47 @@ class Compiled(nn.Module):
             made = _by_inductor(fx.GraphModule(recorded, recorded.graph))
         else:
             made = fusion.flat_function(recorded)
+        self._count_recording()
+        return made
+
+    def _record_fused(
+        self, given: Sequence[Tensor], function: Callable[[], Tensor], cache: SinkCache
+    ) -> Recording | None:
+        """As `_record`, rewritten into Triton kernels; None where they do not cover or do not run this model."""
+        from streamllm.compiled import triton_fusion
+
+        function()
+        with Recorder(given, triton_fusion.NOTED) as recorder:
+            result = function()
+        recorded = recorder.finish(result)
+        if triton_fusion.fuse(recorded, recorder, given, cache):
+            made = fusion.flat_function(recorded)
+            try:
+                with triton_support.on(given[0].device):
+                    made(*given)  # compiles the kernels
+                self._count_recording()
+                return made
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:
+                triton_support.warn(error)
+        self._fusable = False
+        return None
+
+    def _count_recording(self) -> None:
         if not self._weights.unchanged():  # fusing or arranging moved them, so older recordings are stale
             self._recorded.clear()
             self._bound.clear()
         self._weights = _WeightAddresses(self.model)
         self.recordings += 1
         trim_heap()
-        return made
+
+    def _uses_triton(self, cache: SinkCache) -> bool:
+        return (
+            self._fusable
+            and self._is_captured(cache.device)
+            and triton_support.supported(cache.device, cache.dtype)
+        )
 
     def _uses_loops(self, device: torch.device) -> bool:
         """Whether a token's products become sums over rows, compiled to C++: inductor on the CPU."""

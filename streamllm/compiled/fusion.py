@@ -44,8 +44,8 @@ def _fuse_linears(module: fx.GraphModule) -> None:
         if len(nodes) == 1 or len({id(weight) for weight in weights}) < len(nodes):
             continue
         with torch.no_grad():
-            weight = _join(weights, by_columns)
-            bias = None if biases[0] is None else _join(biases, False)
+            weight = join(weights, by_columns)
+            bias = None if biases[0] is None else join(biases, False)
         module.register_buffer(f"weight_{number}", weight)
         module.register_buffer(f"bias_{number}", bias)
         with graph.inserting_before(nodes[0]):
@@ -83,7 +83,7 @@ def _share_rolls(graph: fx.Graph) -> None:
             graph.erase_node(node)
 
 
-def _join(weights: Sequence[Tensor], by_columns: bool) -> Tensor:
+def join(weights: Sequence[Tensor], by_columns: bool) -> Tensor:
     """[out, in] each -> [sum of out, in], or biases [out] each -> [sum]; each becomes a view of it."""
     sizes = [len(weight) for weight in weights]
     shape, stride = (sum(sizes), *weights[0].shape[1:]), weights[0].stride()

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import importlib
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -73,6 +73,7 @@ class Requests:
         if batch < 1 or chunk < 1:
             raise ValueError(f"batch and chunk must be at least 1, not {batch} and {chunk}")
         self.model, self.streaming_tokenizer = model, tokenizer
+        self._template: str | None = None  # the one that the harness chose by name
         self.mode, self.batch, self.chunk = mode, batch, chunk
         self.sinks = sinks if mode == "sinks" else 0
         self.longest = geometry_of(model).trained_length or LONGEST_DENSE_TEXT
@@ -83,6 +84,35 @@ class Requests:
     @property
     def tokenizer_name(self) -> str:
         return "streamllm"
+
+    def apply_chat_template(
+        self, chat_history: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True
+    ) -> str:
+        """The prompt that the tokenizer's chat template makes from messages, for `--apply_chat_template`.
+
+        Without `add_generation_prompt` it ends within the last message, which the model continues.
+        """
+        return self.streaming_tokenizer.render_chat_template(
+            chat_history,
+            chat_template=self._template,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=not add_generation_prompt,
+        )
+
+    def chat_template(self, chat_template: bool | str = False) -> str | None:
+        """The template that the harness asks for: by name, or the tokenizer's own (True), or none ("")."""
+        known = self.streaming_tokenizer.chat_template
+        if not chat_template or known is None:
+            return ""
+        if isinstance(known, str):
+            return known
+        name = chat_template if isinstance(chat_template, str) else "default"
+        if name not in known:
+            raise ValueError(
+                f"there is no chat template {name!r}; the tokenizer has {', '.join(sorted(known))}"
+            )
+        self._template = known[name]
+        return self._template
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """For each (context, continuation): log-probability in nats, and whether greedy decoding generates it."""
@@ -214,7 +244,8 @@ class Requests:
         return new_cache(self.model, self.mode, self.sinks, window, self.chunk, rows)
 
     def _encode(self, text: str, alone: bool) -> list[int]:
-        return self.streaming_tokenizer.encode(text, add_special_tokens=alone)
+        """The ids of a text; `alone`: with BOS, where the tokenizer adds it and the text does not begin with it."""
+        return self.streaming_tokenizer.encode_piece(text, bos=None if alone else False)
 
     def _prefix(self) -> int:
         """The token that precedes a text without context."""

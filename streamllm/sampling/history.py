@@ -50,6 +50,12 @@ class History:
         """How many tokens it holds now."""
         return len(self._recent[1])
 
+    @property
+    def total(self) -> int:
+        """How many tokens it was given, with those that it dropped."""
+        dropped, kept = self._recent
+        return dropped + len(kept)
+
     def push(self, token: int) -> None:
         """Add the next token of the stream."""
         self.extend((token,))
@@ -81,8 +87,8 @@ class History:
     def loop_share(self, window: int = 512) -> float:
         """Which share of the 4-grams in the last `window` tokens occurred in them before: 0 … 1.
 
-        1 minus the share of distinct 4-grams. Ordinary prose stays under about 0.1. A text that repeats a phrase
-        of p tokens reaches 1 - p / window.
+        It is 1 minus the share of distinct 4-grams: near 0 in ordinary prose, and nearly 1 - p / window in a text
+        that repeats a phrase of p tokens.
         """
         return self.counter(_LoopNgrams, window).repeated_share()
 

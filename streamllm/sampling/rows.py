@@ -83,10 +83,10 @@ def choose_rows(scores: Tensor, settings: RowSettings, chance: Tensor | float) -
     best, likeliest = scores.max(-1, keepdim=True)
     if not settings.samples:
         return likeliest[:, 0], best[:, 0]
-    if isinstance(chance, Tensor):
-        chance = chance.to(scores.device, wide_dtype(scores.device), non_blocking=True)[:, None]
     if scores.device.type == "mps":
         chance = _below_one(chance)
+    if isinstance(chance, Tensor):
+        chance = chance.to(scores.device, wide_dtype(scores.device), non_blocking=True)[:, None]
     # Subtract the best before dividing: a small temperature would overflow the scores themselves.
     scores = (scores - best) / settings.temperature
     if not (settings.largest_top_k or settings.cuts_top_p or settings.cuts_min_p):

@@ -7,6 +7,8 @@ sees each of them as one function; a trailing underscore means that it writes to
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -23,7 +25,7 @@ class JobError(RuntimeError):
 def sum_(x: Tensor) -> Tensor:
     """The sum of the tensors x of all processes, in place. All get the same bits."""
     if has_torch_function_unary(x):
-        return handle_torch_function(sum_, (x,), x)  # type: ignore[no-any-return]
+        return handle_torch_function(sum_, (x,), x)
     return _reduce(x, dist.ReduceOp.SUM)
 
 
@@ -35,26 +37,31 @@ def maximum_(x: Tensor) -> Tensor:
 def gather(x: Tensor, ranks: int) -> list[Tensor]:
     """The tensors x of all processes, which have one shape, in the order of their ranks."""
     if has_torch_function_unary(x):
-        return handle_torch_function(gather, (x,), x, ranks)  # type: ignore[no-any-return]
+        return handle_torch_function(gather, (x,), x, ranks)
     parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(ranks)]
-    try:
+    with reporting_lost_processes():
         dist.all_gather(parts, x.contiguous())
-    except RuntimeError as error:
-        raise lost(error) from error
     return parts
 
 
 def _reduce(x: Tensor, operation: dist.ReduceOp.RedOpType) -> Tensor:
     x = x.contiguous()
-    try:
+    with reporting_lost_processes():
         dist.all_reduce(x, operation)
-    except RuntimeError as error:
-        raise lost(error) from error
     return x
 
 
-def lost(error: RuntimeError) -> JobError:
-    """What an error of torch.distributed means. Gloo puts a file of its own in front of the reason, advice behind."""
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-    reason = re.sub(r"^\[[^]]*\] *", "", reason).partition(". ")[0]
-    return JobError(f"another process of this job has ended or cannot be reached ({shorten(reason)})")
+@contextmanager
+def reporting_lost_processes() -> Iterator[None]:
+    """Within the context, an error of torch.distributed becomes a JobError."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = re.sub(r"^\[[^]]*\] *", "", reason)  # the file of Gloo that raised it
+        reason = reason.partition(". ")[0]  # advice follows
+        raise JobError(
+            f"another process of this job has ended or cannot be reached ({shorten(reason)})"
+        ) from error

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from streamllm.tensor_parallel.collectives import JobError, lost
+from streamllm.tensor_parallel.collectives import JobError, reporting_lost_processes
 from streamllm.tensor_parallel.layers import GatheredHead
 
 Result = TypeVar("Result")
@@ -126,7 +126,7 @@ def is_reported_elsewhere(error: BaseException) -> bool:
     return isinstance(error, PeerFailed) or isinstance(error.__cause__, PeerFailed)
 
 
-def agreed_seed(model: nn.Module, seed: int | None, tokens: Sequence[int]) -> int | None:
+def agreed_seed(model: nn.Module, seed: int | None, tokens: Sequence[int] = ()) -> int | None:
     """The seed to sample with: of a tensor-parallel model that of its first process, drawn there where it is None.
 
     Raises ValueError where the processes feed different tokens.
@@ -148,8 +148,6 @@ def is_tensor_parallel(model: nn.Module) -> bool:
 def exchange(own: Any) -> list[Any]:
     """The objects of all processes, in the order of their ranks."""
     objects: list[Any] = [None] * dist.get_world_size()
-    try:
+    with reporting_lost_processes():
         dist.all_gather_object(objects, own)
-    except RuntimeError as error:
-        raise lost(error) from error
     return objects

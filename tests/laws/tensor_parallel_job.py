@@ -30,7 +30,7 @@ PARTS = [14, 1, 1, 8]  # the window is full after 8 tokens
 
 def results(model: nn.Module) -> dict[str, Any]:
     """What is compared: logits, dense and streaming past eviction, and the text that is sampled."""
-    tokens = TOKENS
+    tokens = TOKENS.to(next(model.parameters()).device)
     cache = streamllm.SinkCache(model, SINKS, WINDOW, 2, chunk=8)
     streamed = [model(part, cache) for part in tokens.split(PARTS, 1)]
     ragged = model(tokens[:, :3], cache, lengths=[1, 3])

@@ -12,6 +12,19 @@ from tests.laws.families import CONFIGS, tiny_model
 from tests.laws.scenarios import TOLERANCE, random_tokens, tiny_llama
 
 
+def test_a_cache_has_a_gap_until_new_tokens_have_filled_it():
+    model = tiny_llama()
+    cache = SinkCache(model, 2, 12, 2)
+    model(random_tokens(30, 2), cache)
+    assert not cache.has_gap
+    cache.evict_range(4, 7, [1])
+    gaps = []
+    for seed in range(4):
+        gaps.append(cache.has_gap)
+        model(random_tokens(1, 2, seed=seed), cache)
+    assert gaps == [True, True, False, False]  # the next token takes the last place of the room itself
+
+
 def token_by_token(rows: EvictingRows, count: int, seed: int) -> None:
     for part in random_tokens(count, rows.cache.batch_size, seed=seed).split(1, 1):
         rows.feed(part)

@@ -41,6 +41,18 @@ LARGE_SHARDS = 8
 LIMIT_BYTES = 70_000_000  # that each process may map beyond what it needs to run; the model has 108 million
 
 
+def torchrun(processes: int, module: str, *arguments: str) -> str:
+    """Runs a module in so many processes; returns what they printed."""
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes),
+        "-m", module, *arguments,
+    ]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tensor-parallel")
@@ -58,13 +70,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module", params=[2, 4], ids=["2 processes", "4 processes"])
 def job(folder: Path, request: pytest.FixtureRequest) -> tuple[int, dict]:
     """How many processes ran, and their results."""
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(request.param),
-        "-m", "tests.laws.tensor_parallel_job", str(folder), str(LIMIT_BYTES),
-    ]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-4000:]
+    torchrun(request.param, "tests.laws.tensor_parallel_job", str(folder), str(LIMIT_BYTES))
     return request.param, torch.load(folder / f"results-{request.param}.pt")
 
 
@@ -147,3 +153,11 @@ def test_a_model_larger_than_the_memory_of_a_process_runs_on_four(job, folder):
     with torch.inference_mode():
         wanted = model(torch.arange(12)[None])
     assert error(limit["logits"], wanted) < 1e-4
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("processes", [1, 2])
+def test_processes_on_cuda_give_the_results_of_one(processes, tmp_path):
+    tiny.write(tmp_path, tiny.checkpoint())
+    printed = torchrun(processes, "tests.laws.tensor_parallel_cuda_job", str(tmp_path))
+    assert printed.count(": equal") == processes

@@ -263,6 +263,110 @@ def test_a_state_dict_with_another_quantization_is_refused(quantize):
     assert other.seen.tolist() == [9]
 
 
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda cache: cache.evict_range(1, 4),
+            r"the range 1 … 4 touches the sinks, which stay: .* at least 2",
+        ),
+        (lambda cache: cache.evict_range(0, 2), "touches the sinks"),
+        (lambda cache: cache.evict_range(5, 4), "stop must not be below start, and the range is 5 … 4"),
+        (lambda cache: cache.evict_range(3, 7), "row 1 holds 5 entries: stop must be at most 5, not 7"),
+        (lambda cache: cache.evict_range(3, 9, rows=[0]), "row 0 holds 8 entries"),
+        (lambda cache: cache.evict_range(-3, -1), "start must be a whole number of at least 0, not -3"),
+        (lambda cache: cache.evict_range(2.0, 4), "start must be a whole number of at least 0, not 2.0"),
+        (lambda cache: cache.evict_range(2, "4"), "stop must be a whole number of at least 0, not '4'"),
+        (lambda cache: cache.evict_range(2, None), "stop must be a whole number of at least 0, not None"),
+        (lambda cache: cache.evict_range(2, 3, rows=[2]), "rows must be a list of row numbers in 0 … 1"),
+        (lambda cache: cache.evict_range(2, 3, rows=0), "rows must be a list of row numbers in 0 … 1"),
+        (lambda cache: cache.evict_for_space(7), "n must be at most 6, the longest window of a layer, not 7"),
+        (lambda cache: cache.evict_for_space(-1), "n must be a whole number of at least 0, not -1"),
+        (lambda cache: cache.evict_for_space(True), "n must be a whole number of at least 0, not True"),
+        (lambda cache: cache.evict_for_space(1, rows=[-1]), "rows must be a list of row numbers"),
+        (lambda cache: cache.rewind(2), r"row 0 can go back by at most 1 tokens, not 2: .*evict_range"),
+        (lambda cache: cache.rewind(6, rows=[1]), "row 1 can go back by at most 5 tokens, not 6"),
+        (lambda cache: cache.rewind(1.5), "n must be a whole number of at least 0, not 1.5"),
+    ],
+)
+def test_a_wrong_eviction_is_refused_in_one_line_and_changes_nothing(call, message):
+    cache = SinkCache(tiny_llama(), 2, 6, batch_size=2)
+    tiny_llama()(random_tokens(20, 2), cache, lengths=[20, 5])
+    before = cache.snapshot()
+    with pytest.raises(ValueError, match=message) as caught:
+        call(cache)
+    assert "\n" not in str(caught.value)
+    assert all(torch.equal(before[name], tensor) for name, tensor in cache.state_dict().items())
+
+
+def test_held_counts_entries_and_seen_counts_tokens():
+    cache = SinkCache(tiny_llama(), 2, 6, batch_size=2)
+    assert cache.held.dtype == torch.int64
+    assert cache.held.tolist() == [0, 0]
+    tiny_llama()(random_tokens(20, 2), cache, lengths=[20, 5])
+    assert cache.held.tolist() == [8, 5]
+    cache.evict_range(3, 5)
+    assert (cache.held.tolist(), cache.seen.tolist()) == ([6, 3], [20, 5])
+    cache.evict_range(4, 6, rows=[0])  # the newest ones: `seen` stays
+    assert (cache.held.tolist(), cache.seen.tolist()) == ([4, 3], [20, 5])
+    cache.evict_range(3, 3)
+    cache.evict_for_space(0)
+    cache.evict_for_space(3)
+    assert (cache.held.tolist(), cache.seen.tolist()) == ([4, 3], [20, 5])
+    cache.evict_for_space(5)
+    assert (cache.held.tolist(), cache.seen.tolist()) == ([3, 3], [20, 5])
+    tiny_llama()(random_tokens(4, 2), cache)
+    assert (cache.held.tolist(), cache.seen.tolist()) == ([7, 7], [24, 9])
+    cache.reset([1])
+    assert (cache.held.tolist(), cache.seen.tolist()) == ([7, 0], [24, 0])
+
+
+@pytest.mark.parametrize("before", [0, 5, 40])
+def test_a_state_without_a_version_is_loaded(before):
+    """As it was saved before entries could be taken out."""
+    model, tokens = tiny_llama(), random_tokens(before + 30)
+    cache, other = SinkCache(model, 2, 6), SinkCache(model, 2, 6)
+    if before:
+        model(tokens[:, :before], cache)
+    state = {name: tensor for name, tensor in cache.state_dict().items() if name not in ("version", "rows")}
+    model(random_tokens(20), other)
+    other.evict_range(3, 5)
+    other.load_state_dict(state)
+    assert other.seen.tolist() == [before]
+    wanted = reference_logits(model, tokens, 2, 6)[:, before:]
+    assert error(feed(model, other, tokens[:, before:], [1, 4, 1, 24]), wanted) <= TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"version": torch.tensor([2])},
+            r"the state has version \[2\], and this version of streamllm reads \[1\]",
+        ),
+        (
+            {"rows": torch.tensor([[0, 0, 0, 41]])},
+            "the state is damaged: row 0 has seen 40 tokens and has Row",
+        ),
+        ({"rows": torch.tensor([[0, 0, 0, 1]])}, "the state is damaged"),
+        ({"rows": torch.tensor([[41, 0, 0, 2]])}, "the state is damaged"),
+        ({"rows": torch.tensor([[-1, 0, 0, 2]])}, "the state is damaged"),
+        ({"rows": torch.tensor([[0, 60, 0, 2]])}, "the state is damaged"),
+        ({"rows": torch.tensor([[0, 0, 41, 2]])}, "the state is damaged"),
+        (
+            {"rows": torch.tensor([[0, 0, 0, 2, 2]])},
+            r"rows is torch.int64 \[1, 5\], here torch.int64 \[1, 4\]",
+        ),
+    ],
+)
+def test_a_state_of_another_version_or_with_impossible_numbers_is_refused(changes, message):
+    cache, other = SinkCache(tiny_llama(), 2, 6), SinkCache(tiny_llama(), 2, 6)
+    tiny_llama()(random_tokens(40), cache)
+    with pytest.raises(ValueError, match=message):
+        other.load_state_dict(cache.state_dict() | changes)
+    assert other.seen.tolist() == [0]
+
+
 # A model whose layers have different sliding windows
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import streamllm
-from streamllm import GenerationConfig, SinkCache, Stream, generate, generation
+from streamllm import GenerationConfig, SinkCache, Stream, generate, loop
 from streamllm.weights.errors import UnsupportedConfig
 
 PROMPT = [0, 40, 50, 60, 70, 80, 90]
@@ -20,7 +20,7 @@ NOT_GENERATED = "\ue000"  # a character that the model never generates
 def run_ahead(request, monkeypatch) -> None:
     """Every test runs twice, the second time with the loop that runs one forward ahead."""
     if request.param:
-        monkeypatch.setattr(generation, "RUN_AHEAD", ("cpu",))
+        monkeypatch.setattr(loop, "RUN_AHEAD", ("cpu",))
 
 
 def greedy(model: torch.nn.Module, tokens: list[int], count: int) -> list[int]:
@@ -346,3 +346,102 @@ def test_streams_of_one_model_are_independent(model, tokenizer) -> None:
         together[0].append(a)
         together[1].append(b)
     assert ["".join(pieces) for pieces in together] == separately
+
+
+# What a stop string cut off
+
+
+def cached_text(stream: Stream, tokenizer) -> str:
+    """The text of the tokens that the stream's model has been given or will be."""
+    return tokenizer.decode(stream._loop.last_tokens(10**6))
+
+
+@pytest.mark.parametrize("window", [60, 10])
+def test_the_model_remembers_what_was_shown_of_a_stopped_text(model, tokenizer, window: int) -> None:
+    def stream() -> Stream:
+        return Stream(model, tokenizer, sinks=2, window=window, chunk=4)
+
+    whole = "".join(stream().generate(TEXT, max_new_tokens=40, eos=[]))
+    for start in range(0, len(whole) - 8, 3):
+        stop = whole[start : start + 6]
+        stopped = stream()
+        shown = "".join(stopped.generate(TEXT, max_new_tokens=40, stop=stop, eos=[]))
+        assert (shown, stopped.finish_reason) == (whole[: whole.index(stop)], "stop")
+        assert cached_text(stopped, tokenizer).rstrip("\ufffd") == (TEXT + shown).rstrip("\ufffd")
+        assert int(stopped.cache.held[0]) + len(stopped._loop.unfed) <= 2 + window
+        if window == 60:  # nothing was pushed out, so the text goes on as if it had been typed
+            typed = stream()
+            typed.feed(stopped._loop.last_tokens(10**6))
+            for each in (stopped, typed):
+                list(each.generate(max_new_tokens=5, eos=[]))
+            assert stopped._loop.last_tokens(10**6) == typed._loop.last_tokens(10**6)
+
+
+def test_a_stop_string_may_be_a_special_token(model, tokenizer) -> None:
+    name, token = "</s>", tokenizer.eos_token_id
+
+    def say_eos(tokens, logits):
+        return logits.index_fill(0, torch.tensor([token]), 100.0) if len(tokens) > 9 else logits
+
+    stream = _stream(model, tokenizer)
+    text = "".join(stream.generate("one two", max_new_tokens=40, stop=name, eos=[], logits_processor=say_eos))
+    assert stream.finish_reason == "stop"
+    assert name not in text
+    assert token not in stream._loop.last_tokens(100)
+
+
+def test_finish_reasons_and_logprobs(model, tokenizer) -> None:
+    stream = _stream(model, tokenizer)
+    ids = [int(i) for i in generate(model, tokenizer.encode(TEXT), cache_of(model), max_new_tokens=4, eos=[])]
+    list(stream.generate(TEXT, max_new_tokens=4, eos=[], top_logprobs=2))
+    assert stream.finish_reason == "length"
+    assert [found.token for found in stream.logprobs] == ids
+    assert all(found.top[0] == (found.token, found.logprob) for found in stream.logprobs)  # greedy
+    stream.reset()
+    list(stream.generate(TEXT, max_new_tokens=9, eos=ids[2:3]))
+    assert (stream.finish_reason, stream.said) == ("eos", ids.index(ids[2]) + 1)
+    next(stream.generate(max_new_tokens=9, eos=[]))
+    assert stream.finish_reason is None
+
+
+def test_a_stream_takes_ids_and_a_bos_once(model, tokenizer) -> None:
+    bos = tokenizer.bos_token_id
+    ids = tokenizer.encode("one two", add_special_tokens=False)
+    for pieces, options in (
+        (["one two"], {}), (["<s>one two"], {}), ([ids], {"bos": True}), ([[bos, *ids]], {"bos": True}),
+        (["", "one two"], {}), ([torch.tensor([bos]), "one two"], {}),
+    ):  # fmt: skip
+        stream = _stream(model, tokenizer)
+        for piece in pieces:
+            stream.feed(piece, **options)
+        assert stream._loop.last_tokens(100) == [bos, *ids], pieces
+    stream = _stream(model, tokenizer)
+    stream.feed("one two", bos=False)
+    assert stream._loop.last_tokens(100) == ids
+
+
+WRONG_CALLS = [
+    {"seed": 1.5}, {"seed": "a"}, {"seed": True}, {"stop": [3]}, {"stop": 3}, {"top_k": 2.5}, {"max_new_tokens": 2.5},
+    {"max_new_tokens": True}, {"top_logprobs": -1}, {"top_logprobs": 10**9}, {"bos": 3}, {"logits_processor": 3},
+    {"temprature": 1.0}, {"text": 3}, {"text": [5.0]}, {"text": [[1, 2], [3, 4]]}, {"text": None},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("wrong", WRONG_CALLS, ids=str)
+def test_a_wrong_call_pushes_nothing(model, tokenizer, wrong: dict) -> None:
+    stream = _stream(model, tokenizer)
+    stream.feed(TEXT)
+    with pytest.raises((TypeError, ValueError)) as error:
+        stream.generate(**{"text": "x", **wrong})
+    assert "\n" not in str(error.value)
+    assert stream._loop.end == stream.seen == len(tokenizer.encode(TEXT))
+
+
+def test_numpy_numbers_are_numbers(model, tokenizer) -> None:
+    numpy = pytest.importorskip("numpy")
+    settings = {"temperature": 1.0, "eos": []}
+    wanted = list(_stream(model, tokenizer).generate(TEXT, max_new_tokens=5, seed=3, **settings))
+    count, seed = numpy.int64(5), numpy.int64(3)
+    assert (
+        list(_stream(model, tokenizer).generate(TEXT, max_new_tokens=count, seed=seed, **settings)) == wanted
+    )

@@ -12,6 +12,7 @@ from pathlib import Path
 import click
 
 import streamllm
+from streamllm.cache import streams
 from streamllm.cli import cli
 from streamllm.generation_config import SamplingSettings
 
@@ -25,6 +26,8 @@ INTERNAL_MEMBERS = {
     "commit_token",
     "token_kinds",
     "write_places",
+    "starts",
+    "has_gap",
     "sizes",
     "tensors",
 }
@@ -53,7 +56,8 @@ def public_api() -> list[str]:
 
 def _members(owner: type) -> list[str]:
     found = []
-    for name, value in sorted(vars(owner).items()):
+    members = {name: value for base in _own_bases(owner) for name, value in vars(base).items()}
+    for name, value in sorted(members.items()):
         if name.startswith("_") or (owner is streamllm.SinkCache and name in INTERNAL_MEMBERS):
             continue
         if isinstance(value, property):
@@ -62,6 +66,11 @@ def _members(owner: type) -> list[str]:
             value = inspect.unwrap(getattr(owner, name))
             found.append(f"{name}{_signature(value)}" if callable(value) else name)
     return found
+
+
+def _own_bases(owner: type) -> list[type]:
+    """The class and those of its bases whose members belong to the public interface, the class last."""
+    return [base for base in reversed(owner.__mro__) if base is owner or base.__module__ == streams.__name__]
 
 
 def _signature(value: object) -> str:

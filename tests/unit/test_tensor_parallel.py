@@ -22,7 +22,8 @@ from streamllm.cli import cli
 from streamllm.models import falcon
 from streamllm.models.alibi import Alibi
 from streamllm.models.rotary import Rope
-from streamllm.tensor_parallel import Share, allowed_ranks, join, list_numbers
+from streamllm.tensor_parallel import JobError, Share, allowed_ranks, join, list_numbers
+from streamllm.tensor_parallel.collectives import reporting_lost_processes
 from streamllm.tensor_parallel.plan import PLAN, _planned
 from streamllm.tensor_parallel.processes import _own_device
 from streamllm.weights import falcon as falcon_files
@@ -194,6 +195,15 @@ def test_each_process_takes_the_cuda_device_of_its_number(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "2")
     with pytest.raises(ValueError, match="process 2 of this machine has no CUDA device: there are 2"):
         _own_device(None)
+
+
+def test_an_error_of_a_collective_says_that_a_process_is_lost():
+    where, reason = "[/gloo/transport/tcp/pair.cc:537] ", "Read error [::1]:28: Connection reset by peer"
+    with pytest.raises(JobError) as raised, reporting_lost_processes():
+        raise RuntimeError(f"{where}{reason}. This is typically caused by …")
+    assert str(raised.value) == f"another process of this job has ended or cannot be reached ({reason})"
+    with pytest.raises(torch.OutOfMemoryError), reporting_lost_processes():
+        raise torch.OutOfMemoryError("CUDA out of memory")
 
 
 def start_processes(*command: str, prompts: tuple[bytes, bytes]) -> list[subprocess.Popen]:

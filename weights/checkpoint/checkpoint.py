@@ -157,7 +157,9 @@ class Checkpoint:
             for name, target in zip(names, targets, strict=True):
                 tensor = tensors.pop(0)
                 check_shape(self.source.name, stored, name, tuple(tensor.shape), tuple(target.meta.shape))
-                tensor = _converted(tensor, dtype, device, is_copy)
+                linear = linears.get(id(target.meta))
+                laid_out = linear is not None and is_copied(linear.weight, dtype)  # another copy, below
+                tensor = _converted(tensor, dtype, device, is_copy and not laid_out)
                 if not _is_finite(tensor):
                     not_finite.add(stored.name)
                 target.assign(tensor)

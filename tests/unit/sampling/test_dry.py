@@ -18,8 +18,10 @@ def matches(tokens, window: int = 1000, breakers=()) -> RepeatedSuffixes:
     return repeats
 
 
-@pytest.mark.parametrize("window", [1, 2, 7, 40, 1000])
-@pytest.mark.parametrize("breakers", [(), ((0,),), ((0, 1), (1, 1, 1)), ((0, 1, 2), (1,), (2, 0))], ids=str)
+@pytest.mark.parametrize("window", [1, 2, 3, 4, 7, 40, 1000])
+@pytest.mark.parametrize(
+    "breakers", [(), ((0,),), ((0, 1), (1, 1, 1)), ((0, 1, 2), (1,), (2, 0)), ((0, 1, 0),)], ids=str
+)
 def test_lengths_equal_those_of_the_plain_version(window: int, breakers) -> None:
     for seed in range(6):
         draw = random.Random(seed)

@@ -186,6 +186,26 @@ def test_no_values_are_read_from_a_device() -> None:
         assert tokens.shape == best.shape == (2,)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("vocab", [12, 700, 50_000])
+def test_cuda_gives_the_tokens_of_the_cpu_and_is_not_waited_for(vocab: int) -> None:
+    histories = [History(20, [1, 2, 1, 3, 1, 2])] * len(CONFIGS)
+    samplers = [Sampler(config, vocab_size=vocab, window=20, seed=i) for i, config in enumerate(CONFIGS)]
+    on_cpu, on_cuda = (RowSettings(CONFIGS, device) for device in ("cpu", "cuda"))
+    for place in range(20):
+        logits = 2 * torch.randn(len(CONFIGS), vocab, generator=torch.Generator().manual_seed(place))
+        rest = samplers, [place] * len(CONFIGS), [place] * len(CONFIGS)
+        wanted, _ = sample(logits, rest[0], on_cpu, histories, *rest[1:])
+        device_logits = logits.cuda()
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            found, _ = sample(device_logits, rest[0], on_cuda, histories, *rest[1:])
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert found.tolist() == wanted.tolist()
+
+
 def test_a_seed_of_its_own_is_drawn_where_none_is_given() -> None:
     torch.manual_seed(0)
     seeds = {Sampler(GenerationConfig(), vocab_size=3, window=2).seed for _ in range(3)}

@@ -1,0 +1,292 @@
+"""Loop: one stream between a model and its cache, which can be interrupted at any moment and then goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from streamllm.cache import SinkCache
+from streamllm.models.step import geometry_of
+from streamllm.sampling import History, RowSettings, Sampler, check_finite, sample
+
+# Device types that work through a queue: the next forward is queued before the last token is read from them.
+RUN_AHEAD = ("cuda",)
+
+
+@dataclass(frozen=True, eq=False)
+class Log:
+    """The tokens of a stream, numbered from 0. It is replaced as a whole: an interrupt leaves the old or the new one.
+
+    The cache knows how many tokens it has taken in. The tokens behind them wait to be fed.
+    """
+
+    first: int  # the number of the first of `tokens`
+    tokens: list[int]  # the last token that the cache took in, and those that wait
+    history: History  # the last tokens, for the penalties
+    ahead: int  # the number of the first token that the history has read
+    cuts: int = 0  # how often tokens were taken back
+
+    @property
+    def end(self) -> int:
+        """The number of the next token."""
+        return self.first + len(self.tokens)
+
+
+@dataclass(frozen=True, eq=False)
+class _Ahead:
+    """A forward that ran before its token was fed."""
+
+    place: int
+    token: int
+    logits: Tensor | None  # [V]; None where it failed
+    back: object  # of the cache's `step_back` from it
+    failed: Exception | None  # is raised when the token is fed
+
+
+class Loop:
+    """One stream between a model and its cache: push tokens, draw the next one, push it, and so on.
+
+    A drawn token is not a part of the stream until it is pushed. All state is either replaced in one assignment or
+    derived from what the cache has seen, so after an exception (Ctrl-C) no token is lost or fed twice.
+
+    A device that works through a queue (`RUN_AHEAD`) never waits for the host: a token is fed to the next forward on
+    the device, and read by the host only then. The cache steps back from that forward, and on again when the token
+    is pushed and fed. So between two calls the state is the same as if nothing had run ahead.
+    """
+
+    def __init__(self, model: nn.Module, cache: SinkCache) -> None:
+        if cache.batch_size != 1:
+            raise ValueError(f"a stream has one row; the cache was made for a batch of {cache.batch_size}")
+        self.model, self.cache = model, cache
+        self.vocab_size = geometry_of(model).vocab_size
+        self.log = Log(self.seen, [], History(cache.sinks + cache.window), self.seen)
+        self._logits: tuple[int, Tensor] | None = None  # after so many tokens: [V]
+        self._drawn: tuple[int, int] | None = None  # the number of a token, and the token
+        self._ahead: _Ahead | None = None
+        self._running_ahead: int | None = None  # the number of a token while its forward runs ahead
+        self._on_device: tuple[int, Tensor] | None = None  # waiting tokens from this number on, on the device
+        # While tokens are taken back: the cuts before, how many entries the cache keeps, whether tokens had been fed,
+        # whether the last one that stays is fed again.
+        self._leaving: tuple[int, int, bool, bool] | None = None
+        self._rows: tuple[Sampler, RowSettings] | None = None
+
+    @property
+    def seen(self) -> int:
+        """How many tokens the cache has taken in."""
+        return int(self.cache.seen[0])
+
+    @property
+    def end(self) -> int:
+        """The number of the next token of the stream."""
+        return self.log.end
+
+    @property
+    def drawn(self) -> int | None:
+        """The token that was drawn and not pushed yet."""
+        drawn = self._drawn
+        return drawn[1] if drawn is not None and drawn[0] == self.end else None
+
+    @property
+    def unfed(self) -> list[int]:
+        """The tokens that wait."""
+        log = self.log
+        return log.tokens[max(0, self.seen - log.first) :]
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing can be drawn: the stream has no token, or none that this loop knows."""
+        return not self.log.tokens
+
+    def last_tokens(self, count: int) -> list[int]:
+        """The last tokens that were pushed, oldest first; fewer where they are not kept any more."""
+        return self._read_log().history.last(count)
+
+    @property
+    def logits(self) -> Tensor | None:
+        """The model's logits [V] for the next token, if nothing waits and they are known."""
+        known = self._logits
+        return known[1] if known is not None and known[0] == self.seen == self.end else None
+
+    def push(self, tokens: Sequence[int], on_device: Tensor | None = None) -> None:
+        """Tokens to take in before the next one is drawn. on_device: the same, int64, where the device has them.
+
+        Raises ValueError for ids outside the model's vocabulary.
+        """
+        self.check(tokens)
+        if not tokens:
+            return
+        log, seen = self._read_log(), self.seen
+        if seen > log.end:  # the cache took in tokens of another caller
+            log = Log(seen, [], History(log.history.size), seen, log.cuts)
+        # The last token that was fed is kept: if its logits were lost, it is fed again.
+        known = log.tokens[max(0, seen - log.first - 1) :]
+        if on_device is not None:
+            self._on_device = log.end, on_device
+        self.log = replace(log, first=log.end - len(known), tokens=[*known, *tokens])
+
+    def check(self, tokens: Sequence[int]) -> None:
+        """Raises ValueError for ids outside the model's vocabulary."""
+        wrong = [token for token in tokens if not 0 <= token < self.vocab_size]
+        if wrong:
+            raise ValueError(
+                f"token id {wrong[0]} is outside the model's vocabulary of 0 … {self.vocab_size - 1}"
+            )
+
+    def push_drawn(self) -> None:
+        """Push the token that was drawn, if there is one."""
+        token = self.drawn
+        if token is not None:
+            self.push([token])
+
+    def feed(self) -> None:
+        """Let the cache take in the tokens that wait, so that the logits are known. Nothing for an empty stream.
+
+        Raises ValueError where the cache has seen less than its stream: it was reset or loaded by another caller.
+        """
+        log = self.log
+        if self._running_ahead == log.end and self.seen == log.end + 1:
+            self.cache.step_back()  # interrupted while it ran ahead
+        self._running_ahead = None
+        if self.logits is not None or self.is_empty:
+            return
+        seen = self.seen
+        if seen >= log.end:  # interrupted after the commit, before the logits arrived
+            self.cache.step_back()
+            seen -= 1
+        if seen < log.first:
+            raise ValueError(
+                f"the cache has seen {seen} tokens, and its stream stands at {log.first}: the cache was changed from "
+                f"outside; reset the stream"
+            )
+        waiting, ahead = log.tokens[seen - log.first :], self._ahead
+        self._ahead = None
+        if ahead is not None and (ahead.place, [ahead.token]) == (seen, waiting):
+            if ahead.failed is not None:
+                raise ahead.failed
+            if ahead.logits is not None and self.cache.step_on(ahead.back):
+                self._logits = log.end, ahead.logits
+                return
+        with torch.inference_mode():
+            known = self._on_device
+            if known is not None and known[0] == seen and len(known[1]) == len(waiting):
+                tokens = known[1][None]
+            else:
+                tokens = torch.tensor([waiting], dtype=torch.int64, device=self.cache.device)
+            self._logits = log.end, self.model(tokens, self.cache, logits_to_keep=1)[0, -1]
+
+    def draw(self, sampler: Sampler, generated: int, run_ahead: bool = True) -> int:
+        """The next token of the stream, or the one that was drawn and not pushed yet.
+
+        generated: see `Sampler.edits`. run_ahead: let its forward run before it is pushed, on a device in `RUN_AHEAD`.
+        Raises ValueError where the logits are not finite.
+        """
+        drawn = self.drawn
+        if drawn is not None:
+            return drawn
+        self.feed()
+        logits, place = self.logits, self.end
+        assert logits is not None, "an empty stream has no next token"
+        if self._rows is None or self._rows[0] is not sampler:
+            self._rows = sampler, RowSettings([sampler.config], logits.device)
+        history = self._read_log().history
+        history.grow(sampler.needs)
+        with torch.inference_mode():
+            tokens, best = sample(logits[None], [sampler], self._rows[1], [history], [place], [generated])
+            if run_ahead and self.cache.device.type in RUN_AHEAD:
+                return self._read_while_running_ahead(place, tokens, best)
+            check_finite(float(best))
+            token = int(tokens)
+        self._on_device = place, tokens
+        self._drawn = place, token
+        return token
+
+    def _read_log(self) -> Log:
+        """The log, after its history has read all of its tokens."""
+        log = self.log
+        log.history.extend(log.tokens[max(0, log.ahead + log.history.total - log.first) :])
+        return log
+
+    def _read_while_running_ahead(self, place: int, tokens: Tensor, best: Tensor) -> int:
+        answer = _Answer(torch.cat((tokens.double(), best.double())))
+        logits: Tensor | None = None
+        back: object = None
+        failed: Exception | None = None
+        interrupt: BaseException | None = None
+        self._running_ahead = place
+        try:
+            logits = self.model(tokens[None], self.cache, logits_to_keep=1)[0, -1]
+        except Exception as error:
+            failed = error
+        except BaseException as error:  # Ctrl-C
+            interrupt = error
+        if self.seen > place:
+            back = self.cache.step_back()
+        self._running_ahead = None
+        value, finite = answer.wait()
+        check_finite(finite)
+        token = int(value)
+        if interrupt is None and (failed is not None or back is not None):
+            self._ahead = _Ahead(place, token, logits, back, failed)
+        self._drawn = place, token
+        if interrupt is not None:
+            raise interrupt
+        return token
+
+    def keep_last_unfed(self) -> None:
+        """Take the last token out of the cache again, if it was fed: the next caller feeds it."""
+        if not self.is_empty and self.seen == self.end:
+            self.cache.step_back()
+
+    def take_back(self, start: int, then: Sequence[int] = ()) -> None:
+        """Take the tokens from number `start` on out of the stream, and push `then` in their place.
+
+        Their entries leave the cache. What they had pushed out of the window does not come back, and neither does what
+        a drawn token would have pushed out. Numbers of tokens that were fed are not used again. After an interrupt,
+        the same call completes it; `log.cuts` tells whether it has ended.
+        """
+        log, cache = self._read_log(), self.cache
+        self._drawn = self._ahead = self._on_device = None
+        cache.evict_for_space(1)  # so the result is the same whether a forward ran ahead or not
+        left = log.history.last(len(log.history))
+        left = left[: max(0, len(left) - (log.end - start))]
+        held, fed = int(cache.held[0]), max(0, self.seen - start)
+        if self._leaving is None or self._leaving[0] != log.cuts:  # else it was interrupted
+            again = (
+                fed > 0 and not then and bool(left)
+            )  # the last token that stays is fed again, for its logits
+            self._leaving = log.cuts, held - fed - again, fed > 0, again
+        _, kept, was_fed, again = self._leaving
+        if kept < cache.sinks and held - kept <= int(cache.rewindable[0]):
+            cache.rewind(held - kept)  # the text is so short that sinks leave
+        elif held > max(kept, cache.sinks):
+            cache.evict_range(max(kept, cache.sinks), held)
+        if again:
+            left, then = left[:-1], left[-1:]
+        if was_fed:
+            end, tokens = self.seen, left[-1:]
+            self._logits = None  # their number may be that of the stream now
+        else:
+            end, tokens = start, log.tokens[: start - log.first]
+        history = History(log.history.size, left)
+        first = end - len(tokens)
+        self.log = Log(first, [*tokens, *then], history, end - history.total, log.cuts + 1)
+
+
+class _Answer:
+    """Numbers on their way to the host. Work that the device has queued behind them is not waited for."""
+
+    def __init__(self, numbers: Tensor) -> None:
+        cuda = numbers.device.type == "cuda"
+        self._numbers = torch.empty(numbers.shape, dtype=numbers.dtype, device="cpu", pin_memory=cuda)
+        self._numbers.copy_(numbers, non_blocking=cuda)
+        self._there = torch.cuda.Event() if cuda else None  # type: ignore[no-untyped-call]
+        if self._there is not None:
+            self._there.record()
+
+    def wait(self) -> list[float]:
+        if self._there is not None:
+            self._there.synchronize()
+        return self._numbers.tolist()
