@@ -126,7 +126,7 @@ class GenerationConfig:
 
     # Of an instance: the settings that it was made with; of a greedy checkpoint's, the settings of calls that sample.
     _given = frozenset[str]()
-    _if_sampling = dict[str, Any]()
+    _if_sampling = dict[str, Any]()  # noqa: RUF012  # never changed
 
     if not TYPE_CHECKING:
 
