@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any, ClassVar, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from torch import nn
 
@@ -124,10 +124,9 @@ class GenerationConfig:
         str, ...
     ] = ()  # what generation_config.json asks for and this library does not support
 
-    _given: ClassVar[frozenset[str]] = frozenset()  # of an instance: the settings that it was made with
-    _if_sampling: ClassVar[
-        Mapping[str, Any]
-    ] = {}  # of a greedy checkpoint's: the settings of calls that sample
+    # Of an instance: the settings that it was made with; of a greedy checkpoint's, the settings of calls that sample.
+    _given = frozenset[str]()
+    _if_sampling = dict[str, Any]()  # noqa: RUF012  # never changed
 
     if not TYPE_CHECKING:
 

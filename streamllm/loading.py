@@ -40,6 +40,9 @@ def load(
 ) -> tuple[nn.Module, Tokenizer]:
     """The model and the tokenizer of a checkpoint.
 
+    The model is ready for inference: its weights are frozen. To train it, call `model.requires_grad_(True)` and
+    `model.train()`; `model.eval()` afterwards stores the weights again as the CPU reads them fastest.
+
     Args:
         name: a hub name ("org/name"), a folder, or None for the embedded checkpoint.
         revision: a branch, tag, commit or "refs/pr/1" of a hub repository.

@@ -15,6 +15,7 @@ import torch
 
 import streamllm
 from streamllm import GenerationConfig, SinkCache
+from streamllm.generation_config import attach, read_generation_config, resolve
 from streamllm.models.checks import whole_number
 from tests.laws.families import tiny_model
 from tests.laws.scenarios import random_tokens, tiny_llama
@@ -236,3 +237,31 @@ def test_step_back_is_not_exact_after_a_single_token_that_failed():
         MODEL(TOKENS[:, :1], cache)
     hook.remove()
     assert cache.rewindable.tolist() == [0, 0]
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "given", "call", "wanted"),
+    [
+        # The call, the given config, the checkpoint, the default: as transformers 5.23 resolves them
+        ({}, None, {}, {}),
+        ({"repetition_penalty": 1.7, "eos": 2}, None, {}, {"repetition_penalty": 1.7, "eos": 2}),
+        ({"eos": (3, 4), "top_p": 0.9, "temperature": 0.6}, {"temperature": 0.2}, {},
+         {"eos": (3, 4), "top_p": 0.9, "temperature": 0.2}),
+        ({"eos": (3, 4), "temperature": 0.6}, {"temperature": 0.2}, {"temperature": 0.4, "eos": []},
+         {"eos": (), "temperature": 0.4}),
+        ({"temperature": 0.6, "top_k": 7}, {"top_k": 0}, {}, {"temperature": 0.6}),
+    ],
+)  # fmt: skip
+def test_the_first_of_call_config_and_checkpoint_counts(checkpoint, given, call, wanted):
+    model = torch.nn.Module()
+    attach(model, GenerationConfig(**checkpoint))
+    config = None if given is None else GenerationConfig(**given)
+    assert resolve(model, config, call) == GenerationConfig(**wanted)
+
+
+def test_a_greedy_checkpoints_settings_hold_where_the_call_samples():
+    config = read_generation_config({"temperature": 0.6, "top_p": 0.9, "eos_token_id": 3})
+    assert config == GenerationConfig(eos=3)
+    assert config.override(top_k=5) == GenerationConfig(0.6, 5, 0.9, eos=3)
+    assert config.override(temperature=1.0) == GenerationConfig(1.0, 0, 0.9, eos=3)
+    assert config.override(temperature=0.0) == GenerationConfig(eos=3)
