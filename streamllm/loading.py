@@ -145,7 +145,7 @@ def usable_device(device: torch.device | str | None) -> torch.device:
     if device is None:
         return default_device()
     try:
-        torch.zeros(1, device=device).item()
+        torch.zeros(1, dtype=torch.float32, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise ValueError(

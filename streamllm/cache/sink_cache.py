@@ -15,11 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from streamllm.cache.int8_ring import Int8Ring
 from streamllm.cache.ring import (
     LayerStore,
     Layout,
-    Ring,
     TokenKind,
     Writes,
     plan_chunk,

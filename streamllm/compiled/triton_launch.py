@@ -195,9 +195,11 @@ def attended(
     out = q.new_empty(batch, 1, q.shape[1])
     dim_padded = max(16, power_of_two(dim))
     shared_padded = 1 if shared == 1 else max(16, power_of_two(shared))  # matrix units need 16 rows
-    wide: dict[str, Any] = dict(dtype=torch.float32, device=q.device)
-    partial = torch.empty(batch * heads * splits * shared_padded * dim_padded, **wide) if splits > 1 else out
-    log_sums = torch.empty(batch * heads * splits * shared_padded, **wide) if splits > 1 else out
+    partial, log_sums = out, out
+    if splits > 1:
+        sums = batch * heads * splits * shared_padded
+        partial = torch.empty(sums * dim_padded, dtype=torch.float32, device=q.device)
+        log_sums = torch.empty(sums, dtype=torch.float32, device=q.device)
     q_norm, k_norm, q_eps, k_eps = (q, k, 0.0, 0.0) if head_norms is None else head_norms
     slopes, bias_scale = (q, 0.0) if alibi is None else alibi
     triton_attention_kernel.attention[(batch * heads, splits)](
