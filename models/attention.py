@@ -21,6 +21,9 @@ from streamllm.models.torch_private import flash_attention_cpu, flash_attention_
 
 Read = tuple[Tensor, Tensor]  # out [B, H, T, D] and lse [B, H, T]
 
+EVEN_KEYS = 16  # for one query
+EVEN_QUERIES = 64  # for several
+
 TILE_QUERIES = 64  # tools/bench.py score, AMD EPYC, 2026-11: 32 to 256 are within 10 %, 512 is not
 TILE_QUERIES_AMX = (
     128  # half types, tools/bench.py score, Xeon with AMX, 2026-11: 1.03 to 1.2 times as fast as 64
@@ -305,6 +308,8 @@ def _products(query: Tensor, keys: Tensor) -> Tensor:
     B, H, T, D = query.shape
     G, K = keys.shape[1], keys.shape[2]
     query = query.reshape(B, G, H // G * T, D)
+    if _is_odd_size(T, K, query):
+        query, keys = query.float(), keys.float()
     if T == 1 and query.dtype == torch.float32 and query.device.type == "cpu" and not IS_INTEL:
         # Keys times a few columns take up to 1.8 times less than a few rows times the keys; on Intel's
         # processors twice as long. tools/bench.py decode, AMD EPYC and Intel Xeon, 2026-11.
@@ -316,7 +321,21 @@ def _weighted(weights: Tensor, values: Tensor) -> Tensor:
     """weights [B, H, T, K] · values [B, G, K, D] -> [B, H, T, D], in the type of the values."""
     B, H, T, K = weights.shape
     G, D = values.shape[1], values.shape[3]
-    return (weights.to(values.dtype).view(B, G, H // G * T, K) @ values).view(B, H, T, D)
+    weights = weights.view(B, G, H // G * T, K)
+    if _is_odd_size(T, K, values):
+        return (weights.float() @ values.float()).to(values.dtype).view(B, H, T, D)
+    return (weights.to(values.dtype) @ values).view(B, H, T, D)
+
+
+def _is_odd_size(queries: int, keys: int, x: Tensor) -> bool:
+    """Whether a product in a half type has one of many sizes: then it runs in float32.
+
+    torch calls oneDNN for half types on a CPU, which keeps 0.6 MB for each size that it meets (tools/variety.py).
+    MKL, which multiplies float32, keeps nothing.
+    """
+    if x.device.type != "cpu" or x.dtype == _wide(x.dtype):
+        return False
+    return keys % EVEN_KEYS != 0 if queries == 1 else queries % EVEN_QUERIES != 0
 
 
 def _tile_queries(query: Tensor) -> int:

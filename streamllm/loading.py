@@ -16,7 +16,7 @@ from streamllm.generation_config import GenerationConfig, attach, read_generatio
 from streamllm.malloc import trim_heap
 from streamllm.models import linear
 from streamllm.tensor_parallel import Job, Share, join
-from streamllm.tokenizer import TOKENIZER_FILES, Tokenizer, load_tokenizer_files
+from streamllm.tokenizer import TOKENIZER_FILES, Tokenizer, list_template_files, load_tokenizer_files
 from streamllm.weights.checkpoint import Checkpoint
 from streamllm.weights.errors import CheckpointNotFound
 from streamllm.weights.files import read_json
@@ -39,6 +39,9 @@ def load(
     tensor_parallel: bool = False,
 ) -> tuple[nn.Module, Tokenizer]:
     """The model and the tokenizer of a checkpoint.
+
+    The model is ready for inference: its weights are frozen. To train it, call `model.requires_grad_(True)` and
+    `model.train()`; `model.eval()` afterwards stores the weights again as the CPU reads them fastest.
 
     Args:
         name: a hub name ("org/name"), a folder, or None for the embedded checkpoint.
@@ -137,6 +140,21 @@ def default_device() -> torch.device:
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
+def usable_device(device: torch.device | str | None) -> torch.device:
+    """The device, after a first use of it; None is `default_device`. Raises ValueError if torch cannot use it here."""
+    if device is None:
+        return default_device()
+    try:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise ValueError(
+            f"the device {str(device)!r} cannot be used here ({reason}); supported: cpu, and cuda or mps where "
+            f"torch finds them"
+        ) from None
+    return torch.device(device)
+
+
 @contextmanager
 def weights_progress(total_bytes: int, description: str) -> Iterator[Callable[[int], object]]:
     """A progress bar on standard error, for large checkpoints only; the value takes the bytes just done."""
@@ -175,7 +193,7 @@ def _load_model(
         dtype = torch.bfloat16  # the fast int8 kernels support no other type
     checkpoint = Checkpoint(source, match_transformers, allow_pickle)
     part = None if job is None else Share(checkpoint.config, job.rank, job.ranks)
-    target = job.device if job else default_device() if device is None else torch.device(device)
+    target = job.device if job else usable_device(device)
     generation_config = _generation_config(source)
     shown_bytes = checkpoint.nbytes if job is None or job.is_first else 0
     with weights_progress(shown_bytes, f"loading {source.name}") as report:
@@ -198,6 +216,8 @@ def _generation_config(source: Source) -> GenerationConfig:
 
 def _load_tokenizer(source: Source) -> Tokenizer:
     found = {name: path for name in TOKENIZER_FILES if (path := source.find(name)) is not None}
+    for name in list_template_files(source):
+        source.find(name)  # downloads it
     if not found.keys() & set(TOKENIZER_FILES[:2]):
         if source.offline:
             source.file(TOKENIZER_FILES[0])  # raises: the file may exist on the hub, but is not in the cache

@@ -15,9 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from streamllm.cache.int8_ring import Int8Ring
 from streamllm.cache.ring import (
     LayerStore,
     Layout,
+    Ring,
     TokenKind,
     Writes,
     plan_chunk,
@@ -120,7 +122,9 @@ class SinkCache(Streams):
         }
         shape = batch_size, geometry.kv_heads, geometry.head_dim
         with torch.inference_mode(False):  # or only forwards in inference mode could write to them
-            self._starts = torch.full((len(layouts), batch_size), sinks, dtype=torch.int64, device=self.device)
+            self._starts = torch.full(
+                (len(layouts), batch_size), sinks, dtype=torch.int64, device=self.device
+            )
             rings = [
                 (own, RINGS[quantize](shape, layouts[own], self.dtype, self.device))
                 for own in geometry.windows

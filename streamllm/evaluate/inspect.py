@@ -145,6 +145,20 @@ class Recommendation:
         return {result.sinks: result.beyond(2 * self.span).perplexity for result in self.sweep}
 
 
+def check_sweep(model: nn.Module, tokens: int, sinks: Sequence[int], span: int | None) -> int:
+    """The span of `recommend` for a text of so many tokens.
+
+    Raises the ValueErrors of `recommend`, before any computation.
+    """
+    if span is None:
+        span = min(1024, geometry_of(model).trained_length or 1024)
+    if not sinks or span <= max(sinks):
+        raise ValueError(f"a cache of {span} has no room for a window beside {max(sinks, default=0)} sinks")
+    if tokens <= 4 * span:
+        raise ValueError(f"{tokens} tokens are too few to score a cache of {span}: give more than {4 * span}")
+    return span
+
+
 def recommend(
     model: nn.Module,
     tokens: Tensor,
@@ -161,15 +175,7 @@ def recommend(
     are scored beyond position 2 · span, from the next power of two on. Raises ValueError for a text of at most
     4 · span tokens, and for a span that leaves no room for a window.
     """
-    geometry = geometry_of(model)
-    if span is None:
-        span = min(1024, geometry.trained_length or 1024)
-    if not sinks or span <= max(sinks):
-        raise ValueError(f"a cache of {span} has no room for a window beside {max(sinks, default=0)} sinks")
-    if len(tokens) <= 4 * span:
-        raise ValueError(
-            f"{len(tokens)} tokens are too few to score a cache of {span}: give more than {4 * span}"
-        )
+    span = check_sweep(model, len(tokens), sinks, span)
     sweep = tuple(
         perplexity(model, tokens, sinks=count, window=span - count, chunk=chunk, progress=progress)
         for count in sorted(sinks)

@@ -15,14 +15,15 @@ pieces.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterable, Iterator, Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from streamllm.cache import SinkCache
-from streamllm.evaluate.predictions import new_cache, nll_of
+from streamllm.evaluate.predictions import new_cache, nll_unchecked
 from streamllm.evaluate.texts import beginning
 from streamllm.models.step import geometry_of
 from streamllm.stream import Stream
@@ -72,6 +73,7 @@ class Requests:
         if batch < 1 or chunk < 1:
             raise ValueError(f"batch and chunk must be at least 1, not {batch} and {chunk}")
         self.model, self.streaming_tokenizer = model, tokenizer
+        self._template: str | None = None  # the one that the harness chose by name
         self.mode, self.batch, self.chunk = mode, batch, chunk
         self.sinks = sinks if mode == "sinks" else 0
         self.longest = geometry_of(model).trained_length or LONGEST_DENSE_TEXT
@@ -82,6 +84,35 @@ class Requests:
     @property
     def tokenizer_name(self) -> str:
         return "streamllm"
+
+    def apply_chat_template(
+        self, chat_history: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True
+    ) -> str:
+        """The prompt that the tokenizer's chat template makes from messages, for `--apply_chat_template`.
+
+        Without `add_generation_prompt` it ends within the last message, which the model continues.
+        """
+        return self.streaming_tokenizer.render_chat_template(
+            chat_history,
+            chat_template=self._template,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=not add_generation_prompt,
+        )
+
+    def chat_template(self, chat_template: bool | str = False) -> str | None:
+        """The template that the harness asks for: by name, or the tokenizer's own (True), or none ("")."""
+        known = self.streaming_tokenizer.chat_template
+        if not chat_template or known is None:
+            return ""
+        if isinstance(known, str):
+            return known
+        name = chat_template if isinstance(chat_template, str) else "default"
+        if name not in known:
+            raise ValueError(
+                f"there is no chat template {name!r}; the tokenizer has {', '.join(sorted(known))}"
+            )
+        self._template = known[name]
+        return self._template
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """For each (context, continuation): log-probability in nats, and whether greedy decoding generates it."""
@@ -200,9 +231,10 @@ class Requests:
                 lengths = [min(max(count - start, 0), stop - start) for count in read]
                 logits = self.model(tokens[:, start:stop], cache, lengths=lengths)
                 targets = tokens[:, start + 1 : stop + 1]
-                nats.append(nll_of(logits, targets))
+                nats.append(nll_unchecked(logits, targets))
                 hits.append((logits.argmax(-1) == targets).cpu())
             all_nats, all_hits = torch.cat(nats, 1), torch.cat(hits, 1)
+            all_nats, all_hits = _finite(all_nats, all_hits)
             for row, index in enumerate(rows):
                 found[index] = all_nats[row, : read[row]], all_hits[row, : read[row]]
         return found
@@ -212,7 +244,8 @@ class Requests:
         return new_cache(self.model, self.mode, self.sinks, window, self.chunk, rows)
 
     def _encode(self, text: str, alone: bool) -> list[int]:
-        return self.streaming_tokenizer.encode(text, add_special_tokens=alone)
+        """The ids of a text; `alone`: with BOS, where the tokenizer adds it and the text does not begin with it."""
+        return self.streaming_tokenizer.encode_piece(text, bos=None if alone else False)
 
     def _prefix(self) -> int:
         """The token that precedes a text without context."""
@@ -224,3 +257,16 @@ class Requests:
             if ids and ids[0] is not None:
                 return ids[0]
         raise ValueError("the tokenizer has neither BOS nor EOS to begin a text with")
+
+
+def _finite(nats: Tensor, hits: Tensor) -> tuple[Tensor, Tensor]:
+    """Scores that are not finite count as a probability of 0, with a warning: NaN would be shown as a result."""
+    wrong = ~nats.isfinite()
+    if not bool(wrong.any()):
+        return nats, hits
+    warnings.warn(
+        "the model's logits are not finite: in float16 take bfloat16 or float32 instead, else its weights are "
+        "damaged; the texts concerned are scored with a log-probability of -inf",
+        stacklevel=2,
+    )
+    return nats.masked_fill(wrong, torch.inf), hits & ~wrong

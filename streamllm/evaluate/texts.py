@@ -12,8 +12,7 @@ from streamllm.tokenizer import Tokenizer
 
 def beginning(tokenizer: Tokenizer) -> list[int]:
     """The ids that the tokenizer adds in front of every text (BOS, or none)."""
-    whole, plain = tokenizer.encode("a"), tokenizer.encode("a", add_special_tokens=False)
-    return next((whole[:i] for i in range(len(whole)) if whole[i : i + len(plain)] == plain), [])
+    return tokenizer.encode_piece("")
 
 
 def as_stream(tokenizer: Tokenizer, texts: Sequence[str]) -> Tensor:
