@@ -53,6 +53,9 @@ def compile(model: nn.Module, backend: str | None = None) -> Compiled:
     STREAMLLM_CACHE names, or else in streamllm under XDG_CACHE_HOME or ~/.cache; it may be deleted at any
     time. On CUDA, inductor's kernels are launched together, too.
 
+    On CUDA with Triton, in float32 or a half type, both backends rewrite the list into a few fused kernels first
+    (triton_fusion.py), and one recording serves a stream from its first token on. Without Triton the list stays.
+
     A tensor-parallel model is recorded with its sums over the processes, by "flat" and "cudagraphs".
 
     Hooks on the model's modules run only for what takes the model's own way. When a model is moved, quantized or

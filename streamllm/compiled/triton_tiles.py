@@ -72,8 +72,8 @@ def tile_of(rows: int, weight: Tensor, gated: bool) -> Tile:
     if not on_gpu(weight.device):
         return INTERPRETED_TILE
     if rows > 1:
-        columns = max(16, min(256 // weight.itemsize, _power_of_two(inputs)))
-        return Tile(16, columns, 4, 3, 16 if rows <= 16 else 32)
+        columns = max(16, min(512 // max(2, weight.itemsize), _power_of_two(inputs)))
+        return Tile(16, columns, 4, 4, 16 if rows <= 16 else 32)  # not measured
     kept = kept_tiles(_name(weight.device)).get(product_key(outputs, inputs, gated, weight.itemsize))
     if kept is not None:
         return Tile(*kept)
