@@ -30,9 +30,10 @@ from tests.unit.conftest import write_llama, write_tokenizer
 
 TEXTS = ("def once(upon):\n    return", "one two three four", "流れは続く, naïve café", "for name in names:")
 TOKENS = 14  # in each of the two calls
-MAX_SIGNALS = 40  # for one stream
+MAX_SIGNALS = 24  # for one stream
 CACHE_COUNTS = ("seen", "held", "rewindable")
-TOLERANCE = 1e-4  # of keys and values: a prompt that is read in other parts rounds differently
+PROBE = torch.tensor([[5, 40, 7]])
+TOLERANCE = 1e-3  # standard deviations of the logits: a prompt that is read in other parts rounds differently
 
 
 @dataclass
@@ -104,9 +105,11 @@ def differences(got: Stream, wanted: Stream) -> list[str]:
         found.append("counts")
     if any(not torch.equal(getattr(got.cache, name), getattr(wanted.cache, name)) for name in CACHE_COUNTS):
         found.append("counts of the cache")
-    pairs = zip(got.cache.tensors(), wanted.cache.tensors(), strict=True)
-    if any((a - b).abs().max() > TOLERANCE for a, b in pairs):
-        found.append("keys and values")
+    # Keys of tokens that left may remain in slots that no query sees, so what a query sees is compared.
+    with torch.inference_mode():
+        logits = [stream.model(PROBE, stream.cache)[0] for stream in (got, wanted)]
+    if (logits[0] - logits[1]).abs().max() > TOLERANCE * logits[1].std():
+        found.append("logits of the next tokens")
     return found
 
 
@@ -135,7 +138,7 @@ def main() -> None:
 
         plain = new()
         text = converse(plain, case, Signals(draw, 1.0, 0))
-        if number % 4 == 3 and len(text) > 12:
+        if number % 5 == 4 and len(text) > 12:
             at = draw.randrange(2, 9)
             case["stop"] = (text[at : at + draw.randrange(1, 4)],)
             plain = new()
