@@ -30,8 +30,10 @@ from tests.unit.conftest import write_llama, write_tokenizer
 
 TEXTS = ("def once(upon):\n    return", "one two three four", "流れは続く, naïve café", "for name in names:")
 TOKENS = 14  # in each of the two calls
-MAX_SIGNALS = 40  # for one stream
-TOLERANCE = 1e-4  # of keys and values: a prompt that is read in other parts rounds differently
+MAX_SIGNALS = 24  # for one stream
+CACHE_COUNTS = ("seen", "held", "rewindable")
+PROBE = torch.tensor([[5, 40, 7]])
+TOLERANCE = 1e-3  # standard deviations of the logits: a prompt that is read in other parts rounds differently
 
 
 @dataclass
@@ -101,9 +103,13 @@ def differences(got: Stream, wanted: Stream) -> list[str]:
         found.append("tokens")
     if got.seen != wanted.seen or got.said != wanted.said:
         found.append("counts")
-    states = got.cache.state_dict(), wanted.cache.state_dict()
-    if any((a.double() - states[1][name].double()).abs().max() > TOLERANCE for name, a in states[0].items()):
-        found.append("cache")
+    if any(not torch.equal(getattr(got.cache, name), getattr(wanted.cache, name)) for name in CACHE_COUNTS):
+        found.append("counts of the cache")
+    # Keys of tokens that left may remain in slots that no query sees, so what a query sees is compared.
+    with torch.inference_mode():
+        logits = [stream.model(PROBE, stream.cache)[0] for stream in (got, wanted)]
+    if (logits[0] - logits[1]).abs().max() > TOLERANCE * logits[1].std():
+        found.append("logits of the next tokens")
     return found
 
 
@@ -132,7 +138,7 @@ def main() -> None:
 
         plain = new()
         text = converse(plain, case, Signals(draw, 1.0, 0))
-        if number % 4 == 3 and len(text) > 12:
+        if number % 5 == 4 and len(text) > 12:
             at = draw.randrange(2, 9)
             case["stop"] = (text[at : at + draw.randrange(1, 4)],)
             plain = new()
