@@ -30,7 +30,8 @@ class Alibi:
         even = 1 << self.heads.bit_length() - 1  # the power of two at or below H
         eighths = [(i + 1) / even for i in range(even)]
         between = [(i + 0.5) / even for i in range(self.heads - even)]
-        return torch.tensor([2.0 ** (-self.bias_max * part) for part in eighths + between], device="cpu")
+        slopes = [2.0 ** (-self.bias_max * part) for part in eighths + between]
+        return torch.tensor(slopes, dtype=torch.float32, device="cpu")
 
 
 def position_bias(alibi: Alibi, step: Step, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
@@ -49,4 +50,5 @@ def position_bias(alibi: Alibi, step: Step, dtype: torch.dtype, scale: float = 1
 
 @lru_cache(maxsize=64)
 def _slopes(alibi: Alibi, device: torch.device) -> Tensor:
-    return alibi.slopes().to(device)
+    with torch.inference_mode(False):  # or autograd could not use it
+        return alibi.slopes().to(device)

@@ -46,6 +46,9 @@ def attend(
     """
     if not step.sinks:
         sink_query = None
+    if keys.dtype != values.dtype:  # under autocast, rotations are wider than products
+        query, keys = query.to(values.dtype), keys.to(values.dtype)
+        sink_query = None if sink_query is None else sink_query.to(values.dtype)
     name = kernel_for(query, sink_query, step, bias)
     return KERNELS[name](query, sink_query, keys, values, step, scale, bias)
 
@@ -213,6 +216,8 @@ def _by_flash(query: Tensor, keys: Tensor, values: Tensor, scale: float, bias: T
     """torch's fused kernel for a CPU. Each query must see a key."""
     if flash_attention_cpu is None:
         return _by_matmul(query, keys, values, scale, bias)
+    # It assumes, without a check, that the numbers of one head lie next to each other.
+    query, keys, values = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, keys, values))
     return flash_attention_cpu(query, keys, values, attn_mask=bias, scale=scale)  # type: ignore[no-any-return]
 
 
@@ -227,8 +232,9 @@ def _run_bias(
     if queries == 1:
         return None
     with torch.inference_mode(False):  # or autograd could not use it
-        query = torch.arange(in_front, in_front + queries, device=device)[:, None]
-        return _as_bias(is_visible(torch.arange(keys, device=device), query, 0, window), dtype)
+        key = torch.arange(keys, dtype=torch.int64, device=device)
+        query = torch.arange(in_front, in_front + queries, dtype=torch.int64, device=device)[:, None]
+        return _as_bias(is_visible(key, query, 0, window), dtype)
 
 
 def _as_bias(visible: Tensor | None, dtype: torch.dtype) -> Tensor | None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from operator import index
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from streamllm.models.checks import whole_number
 from streamllm.models.linear import HALF, Linear
 from streamllm.models.step import Cache, Geometry, Plan
 
@@ -41,32 +41,45 @@ class CausalLM(nn.Module):
 
         With a cache, T is cut into chunks of `cache.chunk` tokens. Each is planned, computed and committed, so
         that after an exception the streams stand at the end of the last whole chunk. Gradients flow only
-        without a cache. `lengths` [B]: how many tokens of each row are real; the rest is padding on the right.
-        `logits_to_keep`: return only the last so many rows, [B, logits_to_keep, V], counted from the end of
-        each row's real tokens (a row with fewer repeats its first).
+        without a cache. `lengths` [B]: how many tokens of each row are real; the rest is padding on the right,
+        whose logits mean nothing.
+        `logits_to_keep`: return only the last so many rows, or T where T is smaller: [B, min(logits_to_keep, T), V],
+        counted from the end of each row's real tokens. A row with fewer real tokens repeats its first; a row of
+        length 0, which leaves its stream as it is, has zeros.
 
-        Raises ValueError for tokens that are not integers [B, T] within the vocabulary, for lengths outside
-        0 … T or without a cache, and for a batch that is not the cache's.
+        Raises ValueError for tokens that are not integers [B, T] within the vocabulary on the model's device, for
+        lengths outside 0 … T or without a cache, and for a cache of another model, batch, type or device, or under
+        autocast; RuntimeError where another thread uses the cache.
         """
-        check_tokens(self.geometry.vocab_size, tokens, logits_to_keep)
+        logits_to_keep = check_tokens(self, tokens, logits_to_keep)
         counts = check_lengths(tokens, cache, lengths)
-        length, kept = tokens.shape[1], []
         if cache is None:
-            x = self.hidden(tokens, self.geometry.dense_plan(length, tokens.device))
+            x = self.hidden(tokens, self.geometry.dense_plan(tokens.shape[1], tokens.device))
             return self.project(x if logits_to_keep is None else x[:, -logits_to_keep:])
-        with torch.no_grad():  # a stream has no end at which its graph could be freed
-            for start in range(0, length, cache.chunk):
-                part = tokens[:, start : start + cache.chunk]
-                plan = cache.plan(part.shape[1], counts and real_tokens(counts, start, part.shape[1]))
-                x = self.hidden(part, plan)
-                if logits_to_keep is None:
-                    kept.append(self.project(x))
-                else:
-                    kept = keep_rows(kept, x, start, length, counts, logits_to_keep)
-                if start + part.shape[1] == length:  # before the commit: a forward that fails changes nothing
-                    rows = kept[0] if len(kept) == 1 else torch.cat(kept, 1)
-                    logits = rows if logits_to_keep is None else self.project(rows)
-                cache.commit(plan)
+        cache.check_model(self.geometry, tokens.device)
+        with cache.guard, torch.no_grad():  # a stream has no end at which its graph could be freed
+            return self._stream(tokens, cache, counts, logits_to_keep)
+
+    def _stream(
+        self, tokens: Tensor, cache: Cache, counts: Sequence[int] | None, logits_to_keep: int | None
+    ) -> Tensor:
+        length, kept = tokens.shape[1], []
+        for start in range(0, length, cache.chunk):
+            part = tokens[:, start : start + cache.chunk]
+            plan = cache.plan(part.shape[1], counts and real_tokens(counts, start, part.shape[1]))
+            x = self.hidden(part, plan)
+            if logits_to_keep is None:
+                kept.append(self.project(x))
+            else:
+                kept = keep_rows(kept, x, start, length, counts, logits_to_keep)
+            if start + part.shape[1] == length:  # before the commit: a forward that fails changes nothing
+                rows = kept[0] if len(kept) == 1 else torch.cat(kept, 1)
+                logits = rows if logits_to_keep is None else self.project(rows)
+                if logits_to_keep is not None and counts is not None:
+                    for row, count in enumerate(counts):
+                        if count == 0:
+                            logits[row] = 0
+            cache.commit(plan)
         return logits
 
     def hidden(self, tokens: Tensor, plan: Plan) -> Tensor:
@@ -78,21 +91,27 @@ class CausalLM(nn.Module):
         return self.head(x)  # type: ignore[no-any-return]
 
 
-def check_tokens(vocab_size: int, tokens: Tensor, logits_to_keep: int | None) -> None:
-    """Raises ValueError, see `CausalLM.forward`."""
+def check_tokens(model: CausalLM, tokens: Tensor, logits_to_keep: int | None) -> int | None:
+    """`logits_to_keep`, at most T. Raises ValueError, see `CausalLM.forward`."""
+    vocab_size, device = model.geometry.vocab_size, model.embed.weight.device
+    if not isinstance(tokens, Tensor):
+        raise ValueError(f"tokens must be a tensor of token ids, not {type(tokens).__name__}")
     if tokens.dim() != 2 or 0 in tokens.shape or tokens.dtype not in (torch.int64, torch.int32):
         raise ValueError(
             f"tokens must be int64 or int32 of shape [batch, length] with at least one of each, "
             f"not {tokens.dtype} of shape {list(tokens.shape)}"
         )
-    if tokens.device.type == "cpu":  # on another device, reading the values would wait for it
+    if tokens.device != device:
+        raise ValueError(f"the tokens are on {tokens.device} and the model is on {device}: move one of them")
+    if device.type == "cpu":  # on another device, reading the values would wait for it
         ends = [int(end) for end in ([tokens] if tokens.numel() == 1 else torch.aminmax(tokens))]
         lowest, highest = ends[0], ends[-1]
         if lowest < 0 or highest >= vocab_size:
             wrong = lowest if lowest < 0 else highest
             raise ValueError(f"token id {wrong} is outside the model's vocabulary of 0 … {vocab_size - 1}")
-    if logits_to_keep is not None and logits_to_keep < 1:
-        raise ValueError(f"logits_to_keep must be at least 1 (None: all), not {logits_to_keep}")
+    if logits_to_keep is None:
+        return None
+    return min(whole_number("logits_to_keep", logits_to_keep, 1), tokens.shape[1])
 
 
 def check_lengths(
@@ -110,8 +129,8 @@ def check_lengths(
         raise ValueError("lengths need a cache: without one every row is a whole text of its own")
     given = lengths.tolist() if isinstance(lengths, Tensor) else lengths
     try:
-        counts = [index(count) for count in given]
-    except TypeError:
+        counts = [whole_number("length", count) for count in given]
+    except (TypeError, ValueError):
         counts = []
     if len(counts) != batch or not all(0 <= count <= length for count in counts):
         raise ValueError(f"lengths must be {batch} whole numbers in 0 … {length}, one per row, not {given}")
@@ -134,7 +153,9 @@ def keep_rows(
     """
     if counts is not None:
         wanted = torch.tensor(
-            [[max(count - keep + i, 0) - start for i in range(keep)] for count in counts], dtype=torch.int64
+            [[max(count - keep + i, 0) - start for i in range(keep)] for count in counts],
+            dtype=torch.int64,
+            device="cpu",
         )
         inside = ((wanted >= 0) & (wanted < x.shape[1])).to(x.device)[:, :, None]
         rows = wanted.clamp(0, x.shape[1] - 1).to(x.device)[:, :, None].expand(-1, -1, x.shape[2])

@@ -7,13 +7,14 @@ figures below are from tools/bench.py decode on an AMD EPYC (Zen 4, AVX-512) and
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from streamllm.models.packed_weight import PackedWeight, pack, unpack
 from streamllm.models.processor import IS_INTEL
 from streamllm.models.torch_private import (
     int8_matmul,
@@ -26,6 +27,8 @@ HALF = (torch.float16, torch.bfloat16)
 # From this many rows on, int8 weights are dequantised once per product instead of read row by row.
 INT8_DEQUANTIZE_ROWS = 64
 FLOAT16_WIDEN_ROWS = 4  # from here on, float16 products run in float32
+INT8_MATMUL_INPUTS = 16  # torch's int8 kernel reads so many inputs at a time
+BLOCK_COST_ROWS = 12  # what one more block costs, in rows: it reads the weight again
 
 
 class Linear(nn.Linear):
@@ -33,6 +36,9 @@ class Linear(nn.Linear):
 
     `arrange` stores the weight in the layout that its device reads fastest; until then it is nn.Linear's. A
     subclass that computes more calls `self.kernel(x, self.weight, bias)`, which knows the layout.
+
+    Where gradients are wanted, every kernel computes as F.linear does. `train()` unpacks a packed weight, and
+    `eval()` packs it again.
     """
 
     kernel: Callable[[Tensor, Tensor, Tensor | None], Tensor] = staticmethod(F.linear)
@@ -50,12 +56,13 @@ class Linear(nn.Linear):
         No second copy stays. A weight shared by a head and an embedding has the new layout in both.
         """
         weight = self.weight
-        if weight.device.type == "cpu" and not weight.is_mkldnn and weight.dtype in LAYOUTS:
+        is_plain = weight.device.type == "cpu" and not isinstance(weight, PackedWeight)
+        if is_plain and weight.dtype in LAYOUTS:
             LAYOUTS[weight.dtype](self)
 
     def arrange_by_rows(self) -> None:
         """Store the weight [out, in], without gaps between its rows."""
-        self._unpack()
+        unpack(self.weight)
         self.weight.data = self.weight.data.contiguous()
         self.__dict__.pop("kernel", None)
         self._choose_kernel(arranged=False)
@@ -66,14 +73,29 @@ class Linear(nn.Linear):
         """Round the weight to int8, with one scale for each of its rows. The output keeps the input's type.
 
         The product with the rounded weight is computed as exactly as before. The scales go to the buffer
-        `scale` [out]. A weight shared with an embedding is rounded for this layer only.
+        `scale` [out]. A weight shared with an embedding is rounded for this layer only. A second call does
+        nothing.
         """
-        weight = (self.weight.to_dense() if self.weight.is_mkldnn else self.weight).detach()
-        scale = (self.row_maxima(weight) / 127).clamp(min=1e-30)
-        rounded = (weight / scale[:, None]).round_().to(torch.int8)
-        self.weight = nn.Parameter(rounded, requires_grad=False)
-        self.register_buffer("scale", scale.to(weight.dtype if weight.dtype in HALF else torch.float32))
+        if self.weight.dtype == torch.int8:
+            return
+        weight = self.weight.detach()
+        dtype = weight.dtype if weight.dtype in HALF else torch.float32
+        smallest = 2.0**-24 if dtype == torch.float16 else torch.finfo(dtype).tiny  # else a scale could be 0
+        scale = (self.row_maxima(weight) / 127).clamp(min=smallest).to(dtype)
+        # Divide by the scale as it is stored: its rounding then costs nothing.
+        rounded = (weight / scale.to(torch.promote_types(dtype, torch.float32))[:, None]).round_()
+        self.weight = nn.Parameter(rounded.clamp_(-127, 127).to(torch.int8), requires_grad=False)
+        self.register_buffer("scale", scale)
         self._choose_kernel(arranged=False)
+
+    def train(self, mode: bool = True) -> Linear:
+        """As nn.Module's. A packed weight is unpacked for training, and packed again by `eval()`."""
+        super().train(mode)
+        if mode:
+            unpack(self.weight)
+        elif self.kernel is bfloat16_kernel:
+            self.arrange()
+        return self
 
     def row_maxima(self, weight: Tensor) -> Tensor:
         """The largest absolute value of each row, float32 [out]: int8 weights are scaled by it."""
@@ -84,25 +106,20 @@ class Linear(nn.Linear):
             self.kernel = partial(int8_kernel, self.scale)
         elif arranged:
             self.arrange()
-
-    def _unpack(self) -> None:
-        if self.weight.is_mkldnn:
-            self.weight = nn.Parameter(self.weight.to_dense(), requires_grad=False)
+            if self.training:
+                unpack(self.weight)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Linear:
         """Called by .to(), .float(), .cuda(): another type or device needs another layout."""
-        self._unpack()
+        unpack(self.weight)
         arranged = self.__dict__.pop("kernel", None) is not None
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._choose_kernel(arranged)
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        """For copy.deepcopy and pickle, which cannot handle packed weights."""
+        """For copy.deepcopy and pickle: the copy of a packed weight is plain, and is packed by the copy."""
         state = self.__dict__.copy()
-        if self.weight.is_mkldnn:
-            dense = nn.Parameter(self.weight.to_dense(), requires_grad=False)
-            state["_parameters"] = {**self._parameters, "weight": dense}
         state["arranged"] = state.pop("kernel", None) is not None
         return state
 
@@ -111,10 +128,24 @@ class Linear(nn.Linear):
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._choose_kernel(arranged)
 
-    def _save_to_state_dict(self, destination: dict[str, Tensor], prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.weight.is_mkldnn:
-            destination[prefix + "weight"] = self.weight.to_dense()
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Tensor], prefix: str, metadata: Any, strict: bool, missing: list[str],
+        unexpected: list[str], errors: list[str],
+    ) -> None:  # fmt: skip
+        given = state_dict.get(prefix + "weight")
+        if given is not None and (given.dtype == torch.int8) != (self.weight.dtype == torch.int8):
+            errors.append(
+                f"{prefix}weight is {given.dtype} in the state and {self.weight.dtype} here: quantize both "
+                f"models or neither"
+            )
+            return
+        super()._load_from_state_dict(  # type: ignore[no-untyped-call]
+            state_dict, prefix, metadata, strict, missing, unexpected, errors
+        )
+        if self.weight.dtype == torch.int8:
+            self._choose_kernel(arranged=False)  # with assign=True, the scale is another tensor
+        elif "kernel" in self.__dict__ and not self.training:
+            self.arrange()
 
 
 # Layouts and kernels by type
@@ -147,7 +178,7 @@ def _columns_are_faster(shape: torch.Size) -> bool:
 
 def float32_kernel(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """F.linear by oneDNN where that is faster than torch's own choice, MKL."""
-    if linear_pointwise is None or x.requires_grad or weight.requires_grad:  # oneDNN has no gradients
+    if linear_pointwise is None or _needs_torch(x, weight, bias):
         return F.linear(x, weight, bias)
     rows = x.numel() // x.shape[-1]
     by_columns = weight.stride(1) != 1
@@ -165,20 +196,78 @@ def float32_kernel(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def onednn_kernel(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """F.linear by oneDNN, of a dense or a packed weight."""
+    """F.linear by oneDNN, of a dense or a packed weight, without gradients."""
     assert linear_pointwise is not None
-    return linear_pointwise(x, weight, bias, "none", [], "")  # type: ignore[no-any-return]
+    if bias is not None and bias.stride(0) != 1:  # it would read the numbers between, too
+        bias = bias.contiguous()
+    return in_row_blocks(lambda part: linear_pointwise(part, weight, bias, "none", [], ""), x)  # type: ignore[misc]
+
+
+def in_row_blocks(product: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """The product of x [..., T, in], computed in blocks of few sizes, without gradients.
+
+    oneDNN prepares a kernel for each number of rows that it meets, in a millisecond and 0.6 MB, and keeps it in
+    the process (tools/variety.py). One token of each stream of a batch is one size, whatever the batch.
+    """
+    if x.dim() < 2 or x.shape[-2] == 1:
+        return product(x)
+    rows = x.numel() // x.shape[-1]
+    blocks = row_blocks(rows)
+    if blocks == (rows,):
+        return product(x)
+    parts, left = [], x.reshape(rows, x.shape[-1])
+    for size in blocks:
+        part, left = left[:size], left[size:]
+        parts.append(product(F.pad(part, (0, 0, 0, size - len(part))) if len(part) < size else part))
+    whole = parts[0] if len(parts) == 1 else torch.cat(parts)
+    return whole[:rows].view(*x.shape[:-1], -1)
+
+
+@lru_cache(maxsize=1024)
+def row_blocks(rows: int) -> tuple[int, ...]:
+    """Sizes that together hold so many rows: 1 or powers of two from 4 on, the last one perhaps padded.
+
+    The cheaper of two ways: one block that holds all, or the largest full block and then the rest.
+    """
+    if rows <= 1:
+        return (rows,)
+    padded = max(4, 1 << (rows - 1).bit_length())
+    if padded == rows or rows < 4:
+        return (padded,)
+    largest = padded // 2
+    split = (largest, *row_blocks(rows - largest))
+    return min((padded,), split, key=lambda blocks: sum(blocks) + len(blocks) * BLOCK_COST_ROWS)
+
+
+def _needs_torch(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether torch's own F.linear must compute the product, because gradients are wanted or autocast is on."""
+    if torch.is_grad_enabled():
+        wanted = x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+        if wanted:
+            return True
+    return torch.is_autocast_enabled("cpu")
 
 
 def _arrange_bfloat16(linear: Linear) -> None:
     """oneDNN's own blocks: 1.5 to 3 times as fast for one row, and as fast for many."""
     if not _can_pack():
         return
-    assert reorder_linear_weight is not None
-    with torch.no_grad():
-        packed = reorder_linear_weight(linear.weight.detach().contiguous(), 1)
-    linear.weight = nn.Parameter(packed, requires_grad=False)
-    linear.kernel = onednn_kernel
+    pack(linear.weight)
+    linear.kernel = bfloat16_kernel
+
+
+def bfloat16_kernel(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """F.linear of a weight that is packed, or was."""
+    if not isinstance(weight, PackedWeight) or _needs_torch(x, weight, bias):
+        return torch_kernel(x, weight, bias)
+    return onednn_kernel(x, weight.packed, bias)
+
+
+def torch_kernel(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """F.linear; in blocks where torch hands it to oneDNN, for half types on a CPU, and no gradients are wanted."""
+    if x.device.type != "cpu" or x.dtype not in HALF or _needs_torch(x, weight, bias):
+        return F.linear(x, weight, bias)
+    return in_row_blocks(lambda part: F.linear(part, weight, bias), x)
 
 
 def _can_pack() -> bool:
@@ -192,7 +281,7 @@ def _arrange_float16(linear: Linear) -> None:
 
 def float16_kernel(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """A CPU reads float16 well for one row, but multiplies many rows at a fifth of float32's speed."""
-    if x.numel() < FLOAT16_WIDEN_ROWS * x.shape[-1]:
+    if x.numel() < FLOAT16_WIDEN_ROWS * x.shape[-1] or torch.is_autocast_enabled("cpu"):
         return F.linear(x, weight, bias)
     wide = float32_kernel(x.float(), weight.float(), None if bias is None else bias.float())
     return wide.to(x.dtype)
@@ -201,11 +290,31 @@ def float16_kernel(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def int8_kernel(scale: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x times an int8 weight [out, in] with a scale for each output: in torch's kernel, or dequantised first."""
     rows = x.numel() // x.shape[-1]
-    on_cpu = x.device.type == "cpu" and x.dtype == torch.bfloat16
-    if int8_matmul is None or rows >= INT8_DEQUANTIZE_ROWS or not on_cpu:
-        return F.linear(x, weight.to(x.dtype) * scale.to(x.dtype)[:, None], bias)
-    product = int8_matmul(x.reshape(rows, x.shape[-1]), weight, scale).view(*x.shape[:-1], -1)
+    if (
+        rows >= INT8_DEQUANTIZE_ROWS
+        or not _int8_matmul_reads(x, weight, scale)
+        or _needs_torch(x, scale, bias)
+    ):
+        return torch_kernel(x, weight.to(x.dtype) * scale.to(x.dtype)[:, None], bias)
+    assert int8_matmul is not None
+    product = int8_matmul(x.reshape(rows, x.shape[-1]).contiguous(), weight, scale).view(*x.shape[:-1], -1)
     return product if bias is None else product + bias  # type: ignore[no-any-return]
+
+
+def _int8_matmul_reads(x: Tensor, weight: Tensor, scale: Tensor) -> bool:
+    """Whether torch's int8 kernel can read these.
+
+    Of an input whose length is no multiple of 16 it reads beyond the end of each row, without an error.
+    """
+    return (
+        int8_matmul is not None
+        and x.device.type == "cpu"
+        and x.dtype == scale.dtype == torch.bfloat16  # slow for other types
+        and weight.shape[1] % INT8_MATMUL_INPUTS == 0
+        and weight.shape[1] == x.shape[-1]
+        and weight.is_contiguous()
+        and scale.is_contiguous()
+    )
 
 
 LAYOUTS: dict[torch.dtype, Callable[[Linear], None]] = {

@@ -38,7 +38,7 @@ class Rope:
         return positions
 
     def _powers(self, theta: float | Tensor | None = None) -> Tensor:
-        exponents = torch.arange(0, self.dim, 2, device="cpu").float() / self.dim
+        exponents = torch.arange(0, self.dim, 2, dtype=torch.float32, device="cpu") / self.dim
         return (self.theta if theta is None else theta) ** exponents
 
 
@@ -65,7 +65,8 @@ class DynamicRope(Rope):
     def frequencies(self, rope_length: int) -> Tensor:
         if rope_length <= self.positions:
             return 1.0 / self._powers()
-        stretch = self.factor * torch.tensor(rope_length, device="cpu") / self.positions - (self.factor - 1)
+        length = torch.tensor(rope_length, dtype=torch.float32, device="cpu")
+        stretch = self.factor * length / self.positions - (self.factor - 1)
         return 1.0 / self._powers(self.theta * stretch ** (self.dim / (self.dim - 2)))
 
     def trained_length(self, positions: int) -> int:
@@ -175,7 +176,9 @@ def moved_keys(rope: Rope, keys: Tensor, shift: int, rope_length: int) -> Tensor
     """Rotated keys [..., D], rotated on as if each stood `shift` places further on. Rounded once, to their type."""
     wide = keys.float() if keys.device.type == "mps" else keys.double()
     turn = replace(rope, attention_factor=1.0, float32_angles=False)  # the keys have their factor
-    table = _table(turn, torch.tensor([shift], device=keys.device), rope_length, wide.dtype)
+    table = _table(
+        turn, torch.tensor([shift], device=keys.device, dtype=torch.int64), rope_length, wide.dtype
+    )
     return _rotate(wide, table).to(keys.dtype)
 
 
@@ -205,7 +208,8 @@ def _table(rope: Rope, places: Tensor, rope_length: int, dtype: torch.dtype) -> 
 
 @lru_cache(maxsize=64)
 def _frequencies(rope: Rope, rope_length: int, device: torch.device) -> Tensor:
-    return rope.frequencies(rope_length).to(device, torch.float64)
+    with torch.inference_mode(False):  # or autograd could not use it
+        return rope.frequencies(rope_length).to(device, torch.float64)
 
 
 def _rotate(x: Tensor, table: Table) -> Tensor:

@@ -8,6 +8,7 @@ an index in memory. t counts the tokens of a row from 0, whatever the origin.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -47,8 +48,8 @@ class Band:
         """bool [stop - start, columns]: which sinks each query sees; None where each sees all."""
         if self.columns <= self.start + start + 1:
             return None
-        query = torch.arange(self.start + start, self.start + stop, device=device)[:, None]
-        return torch.arange(self.columns, device=device) <= query
+        query = torch.arange(self.start + start, self.start + stop, dtype=torch.int64, device=device)[:, None]
+        return torch.arange(self.columns, dtype=torch.int64, device=device) <= query
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,9 +89,11 @@ class Step:
         if self.band is None:
             return self.visible
         band, length, device = self.band, self.query_place.shape[1], self.query_place.device
-        query = torch.arange(band.start, band.start + length, device=device)[:, None]
-        run = torch.arange(band.first, band.first + self.key_place.shape[1] - band.columns, device=device)
-        sinks = torch.arange(band.columns, device=device)
+        query = torch.arange(band.start, band.start + length, dtype=torch.int64, device=device)[:, None]
+        run = torch.arange(
+            band.first, band.first + self.key_place.shape[1] - band.columns, dtype=torch.int64, device=device
+        )
+        sinks = torch.arange(band.columns, dtype=torch.int64, device=device)
         run = torch.where(run < band.sinks, -1, run)
         return is_visible(torch.cat((sinks, run)), query, band.columns, band.window)[None]
 
@@ -105,7 +108,7 @@ class Step:
     @staticmethod
     def dense(length: int, window: int | None = None, device: torch.device | str = "cpu") -> Step:
         """A text from its start, without a cache: places 0 … T-1, causal, at most `window` keys back."""
-        places = torch.arange(length, device=device)[None]
+        places = torch.arange(length, dtype=torch.int64, device=device)[None]
         return Step(
             slots=places,
             query_place=places,
@@ -151,6 +154,11 @@ class Cache(Protocol):
     def batch_size(self) -> int: ...
     def plan(self, length: int, lengths: Sequence[int] | None = None) -> Plan: ...
     def commit(self, plan: Plan) -> None: ...
+    @property
+    def guard(self) -> AbstractContextManager[None]: ...  # held by one forward at a time
+    def check_model(
+        self, geometry: Geometry, device: torch.device
+    ) -> None: ...  # raises ValueError for another
 
 
 @dataclass(frozen=True)

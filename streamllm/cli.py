@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import sys
 import warnings
+from collections.abc import Iterator
+from types import FrameType
 from typing import Any
 
 import click
@@ -32,6 +35,7 @@ COMMANDS = {
     "convert": convert,
 }
 
+TERMINATED = 143  # exit code after SIGTERM, as shells have it
 USER_ERROR = 2  # exit code where the command line, a file or a checkpoint is wrong
 INTERRUPTED = 130  # exit code after Ctrl-C, as shells have it
 BROKEN_PIPE = 141  # exit code where the reader of standard output went away, as shells have it
@@ -66,27 +70,84 @@ def cli() -> None:
 
 def main(args: list[str] | None = None) -> None:
     """Run the command line. An error that a user can cause is printed as one sentence; the exit code is 2."""
+    if sys.stderr is None:  # closed by `2>&-`
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    if sys.stdout is None:  # closed by `>&-`
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+        click.echo("Error: standard output is closed: give it a file, or /dev/null", err=True)
+        sys.exit(USER_ERROR)
     for stream in (sys.stdout, sys.stderr):  # generated text may hold characters that a terminal lacks
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
     warnings.showwarning = _show_warning
-    try:
-        code = cli.main(args, standalone_mode=False)
-    except click.ClickException as error:
-        error.show()
-        code = error.exit_code
-    except (click.Abort, KeyboardInterrupt):
-        code = INTERRUPTED
-    except Exception as error:
-        sentence = _user_error(error)
-        if sentence is None:
-            raise
-        if not _is_reported_elsewhere(error):
-            click.echo(f"Error: {sentence}", err=True)
-        code = USER_ERROR
-        with contextlib.suppress(OSError, ValueError):  # a full disk: do not fail once more at exit
-            sys.stdout.flush()
+    with _signals() as received:
+        try:
+            code = cli.main(args, standalone_mode=False)
+        except click.ClickException as error:
+            error.show()
+            code = error.exit_code
+        except (click.Abort, KeyboardInterrupt):
+            code = INTERRUPTED
+        except _Terminated:
+            code = TERMINATED
+        except Exception as error:
+            sentence = _user_error(error)
+            if received:  # an import that is interrupted may raise anything
+                code = received[-1]
+            elif sentence is None:
+                raise
+            else:
+                if not _is_reported_elsewhere(error):
+                    click.echo(f"Error: {sentence}", err=True)
+                code = USER_ERROR
+                with contextlib.suppress(OSError, ValueError):  # a full disk: do not fail once more at exit
+                    sys.stdout.flush()
     sys.exit(code if isinstance(code, int) else 0)
+
+
+class _Terminated(BaseException):
+    """SIGTERM, which ends a command as Ctrl-C does: the terminal is left as it was, and children end."""
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[list[int]]:
+    """Turns SIGINT and SIGTERM into exceptions. The value lists the exit codes of those that came.
+
+    While a module is imported they end the process at once: torch's import may swallow an exception and go on.
+    """
+    received: list[int] = []
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        received.append(INTERRUPTED)
+        if _imports(frame):
+            os._exit(INTERRUPTED)
+        raise KeyboardInterrupt
+
+    def terminate(number: int, frame: FrameType | None) -> None:
+        received.append(TERMINATED)
+        if _imports(frame):
+            os._exit(TERMINATED)
+        raise _Terminated
+
+    before: dict[int, Any] = {}
+    for number, handler in ((signal.SIGINT, interrupt), (signal.SIGTERM, terminate)):
+        with contextlib.suppress(ValueError):  # not in the main thread
+            if signal.getsignal(number) not in (signal.SIG_IGN, None):
+                before[number] = signal.signal(number, handler)
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _imports(frame: FrameType | None) -> bool:
+    """Whether a module is being imported in this frame or in one that called it."""
+    while frame is not None:
+        if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _user_error(error: Exception) -> str | None:

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 import torch
 
 from streamllm.loading import open_source, weights_progress
-from streamllm.tokenizer import TOKENIZER_FILES
+from streamllm.tokenizer import TOKENIZER_FILES, list_template_files
 from streamllm.weights.checkpoint import (
     DTYPES,
     INDEX,
@@ -29,7 +29,7 @@ from streamllm.weights.checkpoint import (
 )
 from streamllm.weights.checkpoint.placement import EMBEDDING
 from streamllm.weights.family import Family
-from streamllm.weights.files import read_json
+from streamllm.weights.files import MIN_START_BYTES, check_not_pointer, read_json
 
 # Files that are copied unchanged if they exist.
 COPIED_FILES = (
@@ -84,9 +84,11 @@ def convert(
     target.parent.mkdir(parents=True, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
-        for relative in COPIED_FILES:
+        for relative in dict.fromkeys((*COPIED_FILES, *list_template_files(source))):
             found = source.find(relative)
             if found is not None:
+                with found.open("rb") as file:
+                    check_not_pointer(found, file.read(MIN_START_BYTES))
                 (unfinished / relative).parent.mkdir(exist_ok=True)
                 shutil.copyfile(found, unfinished / relative)
         values = checkpoint.family.respell(read_json(source.file("config.json")))

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from torch import nn
 
@@ -39,6 +39,7 @@ UNSUPPORTED_KEYS: dict[str, tuple[Any, ...] | None] = {
 HONOURED_KEYS = (
     "no_repeat_ngram_size", "bad_words_ids", "min_new_tokens", "suppress_tokens", "begin_suppress_tokens",
 )  # fmt: skip
+SAMPLING_OFF = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}  # values that keep all tokens
 TRANSFORMERS_TOP_K = 50  # its default where do_sample is true and top_k is absent
 
 
@@ -91,7 +92,12 @@ class GenerationConfig:
     of token ids that are never completed. suppress_tokens: ids that are never generated; begin_suppress_tokens:
     not as the first token of a call. min_new_tokens: a call generates no eos before so many tokens.
 
-    Raises ValueError for a setting outside its range.
+    Of two values for one setting the first of these counts, as in transformers: that of the call; of the config
+    that the call is given; of the checkpoint's generation_config.json, or of config.json where that file is missing;
+    the default. A config gives only the settings that it was made with. `unsupported` is an exception: a config that
+    is given replaces the checkpoint's.
+
+    Raises ValueError for a setting outside its range or of another type.
     """
 
     temperature: float = 0.0
@@ -118,37 +124,60 @@ class GenerationConfig:
         str, ...
     ] = ()  # what generation_config.json asks for and this library does not support
 
+    if TYPE_CHECKING:
+        _given: frozenset[str]  # the settings that it was made with
+        _if_sampling: Mapping[str, Any]  # of a greedy checkpoint, for calls that sample
+    else:
+
+        def __new__(cls, *values: Any, **settings: Any) -> GenerationConfig:
+            self = super().__new__(cls)
+            names = [field.name for field in fields(cls)][: len(values)]
+            object.__setattr__(self, "_given", frozenset((*names, *settings)))
+            object.__setattr__(self, "_if_sampling", {})
+            return self
+
     def __post_init__(self) -> None:
-        for name, fits, allowed in (
-            ("temperature", 0 <= self.temperature < math.inf, "0 (greedy) or above"),
-            ("top_k", self.top_k >= 0, "0 (all) or above"),
-            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
-            ("min_p", 0 <= self.min_p <= 1, "in 0 … 1"),
-            ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "above 0"),
-        ):
-            if not fits:
-                raise ValueError(f"{name} must be {allowed}, not {getattr(self, name)}")
         for name, check in CHECKS.items():
             object.__setattr__(self, name, check(name, getattr(self, name)))
 
     def override(self, **given: Any) -> GenerationConfig:
         """This config with those of the given values that are not None.
 
-        Giving top_k, top_p or min_p switches sampling on, at temperature 1, where this config is greedy. Raises
-        TypeError for a name that is not a setting.
+        Where this config is greedy, a top_k above 0, a top_p below 1 or a min_p above 0 switches sampling on, at
+        temperature 1. Raises TypeError for a name that is not a setting, ValueError for a value out of range.
         """
         given = {name: value for name, value in given.items() if value is not None}
-        known = {field.name for field in fields(self)}
-        if unknown := sorted(set(given) - known):
-            settings = ", ".join(sorted(SamplingSettings.__annotations__))
+        known = SamplingSettings.__annotations__
+        if unknown := sorted(set(given) - set(known)):
+            settings = ", ".join(sorted(known))
             raise TypeError(f"{unknown[0]} is not a setting of generation; the settings are {settings}")
-        if "eos" in given:
-            eos = given["eos"]
-            given["eos"] = (eos,) if isinstance(eos, int) else tuple(eos)
-        samples = self.temperature > 0 or "temperature" in given
-        if not samples and {"top_k", "top_p", "min_p"} & set(given):
-            given["temperature"] = 1.0
-        return replace(self, **given)
+        result = self._with(given)
+        if self.temperature > 0 or ("temperature" in given and result.temperature == 0):
+            return result
+        cuts = any(name in given and getattr(result, name) != off for name, off in SAMPLING_OFF.items())
+        if result.temperature == 0 and not cuts:
+            return result
+        return self._with({"temperature": 1.0, **self._if_sampling, **given})
+
+    def _with_config(self, config: GenerationConfig) -> GenerationConfig:
+        """This config with the settings that another was made with, and what that one says to be unsupported."""
+        given = {name: getattr(config, name) for name in config._given}
+        return self._with({**given, "unsupported": config.unsupported})
+
+    def _with(self, given: Mapping[str, Any]) -> GenerationConfig:
+        result = replace(self, **given)
+        object.__setattr__(result, "_given", self._given | set(given))
+        object.__setattr__(result, "_if_sampling", self._if_sampling)
+        return result
+
+
+_init = inspect.signature(GenerationConfig.__init__)
+# `__new__` would hide the settings from help() and editors.
+setattr(  # noqa: B010  # a class declares no such attribute
+    GenerationConfig,
+    "__signature__",
+    _init.replace(parameters=list(_init.parameters.values())[1:]),
+)
 
 
 def read_generation_config(
@@ -170,12 +199,15 @@ def read_generation_config(
         for name, harmless in UNSUPPORTED_KEYS.items()
         if harmless is not None and values.get(name) is not None and values[name] not in harmless
     )
+    sampling = {
+        "temperature": config.number("temperature", 1.0),
+        "top_k": config.size("top_k", TRANSFORMERS_TOP_K, 0),
+        "top_p": config.number("top_p", 1.0),
+        "min_p": config.number("min_p", 0.0),
+    }
     try:
-        return GenerationConfig(
-            temperature=config.number("temperature", 1.0) if samples else 0.0,
-            top_k=config.size("top_k", TRANSFORMERS_TOP_K, 0) if samples else 0,
-            top_p=config.number("top_p", 1.0) if samples else 1.0,
-            min_p=config.number("min_p", 0.0) if samples else 0.0,
+        found = GenerationConfig(
+            **(sampling if samples else {}),
             repetition_penalty=config.number("repetition_penalty", 1.0),
             **{name: config.get(name) for name in HONOURED_KEYS if values.get(name) is not None},
             eos=tuple(eos),
@@ -183,6 +215,10 @@ def read_generation_config(
         )
     except ValueError as error:
         raise UnsupportedConfig(f"{where}: {error}") from None
+    if not samples:
+        named = {name: value for name, value in sampling.items() if values.get(name) is not None}
+        object.__setattr__(found, "_if_sampling", named)
+    return found
 
 
 def attach(model: nn.Module, config: GenerationConfig) -> None:
@@ -199,12 +235,18 @@ def attached(model: nn.Module) -> GenerationConfig:
 def resolve(
     model: nn.Module, config: GenerationConfig | None, settings: Mapping[str, Any]
 ) -> GenerationConfig:
-    """The call's settings, over the config (None: the checkpoint's), over the defaults.
+    """The call's settings, over those of the given config, over the checkpoint's, over the defaults.
 
     Raises UnsupportedConfig where the config asks for what is not supported.
     """
-    if config is None:
-        config = attached(model)
+    given = config
+    config = attached(model)
+    if given is not None:
+        if not isinstance(given, GenerationConfig):
+            raise TypeError(
+                f"generation_config must be a GenerationConfig or None, not {type(given).__name__}"
+            )
+        config = config._with_config(given)
     if config.unsupported:
         raise UnsupportedConfig(
             f"generation_config.json asks for {', '.join(config.unsupported)}, which is not supported; "

@@ -136,12 +136,12 @@ def _files(checkpoint: Checkpoint) -> tuple[list[str], list[str]]:
     source = checkpoint.source
     names: list[str] = []
     for single, index in ((SINGLE, INDEX), (PICKLE, PICKLE_INDEX)):
-        if source.has(index):
+        if source.has(single):
+            names = [single]
+        elif source.has(index):
             weight_map = read_json(source.file(index)).get("weight_map")
             if isinstance(weight_map, dict):
                 names = sorted({shard for shard in weight_map.values() if isinstance(shard, str)})
-        elif source.has(single):
-            names = [single]
         if names:
             break
     if not names:

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -17,7 +16,7 @@ from streamllm.generation_config import GenerationConfig, attach, read_generatio
 from streamllm.malloc import trim_heap
 from streamllm.models import linear
 from streamllm.tensor_parallel import Job, Share, join
-from streamllm.tokenizer import TOKENIZER_FILES, Tokenizer, load_tokenizer_files
+from streamllm.tokenizer import TOKENIZER_FILES, Tokenizer, list_template_files, load_tokenizer_files
 from streamllm.weights.checkpoint import Checkpoint
 from streamllm.weights.errors import CheckpointNotFound
 from streamllm.weights.files import read_json
@@ -138,6 +137,21 @@ def default_device() -> torch.device:
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
+def usable_device(device: torch.device | str | None) -> torch.device:
+    """The device, after a first use of it; None is `default_device`. Raises ValueError if torch cannot use it here."""
+    if device is None:
+        return default_device()
+    try:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise ValueError(
+            f"the device {str(device)!r} cannot be used here ({reason}); supported: cpu, and cuda or mps where "
+            f"torch finds them"
+        ) from None
+    return torch.device(device)
+
+
 @contextmanager
 def weights_progress(total_bytes: int, description: str) -> Iterator[Callable[[int], object]]:
     """A progress bar on standard error, for large checkpoints only; the value takes the bytes just done."""
@@ -176,8 +190,8 @@ def _load_model(
         dtype = torch.bfloat16  # the fast int8 kernels support no other type
     checkpoint = Checkpoint(source, match_transformers, allow_pickle)
     part = None if job is None else Share(checkpoint.config, job.rank, job.ranks)
-    target = job.device if job else default_device() if device is None else torch.device(device)
-    generation_config = _generation_config(source, checkpoint.config_reader.get("eos_token_id"))
+    target = job.device if job else usable_device(device)
+    generation_config = _generation_config(source)
     shown_bytes = checkpoint.nbytes if job is None or job.is_first else 0
     with weights_progress(shown_bytes, f"loading {source.name}") as report:
         model = checkpoint.load(dtype, target, report, part)
@@ -188,14 +202,19 @@ def _load_model(
     return model
 
 
-def _generation_config(source: Source, eos: Any) -> GenerationConfig:
-    found = source.find("generation_config.json")
-    values = {} if found is None else read_json(found)
-    return read_generation_config({"eos_token_id": eos, **values}, f"generation_config.json of {source.name}")
+def _generation_config(source: Source) -> GenerationConfig:
+    """From generation_config.json alone where it exists; else from config.json, as older checkpoints have it."""
+    for name in ("generation_config.json", "config.json"):
+        found = source.find(name)
+        if found is not None:
+            return read_generation_config(read_json(found), f"{name} of {source.name}")
+    return GenerationConfig()
 
 
 def _load_tokenizer(source: Source) -> Tokenizer:
     found = {name: path for name in TOKENIZER_FILES if (path := source.find(name)) is not None}
+    for name in list_template_files(source):
+        source.find(name)  # downloads it
     if not found.keys() & set(TOKENIZER_FILES[:2]):
         if source.offline:
             source.file(TOKENIZER_FILES[0])  # raises: the file may exist on the hub, but is not in the cache

@@ -52,9 +52,9 @@ class Loop:
     A drawn token is not a part of the stream until it is pushed. All state is either replaced in one assignment or
     derived from what the cache has seen, so after an exception (Ctrl-C) no token is lost or fed twice.
 
-    A device that works through a queue (`RUN_AHEAD`) never waits for the host: a token is fed to the next forward on the
-    device, and read by the host only then. The cache steps back from that forward, and on again when the token is
-    pushed and fed. So between two calls the state is the same as if nothing had run ahead.
+    A device that works through a queue (`RUN_AHEAD`) never waits for the host: a token is fed to the next forward on
+    the device, and read by the host only then. The cache steps back from that forward, and on again when the token
+    is pushed and fed. So between two calls the state is the same as if nothing had run ahead.
     """
 
     def __init__(self, model: nn.Module, cache: SinkCache) -> None:

@@ -6,7 +6,9 @@ import contextlib
 import os
 import shutil
 import sys
+import threading
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import TextIO
@@ -14,6 +16,7 @@ from typing import TextIO
 from streamllm.stream import Stream
 
 INTERVAL = 0.25  # seconds between two refreshes of the line
+READING_AFTER = 1.0  # seconds after which the reading of a prompt is shown
 
 # Escape sequences of terminals
 _SAVE_CURSOR, _RESTORE_CURSOR = "\x1b7", "\x1b8"
@@ -59,6 +62,33 @@ class Status:
                 self._terminal.write(f"{lead}{self.line()}\n")
             self._terminal.flush()
 
+    @contextlib.contextmanager
+    def reading(self, count: Callable[[], int]) -> Iterator[None]:
+        """While the context reads a prompt, show how far it is, from the first second on.
+
+        count: the number of the prompt's tokens; it is called only if it is shown.
+        """
+        if not self._live:
+            yield
+            return
+        before, done = self._stream.seen, threading.Event()
+
+        def show() -> None:
+            if done.wait(READING_AFTER):
+                return
+            total = count()
+            while not done.wait(INTERVAL):
+                read = min(self._stream.seen - before, total)
+                self._refresh(f"reading the prompt: {read:,} of {total:,} tokens")
+
+        thread = threading.Thread(target=show, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()
+
     def tick(self) -> None:
         """To be called after each piece of text."""
         now = time.monotonic()
@@ -66,7 +96,7 @@ class Status:
             self._started = now
         if self._live and now - self._refreshed >= INTERVAL:
             self._refreshed = now
-            self._refresh()
+            self._refresh(self.line())
 
     def line(self) -> str:
         """The text of the status line."""
@@ -88,9 +118,9 @@ class Status:
         """Tokens generated since this object was made."""
         return self._stream.said - self._tokens_before
 
-    def _refresh(self) -> None:
+    def _refresh(self, line: str) -> None:
         size = self._size()
-        line = self.line()[: size.columns - 1]
+        line = line[: size.columns - 1]
         if not self._shared:
             self._terminal.write(f"\r{_CLEAR_LINE}{line}")
         else:

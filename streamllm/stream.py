@@ -121,8 +121,8 @@ class Stream:
         the pieces of a text have the ids of the whole, up to merges across the cuts.
 
         Args:
-            bos: begin with a BOS token, unless the text does. None: at the start of the stream, as the tokenizer's files
-                have it.
+            bos: begin with a BOS token, unless the text does. None: at the start of the stream, as the tokenizer's
+                files have it.
             special_tokens: special tokens that are written in the text become their ids; False: they stay text.
 
         Raises ValueError for ids outside the vocabulary, and for an empty text at the start of a stream whose

@@ -1,7 +1,10 @@
 """Shared by all tests. One thread, because tiny models on a shared machine run faster with one."""
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+
+os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton reads it when it is imported, by torch's compiler too
 
 import pytest
 import torch

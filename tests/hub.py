@@ -257,6 +257,11 @@ class _Handler(BaseHTTPRequestHandler):
             "siblings": [{"rfilename": file} for file in files],
         }
         if parts[cut : cut + 1] == ["tree"]:
+            folder = "".join(f"{part}/" for part in parts[cut + 2 :])
+            files = {file: data for file, data in files.items() if file.startswith(folder)}
+            if folder and not files:
+                self._answer(404, "EntryNotFound", f"{folder} does not exist")
+                return
             answer = [
                 {"type": "file", "path": file, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
                 | (

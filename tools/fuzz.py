@@ -59,6 +59,9 @@ def run_case(folder: Path, name: str) -> str:
             for special in (True, False):
                 ids = tokenizer.encode(TEXT, add_special_tokens=special)
                 assert isinstance(tokenizer.decode(ids, skip_special_tokens=special), str)
+                for continuation in (True, False):
+                    ids = tokenizer.encode_piece(TEXT, continuation=continuation, special_tokens=special)
+                    assert all(0 <= index < tokenizer.vocab_size for index in ids)
             tokenizer.decode(range(0, tokenizer.vocab_size, 1 + tokenizer.vocab_size // 400))
             return "loaded"
         model = streamllm.load_model(folder, device="cpu")

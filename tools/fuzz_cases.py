@@ -32,7 +32,13 @@ SIZES = {
 LINEAR = {"type": "linear", "factor": 2.0}
 DYNAMIC = {"rope_type": "dynamic", "factor": 2.0}
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}
-LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 32}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "factor": 8.0,
+    "original_max_position_embeddings": 32,
+}
 LONG = {"rope_type": "longrope", "factor": 2.0, "short_factor": [1.0, 2.0], "long_factor": [1.0, 3.0]}
 NEW = {"new_decoder_architecture": True, "num_kv_heads": 2}
 OLD = {"new_decoder_architecture": False, "multi_query": True, "parallel_attn": True}

@@ -55,15 +55,19 @@ class ConfigReader:
             raise self.wrong(name, value, f"a whole number from 1 to {MAX_LAYERS}")
         return value
 
-    def number(self, name: str, default: float, least: float = -math.inf) -> float:
-        """A finite number of at least `least`."""
+    def number(self, name: str, default: float, least: float = -math.inf, most: float = math.inf) -> float:
+        """A finite number from `least` to `most`."""
         value = self.get(name)
         if value is None:
             return default
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
         # JSON allows whole numbers beyond the largest float, so the comparison comes before `float()`.
-        if not is_number or not max(least, -sys.float_info.max) <= value <= sys.float_info.max:
-            allowed = "a finite number" if least == -math.inf else f"a finite number of at least {least}"
+        if not is_number or not max(least, -sys.float_info.max) <= value <= min(most, sys.float_info.max):
+            allowed = "a finite number"
+            if most < math.inf:
+                allowed = f"a number from {least:g} to {most:g}"
+            elif least > -math.inf:
+                allowed = f"a finite number of at least {least:g}"
             raise self.wrong(name, value, allowed)
         return float(value)  # torch refuses whole numbers of more than 64 bits
 
@@ -94,6 +98,13 @@ class ConfigReader:
         if not isinstance(value, Mapping):
             raise self.wrong(name, value, "an object")
         return ConfigReader(value, f"{name} in {self.where}")
+
+    def require(self, name: str, what: str) -> None:
+        """Raises UnsupportedConfig if the key is absent. `what` needs it, and no value of it can be guessed."""
+        if not self.has(name):
+            raise UnsupportedConfig(
+                f"{self.where} has no {name}, and {what} needs it: add the value that the model was trained with"
+            )
 
     def wrong(self, name: str, value: object, allowed: str) -> UnsupportedConfig:
         """The error for a value that is not supported. The caller raises it."""

@@ -53,8 +53,7 @@ def read_config(config: ConfigReader, match_transformers: bool) -> Config:
             raise config.wrong(
                 "num_attention_heads", heads, "a number that makes the heads even in width, as RoPE needs it"
             )
-        theta = config.number("rope_theta", 10000.0)
-        position = read_rope(config, head_dim, theta, positions, match_transformers)
+        position = read_rope(config, head_dim, "rope_theta", positions, match_transformers)
         trained_length = position.trained_length(positions)
     return Config(
         vocab_size=config.size("vocab_size", 65024),

@@ -21,6 +21,21 @@ MAX_JSON_BYTES = 32 << 20
 MAX_JSON_BRACKETS = 100_000
 
 
+_GIT_LFS_POINTER = b"version https://git-lfs"  # its first bytes
+MIN_START_BYTES = len(_GIT_LFS_POINTER)
+
+
+def check_not_pointer(path: Path, start: bytes) -> None:
+    """Raises CheckpointError if a file that begins with `start`, MIN_START_BYTES of it, is a git-lfs pointer.
+
+    A folder that was cloned without git-lfs has such pointers in place of its large files.
+    """
+    if start.startswith(_GIT_LFS_POINTER):
+        raise CheckpointError(
+            f"{path} is a git-lfs pointer, not the file itself; run 'git lfs pull' in its folder"
+        )
+
+
 def check_regular(path: Path, shown: str) -> os.stat_result:
     """The properties of a regular file that may be read, found out without opening it.
 
@@ -51,9 +66,11 @@ def read_bytes(path: Path, max_bytes: int) -> bytes:
     if size > max_bytes:
         raise CheckpointError(f"{path} has {size:,} bytes; at most {max_bytes:,} are allowed for such a file")
     try:
-        return path.read_bytes()
+        data = path.read_bytes()
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}; download the file again") from None
+    check_not_pointer(path, data[:MIN_START_BYTES])
+    return data
 
 
 def read_text(path: Path, max_bytes: int = MAX_JSON_BYTES) -> str:

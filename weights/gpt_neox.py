@@ -27,14 +27,14 @@ def read_config(config: ConfigReader, match_transformers: bool) -> Config:
         raise config.wrong("num_attention_heads", heads, f"a divisor of hidden_size, {width}")
     head_dim = width // heads
     scaling = config.inner("rope_scaling") or config.inner("rope_parameters") or ConfigReader({})
-    part = scaling.number("partial_rotary_factor", config.number("rotary_pct", 0.25))
+    part = scaling.number("partial_rotary_factor", config.number("rotary_pct", 0.25, 0.0, 2.0), 0.0, 2.0)
     dim = int(head_dim * part)
     if not 1 <= dim <= head_dim // 2 * 2:  # an odd dim rotates one dimension more
         raise config.wrong(
             "rotary_pct", part, f"a share that makes 1 to {head_dim // 2 * 2} of {head_dim} dimensions"
         )
     positions = config.size("max_position_embeddings", 2048)
-    rope = read_rope(config, dim, config.number("rotary_emb_base", 10000.0), positions, match_transformers)
+    rope = read_rope(config, dim, "rotary_emb_base", positions, match_transformers)
     return Config(
         vocab_size=config.size("vocab_size", 50432),
         width=width,

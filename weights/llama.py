@@ -57,7 +57,7 @@ def read_llama_like(
     if head_dim % 2:
         raise config.wrong("head_dim", head_dim, "an even number, because RoPE rotates pairs of dimensions")
     positions = config.size("max_position_embeddings", positions)
-    rope = read_rope(config, head_dim, config.number("rope_theta", 10000.0), positions, match_transformers)
+    rope = read_rope(config, head_dim, "rope_theta", positions, match_transformers)
     return Config(
         vocab_size=config.size("vocab_size", vocab_size),
         width=width,

@@ -24,7 +24,7 @@ def read_config(config: ConfigReader, match_transformers: bool) -> Config:
     if not match_transformers:
         _check_values(config, SUPPORTED)
         _check_values(attention, SUPPORTED_IN_ATTENTION)
-        bias_max = attention.number("alibi_bias_max", 8.0, 0.0)
+        bias_max = attention.number("alibi_bias_max", 8.0, 0.0, 1000.0)
     width = config.size("d_model", 2048)
     heads = config.size("n_heads", 16)
     if width % heads:
@@ -40,11 +40,15 @@ def read_config(config: ConfigReader, match_transformers: bool) -> Config:
         trained_length=config.size("max_seq_len", 2048),
         norm_eps=config.number("layer_norm_epsilon", 1e-5, 0.0),
         activation="gelu",
-        clip_qkv=attention.number("clip_qkv", 0.0, 0.0) or None,
-        softmax_scale=attention.number("softmax_scale", (width // heads) ** -0.5),
+        clip_qkv=attention.number("clip_qkv", 0.0, 0.0, MOST_IN_HALF) or None,
+        softmax_scale=attention.number(
+            "softmax_scale", (width // heads) ** -0.5, -MOST_IN_HALF, MOST_IN_HALF
+        ),
         tied=config.flag("tie_word_embeddings", True),
     )
 
+
+MOST_IN_HALF = 65504.0  # the largest number of float16
 
 # The supported values of keys that MosaicML's code reads and transformers ignores. None stands for null.
 SUPPORTED: dict[str, tuple[Any, ...]] = {

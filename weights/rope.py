@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
-import sys
 
 from streamllm.models import rotary
 from streamllm.weights.config_reader import ConfigReader
 
 TYPES = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
+# Beyond these, frequencies are not finite in float32. Models have factors from 1 to 100.
+LEAST_FACTOR, MOST_FACTOR = 1e-6, 1e300
+LEAST_THETA, MOST_THETA = 1e-30, 1e300
+MOST_ATTENTION_FACTOR = 1e4
 
 
 def read_rope(
-    config: ConfigReader, dim: int, theta: float, positions: int, match_transformers: bool
+    config: ConfigReader, dim: int, theta_key: str, positions: int, match_transformers: bool
 ) -> rotary.Rope:
     """The rotary frequencies that a config asks for.
 
@@ -21,27 +24,30 @@ def read_rope(
 
     Args:
         dim: how many of a head's dimensions are rotated.
-        theta: the config's own rope_theta, outside rope_scaling.
+        theta_key: the name of the config's own rope_theta, outside rope_scaling.
         positions: max_position_embeddings.
         match_transformers: multiply place and frequency in float32, as transformers does.
     """
     new_spelling = config.inner("rope_parameters")
-    scaling = config.inner("rope_scaling") or new_spelling or ConfigReader({}, "rope_scaling")
+    scaling = (
+        config.inner("rope_scaling") or new_spelling or ConfigReader({}, f"rope_scaling in {config.where}")
+    )
     kind = scaling.choice("rope_type", scaling.choice("type", "default", TYPES), TYPES)
-    theta = scaling.number("rope_theta", theta)
-    if theta <= 0:
-        raise scaling.wrong("rope_theta", theta, "a number above 0")
+    theta = config.number(theta_key, 10000.0, LEAST_THETA, MOST_THETA)
+    theta = scaling.number("rope_theta", theta, LEAST_THETA, MOST_THETA)
     plain = rotary.Rope(theta, dim, float32_angles=match_transformers)
 
     if kind == "default":
         return plain
     if kind == "linear":
-        return rotary.LinearRope(theta, dim, float32_angles=match_transformers, factor=_factor(scaling))
+        factor = _factor(scaling, kind, positions)
+        return rotary.LinearRope(theta, dim, float32_angles=match_transformers, factor=factor)
     if kind == "dynamic":
         if dim <= 2:
             raise config.wrong("head dimension", dim, "more than 2 rotary dimensions with dynamic scaling")
+        factor = _factor(scaling, kind, positions)
         return rotary.DynamicRope(
-            theta, dim, float32_angles=match_transformers, factor=_factor(scaling), positions=positions
+            theta, dim, float32_angles=match_transformers, factor=factor, positions=positions
         )
 
     if kind in ("yarn", "longrope") and dim % 2:
@@ -52,21 +58,28 @@ def read_rope(
     original = config.size("original_max_position_embeddings", original)
     if kind == "llama3":
         return _llama3(scaling, plain, original)
-    factor = _factor(scaling, positions / original)
+    if kind == "yarn":
+        scaling.require("factor", "rope_type yarn")  # but it may be null
+    factor = _factor(scaling, kind, original, positions / original)
     if kind == "yarn":
         return _yarn(scaling, plain, factor, original)
     return _longrope(scaling, plain, factor, original)
 
 
 def _llama3(scaling: ConfigReader, plain: rotary.Rope, original: int) -> rotary.Rope:
-    low, high = scaling.number("low_freq_factor", 1.0), scaling.number("high_freq_factor", 4.0)
+    for name in ("factor", "low_freq_factor", "high_freq_factor"):
+        scaling.require(name, "rope_type llama3")
+    low, high = (
+        scaling.number(name, 0.0, LEAST_FACTOR, MOST_FACTOR)
+        for name in ("low_freq_factor", "high_freq_factor")
+    )
     if not 0 < low < high:
         raise scaling.wrong("high_freq_factor", high, f"a number above low_freq_factor, {low}, above 0")
     return rotary.Llama3Rope(
         plain.theta,
         plain.dim,
         float32_angles=plain.float32_angles,
-        factor=_factor(scaling),
+        factor=_factor(scaling, "llama3", original),
         low_freq_factor=low,
         high_freq_factor=high,
         original=original,
@@ -74,21 +87,23 @@ def _llama3(scaling: ConfigReader, plain: rotary.Rope, original: int) -> rotary.
 
 
 def _yarn(scaling: ConfigReader, plain: rotary.Rope, factor: float, original: int) -> rotary.Rope:
-    mscale, mscale_all_dim = scaling.number("mscale", 0.0), scaling.number("mscale_all_dim", 0.0)
+    mscale, mscale_all_dim = (
+        scaling.number(name, 0.0, 0.0, MOST_ATTENTION_FACTOR) for name in ("mscale", "mscale_all_dim")
+    )
     if mscale and mscale_all_dim:
         attention_factor = _yarn_mscale(factor, mscale) / _yarn_mscale(factor, mscale_all_dim)
     else:
         attention_factor = _yarn_mscale(factor, 1.0)
-    fast = scaling.number("beta_fast", 32.0) or 32.0
-    slow = scaling.number("beta_slow", 1.0) or 1.0
-    if not 0 < slow < fast:
+    fast = scaling.number("beta_fast", 32.0, 0.0, MOST_FACTOR) or 32.0
+    slow = scaling.number("beta_slow", 1.0, 0.0, MOST_FACTOR) or 1.0
+    if not LEAST_FACTOR <= slow < fast:
         raise scaling.wrong("beta_fast", fast, f"a number above beta_slow, {slow}, above 0")
     if plain.theta == 1:
         raise scaling.wrong("rope_theta", plain.theta, "a number other than 1 with yarn")
     return rotary.YarnRope(
         plain.theta,
         plain.dim,
-        attention_factor=scaling.number("attention_factor", attention_factor, 0.0),
+        attention_factor=scaling.number("attention_factor", attention_factor, 0.0, MOST_ATTENTION_FACTOR),
         float32_angles=plain.float32_angles,
         factor=factor,
         original=original,
@@ -109,7 +124,7 @@ def _longrope(scaling: ConfigReader, plain: rotary.Rope, factor: float, original
     return rotary.LongRope(
         plain.theta,
         plain.dim,
-        attention_factor=scaling.number("attention_factor", attention_factor, 0.0),
+        attention_factor=scaling.number("attention_factor", attention_factor, 0.0, MOST_ATTENTION_FACTOR),
         float32_angles=plain.float32_angles,
         factor=factor,
         original=original,
@@ -118,10 +133,14 @@ def _longrope(scaling: ConfigReader, plain: rotary.Rope, factor: float, original
     )
 
 
-def _factor(scaling: ConfigReader, default: float | None = None) -> float:
-    value = scaling.number("factor", 0.0 if default is None else default)
-    if value <= 0:
-        raise scaling.wrong("factor", scaling.get("factor"), "a number above 0")
+def _factor(scaling: ConfigReader, kind: str, length: int, default: float | None = None) -> float:
+    """The factor by which `length` grows. Without a default, the key is required."""
+    if default is None:
+        scaling.require("factor", f"rope_type {kind}")
+        default = 0.0  # where it is null; the check refuses it
+    value = scaling.number("factor", default, LEAST_FACTOR, MOST_FACTOR)
+    if not value >= LEAST_FACTOR or not math.isfinite(value * length):
+        raise scaling.wrong("factor", scaling.get("factor"), "a number above 0 that makes a finite length")
     return value
 
 
@@ -131,7 +150,10 @@ def _divisors(scaling: ConfigReader, name: str, dim: int) -> tuple[float, ...]:
     if (
         not isinstance(values, list)
         or len(values) != dim // 2
-        or not all(isinstance(value, (int, float)) and 0 < value <= sys.float_info.max for value in values)
+        or not all(
+            isinstance(value, (int, float)) and LEAST_FACTOR <= value <= MOST_FACTOR for value in values
+        )
     ):
-        raise scaling.wrong(name, values, f"a list of {dim // 2} numbers above 0")
+        allowed = f"a list of {dim // 2} numbers from {LEAST_FACTOR:g} to {MOST_FACTOR:g}"
+        raise scaling.wrong(name, values, allowed)
     return tuple(float(value) for value in values)

@@ -7,6 +7,8 @@ from operator import index
 
 from torch import Tensor
 
+from streamllm.models.checks import whole_number
+
 
 def row_numbers(rows: Sequence[int] | Tensor | None, batch_size: int) -> list[int]:
     """The rows, each once, in order. None: all."""
@@ -24,8 +26,7 @@ def row_numbers(rows: Sequence[int] | Tensor | None, batch_size: int) -> list[in
 
 def check_at_least(least: int, **given: int) -> None:
     for name, value in given.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ValueError(f"{name} must be a whole number of at least {least}, not {value!r}")
+        whole_number(name, value, least)
 
 
 def check_range(start: int, stop: int, sinks: int) -> None:

@@ -203,9 +203,9 @@ class MovedEntries:
         turn: Callable[[Tensor], Tensor],
     ) -> None:
         device = next(iter(ring.tensors.values())).device
-        places = torch.arange(shift.first, shift.stop, device=device)
+        places = torch.arange(shift.first, shift.stop, device=device, dtype=torch.int64)
         self._ring = ring
-        self._rows = torch.tensor(rows, device=device)[:, None]  # [r, 1]
+        self._rows = torch.tensor(rows, device=device, dtype=torch.int64)[:, None]  # [r, 1]
         self._slots = layout.slot_of(places + shift.by)  # [n]
         self._entries = ring.take(self._rows, layout.slot_of(places), turn)
 

@@ -48,7 +48,7 @@ class Int8Ring:
         if move.to_ring:  # single tokens, of which some or all are not sinks: for these, write what is there
             slots = slots.clamp(max=self.sinks.shape[3] - 1)
             is_sink = (move.slots == slots).view(-1, 1, 1, 1)  # [R, 1, 1, 1]
-            batch = torch.arange(both.shape[1], device=slots.device)
+            batch = torch.arange(both.shape[1], dtype=torch.int64, device=slots.device)
             there = self.sinks[:, batch, :, slots.expand(len(batch))].movedim(0, 1)  # [2, B, G, D]
             both = torch.where(is_sink, both, there[:, :, :, None])
         put(self.sinks, move, slots, both)

@@ -139,7 +139,7 @@ def plan_token(
     slots = layout.slot_of(t)
     moved = isinstance(origin, Tensor) or origin > 0
     query_place = t + origin if moved else t
-    slot = torch.arange(kind.reads, device=t.device)[None]  # [1, K]
+    slot = torch.arange(kind.reads, device=t.device, dtype=torch.int64)[None]  # [1, K]
     held = layout.token_in(slot, t + 1)  # [R, K]
     visible = None if kind.full else held >= 0
     if visible is not None and kind.gap:
@@ -159,7 +159,7 @@ def plan_token(
         sinks=min(layout.sinks, kind.reads) if kind.apart else 0,
         rope_length=layout.slots,
     )
-    rows = None if len(t) == 1 else torch.arange(len(t), device=t.device)
+    rows = None if len(t) == 1 else torch.arange(len(t), device=t.device, dtype=torch.int64)
     tokens = None if rows is None else torch.zeros_like(rows)
     move = Move(rows, tokens, slots[:, 0], kind.to_sinks, kind.to_ring)
     return step, Writes(((0, kind.reads),), move, None)
@@ -184,22 +184,22 @@ def plan_chunk(
     ahead = min(held, layout.slots - slot)  # of them, those up to the end of the ring
     reads = (0, columns), (slot, slot + ahead), (sinks, sinks + held - ahead)
 
-    places = torch.arange(seen, end, device=device)[None]
+    places = torch.arange(seen, end, device=device, dtype=torch.int64)[None]
     slots = layout.slot_of(places)
     apart = sinks > 0 and (origin > 0 or end > layout.slots or start > sinks)
-    run = torch.arange(origin + first, origin + end, device=device)
+    run = torch.arange(origin + first, origin + end, device=device, dtype=torch.int64)
     step = Step(
         slots=slots,
         query_place=places + origin,
         sink_query_place=layout.sink_query_place(places, start),
         new_key_place=_key_place(layout, origin, places),
-        key_place=torch.cat((torch.arange(columns, device=device), run))[None],
+        key_place=torch.cat((torch.arange(columns, device=device, dtype=torch.int64), run))[None],
         visible=None,
         sinks=columns if apart else 0,
         rope_length=layout.slots,
         band=Band(seen, first, columns, sinks, window),
     )
-    tokens = torch.arange(length, device=device)
+    tokens = torch.arange(length, device=device, dtype=torch.int64)
     new_sinks = max(0, columns - seen)
     kept = max(0, sinks - seen, length - window)  # earlier tokens are sinks, or gone before the chunk ends
     return step, Writes(
@@ -224,22 +224,24 @@ def plan_ragged_chunk(
     0 1 2 3. Tokens 0 and 1 are written first and hidden behind: token 3 sees keys at the places 0 1 - - 2 3.
     """
     sinks, window = layout.sinks, layout.window
-    first, start = (torch.tensor(given, dtype=torch.int64)[:, None] for given in (seen, starts))  # [R, 1]
-    end = first + torch.tensor(counts, dtype=torch.int64)[:, None]
+    first, start = (
+        torch.tensor(given, dtype=torch.int64, device="cpu")[:, None] for given in (seen, starts)
+    )  # [R, 1]
+    end = first + torch.tensor(counts, dtype=torch.int64, device="cpu")[:, None]
     reads = max(min(max(seen), layout.slots), min(int(end.max()), sinks))
-    column = torch.arange(length)
+    column = torch.arange(length, dtype=torch.int64, device="cpu")
     places = first + column  # [R, T]
     real = column < end - first
     is_sink = places < sinks
     slots = layout.slot_of(places)
-    slot = torch.arange(reads)
+    slot = torch.arange(reads, dtype=torch.int64, device="cpu")
     # A slot holds what it held before the chunk, or a sink that the chunk brings.
     held = torch.where((slot < sinks) & (slot < end), slot, layout.token_in(slot, first))
     held = torch.where((slot < sinks) | (held >= start), held, -1)
     keys = torch.cat((held, torch.where(real & is_sink, -1, places)), 1)  # [R, reads + T]
     apart = sinks > 0 and (origin > 0 or int(places.max()) >= layout.slots or max(starts) > sinks)
     columns = min(sinks, reads) if apart else 0
-    shifted = torch.arange(keys.shape[1]) >= columns
+    shifted = torch.arange(keys.shape[1], dtype=torch.int64, device="cpu") >= columns
     step = Step(
         slots=slots.to(device),
         query_place=(places + origin).to(device),
@@ -347,11 +349,12 @@ class LayerStore:
     def write(self, k: Tensor, v: Tensor) -> None:
         """Take new keys and values, without a look at what is stored."""
         ring, writes = self.ring, self.writes
-        if k.dtype != ring.dtype or v.dtype != ring.dtype:
-            raise ValueError(
-                f"the cache was made for {ring.dtype}, the model computes in {v.dtype}: "
-                f"make a SinkCache for the model as it is, and leave autocast off"
-            )
+        for name, given in (("keys", k), ("values", v)):
+            if given.dtype != ring.dtype:
+                raise ValueError(
+                    f"the cache was made for {ring.dtype}, and the model's {name} are {given.dtype}: make a "
+                    f"SinkCache for the model as it is"
+                )
         if writes.now is not None:
             ring.write_now(writes.now, k, v)
         if writes.on_commit is not None:

@@ -10,14 +10,16 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from streamllm.cache.checks import check_at_least
+from streamllm.cache.int8_ring import Int8Ring
 from streamllm.cache.ring import (
     LayerStore,
     Layout,
+    Ring,
     TokenKind,
     Writes,
     plan_chunk,
@@ -27,7 +29,8 @@ from streamllm.cache.ring import (
 )
 from streamllm.cache.streams import RINGS, Streams
 from streamllm.malloc import trim_heap
-from streamllm.models.step import Plan, Step, geometry_of
+from streamllm.models.checks import whole_number
+from streamllm.models.step import Geometry, Plan, Step, geometry_of
 
 DEFAULT_WINDOW = 1020
 MAX_ORIGIN = 1 << 48  # rotary angles are exact up to place 2^49, so a stream can run 2^48 tokens from here
@@ -78,7 +81,7 @@ class SinkCache(Streams):
     ) -> None:
         geometry = geometry_of(model)
         trained = geometry.trained_length
-        check_at_least(0, sinks=sinks)
+        sinks = whole_number("sinks", sinks, 0)
         if window is None:
             window = DEFAULT_WINDOW if trained is None else min(DEFAULT_WINDOW, trained - sinks)
             if window < 1:
@@ -86,8 +89,9 @@ class SinkCache(Streams):
                     f"{sinks} sinks leave no room for a window: the model was trained for {trained} tokens; "
                     f"give fewer sinks, or a window"
                 )
-        check_at_least(1, window=window, batch_size=batch_size, chunk=chunk)
-        check_at_least(0, origin=origin)
+        window = whole_number("window", window, 1)
+        batch_size = whole_number("batch_size", batch_size, 1)
+        chunk, origin = whole_number("chunk", chunk, 1), whole_number("origin", origin, 0)
         if origin >= MAX_ORIGIN:
             raise ValueError(
                 f"origin must be below {MAX_ORIGIN} (2^48), so that rotary angles stay exact, not {origin}"
@@ -103,7 +107,8 @@ class SinkCache(Streams):
             )
         self.chunk = chunk
         weight = next(model.parameters())
-        self.dtype, self.device = weight.dtype, weight.device
+        self.dtype, self.device, self.geometry = weight.dtype, weight.device, geometry
+        self._has_autocast = torch.amp.is_autocast_available(weight.device.type)
         self._trim = False  # whether a chunk of many tokens has come since the heap was trimmed
         # A layer whose own window w is shorter keeps min(W, w). One plan per distinct window.
         layouts = {
@@ -112,7 +117,9 @@ class SinkCache(Streams):
         }
         shape = batch_size, geometry.kv_heads, geometry.head_dim
         with torch.inference_mode(False):  # or only forwards in inference mode could write to them
-            self._starts = torch.full((len(layouts), batch_size), sinks, device=self.device)
+            self._starts = torch.full(
+                (len(layouts), batch_size), sinks, dtype=torch.int64, device=self.device
+            )
             rings = [
                 (own, RINGS[quantize](shape, layouts[own], self.dtype, self.device))
                 for own in geometry.windows
@@ -129,7 +136,41 @@ class SinkCache(Streams):
             f"on {self.device})"
         )
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """For copy.deepcopy and pickle. A copy that is made in inference mode can be used outside, too."""
+        self.__dict__.update(state)
+        with torch.inference_mode(False):
+            if self._starts.is_inference():
+                self._starts = self._starts.clone()
+            for _, ring in self._rings:
+                for name, tensor in vars(ring).items():
+                    if isinstance(tensor, Tensor) and tensor.is_inference():
+                        setattr(ring, name, tensor.clone())
+
     # The contract of a forward (models/step.py: Cache)
+
+    def check_model(self, geometry: Geometry, device: torch.device) -> None:
+        """Raises ValueError where the cache was made for another model, or autocast would change its type."""
+        own = self.geometry
+        if geometry is not own:
+            sizes = [(g.kv_heads, g.head_dim, g.windows) for g in (own, geometry)]
+            if sizes[0] != sizes[1]:
+                (heads, dim, windows), (other_heads, other_dim, other_windows) = sizes
+                raise ValueError(
+                    f"the cache was made for another model, of {len(windows)} layers with {heads} heads of {dim}; "
+                    f"this one has {len(other_windows)} layers with {other_heads} heads of {other_dim}"
+                    f"{', and other sliding windows' if set(windows) != set(other_windows) else ''}: "
+                    f"make a SinkCache for it"
+                )
+        if device != self.device:
+            raise ValueError(
+                f"the cache is on {self.device} and the model on {device}: make a SinkCache for the model as it is"
+            )
+        if self._has_autocast and torch.is_autocast_enabled(self.device.type):
+            raise ValueError(
+                "autocast is on, and a stream computes in the type of its cache: leave autocast off, and load the "
+                "model with dtype=torch.bfloat16 for that type"
+            )
 
     def plan(self, length: int, lengths: Sequence[int] | None = None) -> SinkPlan:
         """Where `length` new tokens per row stand; `lengths` [B] of them are real. No row advances."""
@@ -184,6 +225,15 @@ class SinkCache(Streams):
         sizes = self.sinks, self.window, self.batch_size  # rope may depend on S + W where layers keep less
         return (*self._layouts.items(), *sizes, self.quantize, self.dtype, self.device)
 
+    def slots_of(self, window: int | None) -> int:
+        """How many slots the rings of layers with this window of their own have."""
+        return self._layouts[window].slots
+
+    def list_of(self, ring: Ring | Int8Ring) -> int:
+        """The number of a layer's list of entries: its row in `starts`."""
+        own = next(own for own, other in self._rings if other is ring)
+        return list(self._layouts).index(own)
+
     def write_places(self, places: Tensor) -> None:
         """Write t of the next token of each row to `places`, int64 [R] on the cache's device, and begin it."""
         self._begin_token()
@@ -222,7 +272,7 @@ class SinkCache(Streams):
         self._begun = self._t
         if self._written is not self._rows.starts:
             if self._written != self._rows.starts:
-                self._starts.copy_(torch.tensor(self._rows.starts, dtype=torch.int64))
+                self._starts.copy_(torch.tensor(self._rows.starts, dtype=torch.int64, device="cpu"))
             self._written = self._rows.starts
 
     @property

@@ -43,7 +43,7 @@ def check_state(own: Mapping[str, Tensor], state: Mapping[str, Tensor], quantize
 def state_of_rows(rows: Sequence[Row]) -> Tensor:
     """int64 [B, 3 + distinct windows]: ahead, highest and lowest of each row, and its starts; see `Row`."""
     return torch.tensor(
-        [[row.ahead, row.highest, row.lowest, *row.starts] for row in rows], dtype=torch.int64
+        [[row.ahead, row.highest, row.lowest, *row.starts] for row in rows], dtype=torch.int64, device="cpu"
     )
 
 

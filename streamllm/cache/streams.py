@@ -22,6 +22,7 @@ from streamllm.cache.checks import (
     row_numbers,
 )
 from streamllm.cache.entries import MovedEntries, Row, Rows
+from streamllm.cache.guard import ForwardGuard
 from streamllm.cache.int8_ring import Int8Ring
 from streamllm.cache.ring import LayerStore, Layout, Ring
 from streamllm.cache.state import STATE_VERSION, check_state, rows_of_state, state_of_rows
@@ -48,6 +49,7 @@ class Streams:
         self._layouts, self._rings, self._rope = dict(layouts), list(rings), rope
         self.sinks, self.window, self.origin = sinks, window, origin
         self.batch_size, self.quantize = batch_size, quantize
+        self.guard = ForwardGuard()
         fresh = Rows.fresh(batch_size, tuple(self._layouts.values()))
         # t of each row, what an unfinished commit has still to store, and what was taken out of each row. One
         # attribute, replaced as a whole: an interrupt cannot split them.
@@ -70,7 +72,7 @@ class Streams:
     @property
     def seen(self) -> Tensor:
         """How many tokens each stream has taken in: int64 [B], on the CPU."""
-        return torch.tensor(self._rows.seen(self._t), dtype=torch.int64)
+        return torch.tensor(self._rows.seen(self._t), dtype=torch.int64, device="cpu")
 
     @property
     def held(self) -> Tensor:
@@ -78,12 +80,12 @@ class Streams:
 
         A single token that failed, or was undone, has already pushed out the entry that it pushes out.
         """
-        return torch.tensor(self._written_rows().held(self._t), dtype=torch.int64)
+        return torch.tensor(self._written_rows().held(self._t), dtype=torch.int64, device="cpu")
 
     @property
     def rewindable(self) -> Tensor:
         """How many of its newest tokens each stream can `rewind`: int64 [B], on the CPU."""
-        return torch.tensor(self._written_rows().rewindable(self._t), dtype=torch.int64)
+        return torch.tensor(self._written_rows().rewindable(self._t), dtype=torch.int64, device="cpu")
 
     @property
     def nbytes(self) -> int:
@@ -100,19 +102,22 @@ class Streams:
         Raises ValueError for anything but row numbers; a mask of True and False is not a list of rows.
         """
         chosen = row_numbers(rows, self.batch_size)
-        if len(chosen) < self.batch_size:
-            self.finish_commit()
-        t = [0 if row in chosen else t for row, t in enumerate(self._t)]
-        fresh = Row.fresh(self._rows.layouts)
-        self._state = t, (), self._written_rows().changed(dict.fromkeys(chosen, fresh))
-        for tensor in self.tensors():
-            tensor[..., chosen, :, :, :] = 0
+        with self.guard:
+            if len(chosen) < self.batch_size:
+                self.finish_commit()
+            t = [0 if row in chosen else t for row, t in enumerate(self._t)]
+            fresh = Row.fresh(self._rows.layouts)
+            self._state = t, (), self._written_rows().changed(dict.fromkeys(chosen, fresh))
+            for tensor in self.tensors():
+                tensor[..., chosen, :, :, :] = 0
 
     def step_back(self) -> object:
         """Undo the last token of each stream, once, so that it can be fed again.
 
         For a forward whose result was lost after its commit, or that ran ahead. Exact, because the token
-        overwrote a key that was out of its own window. `step_on` takes what is returned, and undoes this.
+        overwrote a key that was out of its own window; but not after another single token that failed, because
+        that one has overwritten one key more. `rewindable` tells which it is. `step_on` takes what is returned,
+        and undoes this.
         """
         before = self._state
         t, unfinished, rows = before
@@ -225,14 +230,17 @@ class Streams:
     def state_dict(self) -> dict[str, Tensor]:
         """The state of the streams, and the keys and values of each layer as they are stored, not copied.
 
+        It is the state of a cache, not of a `Stream`: that one also keeps the tokens that the cache has not taken in,
+        and what was shown of them. A new Stream around a loaded cache would begin with another BOS and without them.
+
         "version" int64 [1]; "sizes" int64 [3] (sinks, window, origin); "seen" int64 [B]; "rows" int64 [B, …], what
         was taken out of each row (see state.py).
         """
         self.finish_commit()
-        sizes = torch.tensor([self.sinks, self.window, self.origin], dtype=torch.int64)
+        sizes = torch.tensor([self.sinks, self.window, self.origin], dtype=torch.int64, device="cpu")
         rows = self._written_rows().rows
         state = {
-            "version": torch.tensor([STATE_VERSION]),
+            "version": torch.tensor([STATE_VERSION], dtype=torch.int64, device="cpu"),
             "sizes": sizes,
             "seen": self.seen,
             "rows": state_of_rows(rows),
@@ -247,12 +255,13 @@ class Streams:
         Raises ValueError, and changes nothing, where the state does not fit. A state without "version" is of a
         cache from which nothing was taken out.
         """
-        own = self.state_dict()
-        check_state(own, state, self.quantize)
-        layouts = self._rows.layouts
-        t, rows = rows_of_state(state, layouts)
-        fresh = Rows.fresh(self.batch_size, layouts)
-        self._state = [0] * self.batch_size, (), fresh  # an interrupted copy leaves empty streams
-        for tensor, given in ((own[name], state[name]) for name in own if name.startswith("layers.")):
-            tensor.copy_(given)
-        self._state = t, (), Rows(rows, layouts)
+        with self.guard:
+            own = self.state_dict()
+            check_state(own, state, self.quantize)
+            layouts = self._rows.layouts
+            t, rows = rows_of_state(state, layouts)
+            fresh = Rows.fresh(self.batch_size, layouts)
+            self._state = [0] * self.batch_size, (), fresh  # an interrupted copy leaves empty streams
+            for tensor, given in ((own[name], state[name]) for name in own if name.startswith("layers.")):
+                tensor.copy_(given)
+            self._state = t, (), Rows(rows, layouts)

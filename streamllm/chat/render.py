@@ -11,6 +11,7 @@ from jinja2 import Template
 from jinja2.exceptions import SecurityError
 
 from streamllm.chat.budget import Budget, Limits
+from streamllm.chat.continuation import cut_at_mark, mark_end
 from streamllm.chat.errors import ChatTemplateError, RefusedByTemplate
 from streamllm.chat.sandbox import Sandbox
 from streamllm.weights.errors import shorten
@@ -32,6 +33,7 @@ def render(
     tools: Sequence[Mapping[str, Any]] | None = None,
     documents: Sequence[Mapping[str, Any]] | None = None,
     add_generation_prompt: bool = False,
+    continue_final_message: bool | str = False,
     special_tokens: Mapping[str, str] | None = None,
     limits: Limits | None = None,
     **variables: Any,
@@ -47,6 +49,8 @@ def render(
         tools: JSON schemas of functions that the model may call.
         documents: texts that the model may cite.
         add_generation_prompt: end the prompt with the text that begins the model's answer.
+        continue_final_message: end the prompt with the last message's text, without the tokens that end it, so
+            that the model continues it; or with the text under this key of the message.
         special_tokens: by name; the template has `bos_token` and so on as variables.
         limits: what the template may use; None is `Limits()`.
         variables: other variables of the template, for example `enable_thinking=False`.
@@ -54,7 +58,13 @@ def render(
     Raises:
         ChatTemplateError: there is no such template; it is broken, refuses the messages, does something
             forbidden or exceeds the limits; or the messages hold a value that is not JSON.
+        ValueError: both `add_generation_prompt` and `continue_final_message` are given.
     """
+    if add_generation_prompt and continue_final_message:
+        raise ValueError(
+            "give add_generation_prompt, which begins a new message, or continue_final_message, which "
+            "continues the last one, not both"
+        )
     limits = limits or Limits()
     source = _choose(template, has_tools=tools is not None)
     if len(source) > limits.template:
@@ -62,17 +72,24 @@ def render(
             f"the chat template has {len(source):,} characters; at most {limits.template:,} are allowed"
         )
     try:
+        prepared = _prepare(messages)
+        continued = ""
+        if continue_final_message:
+            continued = mark_end(
+                prepared, "content" if continue_final_message is True else continue_final_message
+            )
         given = {
             **(special_tokens or {}),
             **_as_json(variables, "a template variable"),
-            "messages": _prepare(messages),
+            "messages": prepared,
             "tools": _as_json(tools, "tools"),
             "documents": _as_json(documents, "documents"),
             "add_generation_prompt": add_generation_prompt,
         }
         code = _compile(source)
         sandbox = Sandbox(Budget(limits, given))
-        return Template.from_code(sandbox, code, sandbox.make_globals(None)).render(given)
+        prompt = Template.from_code(sandbox, code, sandbox.make_globals(None)).render(given)
+        return cut_at_mark(prompt, continued) if continue_final_message else prompt
     except RefusedByTemplate as error:
         raise ChatTemplateError(f"the chat template refuses these messages: {error}") from None
     except RecursionError:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from streamllm.commands.options import allow_pickle_option, revision_option
+from streamllm.commands.options import allow_pickle_option, dtype_option, revision_option
 
 
 @click.command()
@@ -16,9 +16,7 @@ from streamllm.commands.options import allow_pickle_option, revision_option
 @click.option(
     "--max-shard-size", default="5GB", show_default=True, help="Largest size of one file, such as 500MB."
 )
-@click.option(
-    "--dtype", default="auto", show_default=True, help="float32, bfloat16, …; auto keeps each tensor's."
-)
+@dtype_option
 @allow_pickle_option
 def convert(
     name: str, out: Path, revision: str | None, max_shard_size: str, dtype: str, allow_pickle: bool
@@ -26,7 +24,7 @@ def convert(
     """Write a checkpoint as safetensors.
 
     NAME is a hub name or a folder. OUT is a new folder, in the layout of Hugging Face, which both transformers
-    and streamllm load.
+    and streamllm load. With --dtype auto, each tensor keeps its type.
     """
     from streamllm.convert import convert as convert_checkpoint
 

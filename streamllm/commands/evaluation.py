@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +14,7 @@ import click
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from streamllm.commands.loading import ModelChoice
     from streamllm.evaluate.result import Result
     from streamllm.tokenizer import Tokenizer
 
@@ -27,15 +30,19 @@ def read_texts(
     from streamllm.evaluate.corpus import held_out_texts
     from streamllm.evaluate.texts import as_stream, as_texts, first_tokens
 
-    try:
-        texts = [file.read_text(encoding="utf-8") for file in files] or held_out_texts()
-    except UnicodeDecodeError as error:
-        raise click.UsageError(f"a text is not UTF-8: {error}") from None
+    texts = [_read_text(file) for file in files] or held_out_texts()
     tokens = as_texts(tokenizer, texts) if separate else [as_stream(tokenizer, texts)]
     tokens = tokens if limit is None else first_tokens(tokens, limit)
     if not tokens or min(map(len, tokens)) < 2:
         raise click.UsageError("the text has fewer than two tokens: nothing can be predicted in it")
     return tokens
+
+
+def _read_text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise click.UsageError(f"{file} is not UTF-8: {error}") from None
 
 
 def progress_bar(name: str, total: int | None = None) -> Any:
@@ -60,9 +67,19 @@ def show_scores(bar: Any) -> Callable[[Result], None]:
     return show
 
 
-def write_json(file: Path | None, content: dict[str, Any], model: str | None, dtype: str) -> None:
-    """Write the numbers of a command, with the model's name and type, where --json is given."""
-    if file is not None:
-        file.write_text(
-            json.dumps({"model": model or "embedded", "dtype": dtype, **content}, indent=1) + "\n"
-        )
+def write_json(file: Path | None, content: dict[str, Any], chosen: ModelChoice) -> None:
+    """Write the numbers of a command, with the model's name and type, where --json is given.
+
+    If the file cannot be written after all, they go into a new file in the temporary folder, and the OSError names it.
+    """
+    if file is None:
+        return
+    content = {"model": chosen.name or "embedded", "dtype": chosen.precision, **content}
+    text = json.dumps(content, indent=1) + "\n"
+    try:
+        file.write_text(text)
+    except OSError as error:
+        handle, kept = tempfile.mkstemp(prefix="streamllm-", suffix=".json")
+        with os.fdopen(handle, "w") as out:
+            out.write(text)
+        raise OSError(f"{file} cannot be written ({error.strerror}); the numbers are in {kept}") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from contextlib import nullcontext
 from typing import IO
@@ -9,22 +10,17 @@ from typing import IO
 import click
 
 from streamllm.commands.job import join_quietly
-from streamllm.commands.loading import load_with_threads
+from streamllm.commands.loading import ModelChoice
+from streamllm.commands.memory import check_cache_fits
 from streamllm.commands.options import (
-    DeviceParamType,
-    ForeverParamType,
-    check_device,
     chunk_option,
-    dtype_option,
-    model_option,
+    model_options,
     quantize_cache_option,
-    quantize_option,
-    revision_option,
     sinks_option,
     tensor_parallel_option,
-    threads_option,
     window_option,
 )
+from streamllm.commands.types import ForeverParamType, NumberParamType, SeedParamType, TemperatureParamType
 
 COMPILE_BACKENDS = ("flat", "inductor", "cudagraphs")  # streamllm.compiled.BACKENDS, which imports torch
 
@@ -35,12 +31,10 @@ COMPILE_BACKENDS = ("flat", "inductor", "cudagraphs")  # streamllm.compiled.BACK
     "--file", "-f", type=click.File("r", encoding="utf-8"),
     help="Read the prompt from a file; - is standard input.",
 )  # fmt: skip
-@model_option
-@revision_option
+@model_options
 @sinks_option
 @window_option
 @quantize_cache_option
-@quantize_option
 @click.option(
     "--compile", "backend", type=click.Choice(COMPILE_BACKENDS),
     help="Compile the step that computes the next token; used once the window is full. "
@@ -52,35 +46,36 @@ COMPILE_BACKENDS = ("flat", "inductor", "cudagraphs")  # streamllm.compiled.BACK
     help="Stop after so many tokens.",
 )  # fmt: skip
 @click.option(
-    "--temperature", "-t", type=click.FloatRange(0), help="0 is greedy.  [default: the checkpoint's]"
+    "--temperature", "-t", type=TemperatureParamType(), help="0 is greedy.  [default: the checkpoint's]"
 )
-@click.option("--top-k", type=click.IntRange(0), help="Sample from the k most likely tokens; 0: from all.")
 @click.option(
-    "--top-p", type=click.FloatRange(0, 1, min_open=True),
+    "--top-k", type=click.IntRange(0, 2**31 - 1), help="Sample from the k most likely tokens; 0: from all."
+)
+@click.option(
+    "--top-p", type=NumberParamType(0, 1, min_open=True),
     help="Sample from the most likely tokens that together have this probability.",
 )  # fmt: skip
 @click.option(
-    "--min-p", type=click.FloatRange(0, 1),
+    "--min-p", type=NumberParamType(0, 1),
     help="Sample from tokens with at least this share of the highest probability.",
 )  # fmt: skip
 @click.option(
-    "--repetition-penalty", type=click.FloatRange(0, min_open=True),
+    "--repetition-penalty", type=NumberParamType(0, min_open=True),
     help="Above 1, tokens that were seen become less likely.",
 )  # fmt: skip
-@click.option("--seed", type=int, help="The same seed gives the same text.")
+@click.option("--seed", type=SeedParamType(), help="The same seed gives the same text.")
 @click.option("--stop", multiple=True, help="Stop before this text; may be given several times.")
 @click.option("--ignore-eos", is_flag=True, help="Continue after the model's end-of-text token.")
-@dtype_option
-@click.option("--device", type=DeviceParamType(), help="cpu, cuda, mps.  [default: the best available]")
-@threads_option
+@click.option("--tokenizer-eos", is_flag=True, help="End at the tokenizer's end-of-text token, too.")
 @tensor_parallel_option
+@click.option("--no-echo", is_flag=True, help="Print the generated text without the prompt.")
 @click.option("--quiet", "-q", is_flag=True, help="Show no status line.")
 def generate(
-    prompt: str | None, file: IO[str] | None, model: str | None, revision: str | None, sinks: int,
-    window: int | None, quantize_cache: str | None, quantize: str | None, backend: str | None, chunk: int,
-    max_new_tokens: int | str, temperature: float | None, top_k: int | None, top_p: float | None, min_p: float | None,
-    repetition_penalty: float | None, seed: int | None, stop: tuple[str, ...], ignore_eos: bool, dtype: str,
-    device: str | None, threads: int | None, tensor_parallel: bool, quiet: bool,
+    prompt: str | None, file: IO[str] | None, chosen: ModelChoice, sinks: int, window: int | None,
+    quantize_cache: str | None, backend: str | None, chunk: int, max_new_tokens: int | str,
+    temperature: float | None, top_k: int | None, top_p: float | None, min_p: float | None,
+    repetition_penalty: float | None, seed: int | None, stop: tuple[str, ...], ignore_eos: bool,
+    tokenizer_eos: bool, tensor_parallel: bool, no_echo: bool, quiet: bool,
 ) -> None:  # fmt: skip
     """Generate text after a prompt, for as long as you like.
 
@@ -90,8 +85,11 @@ def generate(
     """
     if prompt is not None and file is not None:
         raise click.UsageError("give a prompt or a --file, not both")
-    check_device(device)
-    job = join_quietly(device) if tensor_parallel else None
+    if ignore_eos and tokenizer_eos:
+        raise click.UsageError("give --ignore-eos or --tokenizer-eos, not both")
+    if "" in stop:
+        raise click.UsageError("a stop string must not be empty")
+    job = join_quietly(chosen.device) if tensor_parallel else None
     if prompt is None:
         prompt = job.from_first(lambda: _read_prompt(file)) if job else _read_prompt(file)
 
@@ -99,15 +97,9 @@ def generate(
     from streamllm.status import Status
 
     with job.all_or_none() if job else nullcontext():
-        loaded, tokenizer = load_with_threads(
-            model,
-            revision=revision,
-            dtype=dtype,
-            device=device,
-            threads=threads,
-            quantize=quantize,
-            tensor_parallel=tensor_parallel,
-        )
+        loaded, tokenizer = chosen.load(tensor_parallel)
+        check_cache_fits(loaded, sinks, window, quantize_cache)
+        eos = [] if ignore_eos else tokenizer.eos_token_ids(loaded) if tokenizer_eos else None
         if backend is not None:
             loaded = compile(loaded, backend)
         stream = Stream(loaded, tokenizer, sinks=sinks, window=window, chunk=chunk, quantize=quantize_cache)
@@ -120,14 +112,17 @@ def generate(
             top_p=top_p,
             min_p=min_p,
             repetition_penalty=repetition_penalty,
-            eos=[] if ignore_eos else None,
+            eos=eos,
             seed=seed,
         )
     out = sys.stdout
     with Status(stream, sys.stderr, out, quiet) as status:
-        out.write(prompt)
-        out.flush()
-        for piece in pieces:
+        if not no_echo:
+            out.write(prompt)
+            out.flush()
+        with status.reading(lambda: len(tokenizer.encode_piece(prompt))):
+            first = next(pieces, "")
+        for piece in itertools.chain((first,), pieces):
             out.write(piece)
             out.flush()
             status.tick()
@@ -141,4 +136,5 @@ def _read_prompt(file: IO[str] | None) -> str:
     try:
         return source.read() if source else ""
     except UnicodeDecodeError as error:
-        raise ValueError(f"the prompt is not UTF-8: {error}") from None
+        name = getattr(file, "name", None) or "standard input"
+        raise ValueError(f"the prompt is not UTF-8: {error}; it comes from {name}") from None

@@ -7,44 +7,46 @@ from pathlib import Path
 import click
 
 from streamllm.commands.evaluation import progress_bar, read_texts, show_scores, write_json
-from streamllm.commands.loading import load_with_threads
+from streamllm.commands.loading import ModelChoice
+from streamllm.commands.memory import check_cache_fits
 from streamllm.commands.options import (
-    NumbersParamType,
     chunk_option,
     model_options,
     output_options,
     seed_option,
     texts_argument,
 )
+from streamllm.commands.types import TOKENS, NumbersParamType
 
 
 @click.command()
 @texts_argument
 @model_options
 @click.option(
-    "--samples", "count", type=click.IntRange(1), default=32, show_default=True,
+    "--samples", "count", type=click.IntRange(1, 2**20), default=32, show_default=True,
     help="Read the attention on so many random parts of the text.",
 )  # fmt: skip
-@click.option("--length", type=click.IntRange(16), default=64, show_default=True, help="Tokens of each part.")
+@click.option(
+    "--length", type=click.IntRange(16, 2**20), default=64, show_default=True, help="Tokens of each part."
+)
 @click.option(
     "--sinks", type=NumbersParamType(0), default="0,1,2,4,8", show_default=True,
     help="Numbers of sinks to try.",
 )  # fmt: skip
 @click.option(
-    "--span", type=click.IntRange(2),
+    "--span", type=click.IntRange(2, TOKENS.max),
     help="Sinks + window.  [default: what the model was trained for, at most 1024]",
 )  # fmt: skip
 @click.option(
-    "--tokens", type=click.IntRange(2), default=50_000, show_default=True,
+    "--tokens", type=click.IntRange(2, TOKENS.max), default=50_000, show_default=True,
     help="Read so many tokens for each number of sinks.",
 )  # fmt: skip
 @chunk_option(256)
 @seed_option
 @output_options
 def inspect(
-    files: tuple[Path, ...], model: str | None, revision: str | None, dtype: str, device: str | None,
-    threads: int | None, count: int, length: int, sinks: tuple[int, ...], span: int | None, tokens: int,
-    chunk: int, seed: int, json_file: Path | None, plot: Path | None,
+    files: tuple[Path, ...], chosen: ModelChoice, count: int, length: int, sinks: tuple[int, ...],
+    span: int | None, tokens: int, chunk: int, seed: int, json_file: Path | None, plot: Path | None,
 ) -> None:  # fmt: skip
     """Show the attention sinks, and how many a model needs.
 
@@ -53,14 +55,16 @@ def inspect(
     that fills the same cache. The smallest number within 1 % of the best is recommended.
     """
     from streamllm.evaluate import attention, plots, recommend
+    from streamllm.evaluate.inspect import check_sweep
     from streamllm.evaluate.tables import attention_table, sinks_table
     from streamllm.evaluate.texts import samples
 
     plots.check_path(plot)
-    loaded, tokenizer = load_with_threads(
-        model, revision=revision, dtype=dtype, device=device, threads=threads
-    )
+    loaded, tokenizer = chosen.load()
+    check_cache_fits(loaded, 0, span)
+    check_sweep(loaded, tokens, sinks, span)
     stream = read_texts(tokenizer, files)[0]
+    span = check_sweep(loaded, len(stream[:tokens]), sinks, span)
     with progress_bar("attention", count) as bar:
         seen = attention(
             loaded, samples(tokenizer, stream, count, length, seed), progress=lambda done, _: bar.update(1)
@@ -87,8 +91,7 @@ def inspect(
             "span": found.span,
             "sweep": [result.to_dict() for result in found.sweep],
         },
-        model,
-        dtype,
+        chosen,
     )
     if plot is not None:
         plots.save_figure(plots.attention_map(seen), plot)

@@ -1,81 +1,28 @@
-"""Options that several commands share, and types of option values."""
+"""Options that several commands share."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
+from streamllm.commands.loading import ModelChoice
+from streamllm.commands.types import (
+    MAX_THREADS,
+    TOKENS,
+    DeviceParamType,
+    DtypeParamType,
+    OutputFileParamType,
+    SeedParamType,
+)
+
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 QUANTIZATIONS = ("int8",)
-OUTPUT_FILE = click.Path(dir_okay=False, path_type=Path)
-
-
-class ForeverParamType(click.ParamType):  # type: ignore[type-arg]  # generic in newer versions only
-    """A number of tokens, or "forever"."""
-
-    name = "N|forever"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | str:
-        if value == "forever":
-            return "forever"
-        try:
-            number = int(value)
-        except ValueError:
-            number = -1
-        if number < 0:
-            self.fail(f"{value!r} is neither a number of tokens nor 'forever'", param, ctx)
-        return number
-
-
-class NumbersParamType(click.ParamType):  # type: ignore[type-arg]
-    """Whole numbers, none below `minimum`, with commas between them."""
-
-    name = "N,N,…"
-
-    def __init__(self, minimum: int) -> None:
-        self.minimum = minimum
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[int, ...]:
-        if isinstance(value, tuple):
-            return value
-        try:
-            numbers = tuple(int(part) for part in str(value).split(","))
-        except ValueError:
-            numbers = ()
-        if not numbers or min(numbers) < self.minimum:
-            self.fail(
-                f"{value!r} is not a list of numbers of at least {self.minimum}, like 4 or 0,4,8", param, ctx
-            )
-        return numbers
-
-
-class DeviceParamType(click.ParamType):  # type: ignore[type-arg]
-    """The name of a device. Only torch knows which devices work: see `check_device`."""
-
-    name = "device"
-
-
-def check_device(device: str | None) -> None:
-    """Raise click.BadParameter where torch cannot use the device that --device names."""
-    if device is None:
-        return
-    import torch
-
-    try:
-        torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).partition("\n")[0] or type(error).__name__
-        raise click.BadParameter(
-            f"{device!r} cannot be used here: {reason}",
-            ctx=click.get_current_context(silent=True),
-            param_hint="'--device'",
-        ) from None
+OUTPUT_FILE = OutputFileParamType()
 
 
 # Which checkpoint
@@ -93,10 +40,11 @@ allow_pickle_option = click.option(
 # How it computes
 
 dtype_option = click.option(
-    "--dtype",
-    default="auto",
-    show_default=True,
+    "--dtype", type=DtypeParamType(), default="auto", show_default=True,
     help="float32, bfloat16, float16 or float64; auto takes the checkpoint's.",
+)  # fmt: skip
+device_option = click.option(
+    "--device", type=DeviceParamType(), help="cpu, cuda, mps.  [default: the best available]"
 )
 quantize_option = click.option(
     "--quantize", type=click.Choice(QUANTIZATIONS), help="Round the weights to 8 bits."
@@ -107,17 +55,40 @@ tensor_parallel_option = click.option(
     "torchrun --nproc-per-node 2 -m streamllm generate --tensor-parallel …",
 )  # fmt: skip
 threads_option = click.option(
-    "--threads", type=click.IntRange(1), help="CPU threads.  [default: 1 for small models, else all cores]"
-)
+    "--threads", type=click.IntRange(1, MAX_THREADS),
+    help="CPU threads.  [default: 1 for small models, else all cores]",
+)  # fmt: skip
+
+
+def model_options(command: Command) -> Command:
+    """The options that choose a model and how it computes. The command gets them as `chosen`, a ModelChoice."""
+
+    @functools.wraps(command)
+    def with_choice(**arguments: Any) -> Any:
+        chosen = ModelChoice(
+            name=arguments.pop("model"),
+            **{name: arguments.pop(name) for name in ("revision", "dtype", "device", "threads", "quantize")},
+            allow_pickle=arguments.pop("allow_pickle"),
+        )
+        return command(chosen=chosen, **arguments)
+
+    wrapped: Any = with_choice
+    for option in (
+        allow_pickle_option, quantize_option, threads_option, device_option, dtype_option, revision_option,
+        model_option,
+    ):  # fmt: skip
+        wrapped = option(wrapped)
+    return wrapped  # type: ignore[no-any-return]
 
 
 # The stream
 
 sinks_option = click.option(
-    "--sinks", type=click.IntRange(0), default=4, show_default=True, help="First tokens that are kept."
-)
+    "--sinks", type=click.IntRange(0, TOKENS.max), default=4, show_default=True,
+    help="First tokens that are kept.",
+)  # fmt: skip
 WINDOW_HELP = "Recent tokens that are kept.  [default: 1020, or what the model was trained for]"
-window_option = click.option("--window", type=click.IntRange(1), help=WINDOW_HELP)
+window_option = click.option("--window", type=TOKENS, help=WINDOW_HELP)
 quantize_cache_option = click.option(
     "--quantize-cache", type=click.Choice(QUANTIZATIONS), help="Store recent keys and values in 8 bits."
 )
@@ -126,24 +97,23 @@ quantize_cache_option = click.option(
 def chunk_option(default: int) -> Callable[[Command], Command]:
     """--chunk, with the default of one command."""
     return click.option(
-        "--chunk", type=click.IntRange(1), default=default, show_default=True, help="Tokens read at once."
-    )
+        "--chunk", type=TOKENS, default=default, show_default=True,
+        help="Tokens read at once: more are faster and take more memory.",
+    )  # fmt: skip
 
 
-# Groups of options for the commands that evaluate a model
+# For the commands that evaluate a model
 
 texts_argument = click.argument(
     "files", nargs=-1, metavar="[TEXT_FILE]…", type=click.Path(exists=True, dir_okay=False, path_type=Path)
 )
-seed_option = click.option("--seed", type=int, default=0, show_default=True)
-
-
-def model_options(command: Command) -> Command:
-    """--model, --revision, --dtype, --device and --threads."""
-    device_option = click.option("--device", help="cpu, cuda, mps.  [default: the best available]")
-    for option in (threads_option, device_option, dtype_option, revision_option, model_option):
-        command = option(command)
-    return command
+seed_option = click.option(
+    "--seed",
+    type=SeedParamType(),
+    default=0,
+    show_default=True,
+    help="The same seed makes the same random choices.",
+)
 
 
 def output_options(command: Command) -> Command:

@@ -7,6 +7,7 @@ from typing import IO, Any
 import click
 
 from streamllm.commands.options import allow_pickle_option, checkpoint_argument, revision_option
+from streamllm.commands.types import TOKENS, DeviceParamType
 
 DTYPES = ("float32", "bfloat16", "float16")  # streamllm.parity.DTYPES, which imports torch
 
@@ -18,13 +19,20 @@ DTYPES = ("float32", "bfloat16", "float16")  # streamllm.parity.DTYPES, which im
     "--dtype", type=click.Choice(DTYPES), default="float32", show_default=True, help="Type compared in."
 )
 @click.option(
-    "--tokens", type=click.IntRange(2), default=600, show_default=True, help="How many tokens to compare."
+    "--tokens",
+    type=click.IntRange(2, TOKENS.max),
+    default=600,
+    show_default=True,
+    help="How many tokens to compare.",
 )
 @click.option(
     "--text", type=click.File("r", encoding="utf-8"), help="A text to compare on.  [default: built in]"
 )
 @click.option("--streaming", is_flag=True, help="Also compare past eviction with the definition, in float64.")
-@click.option("--device", default="cpu", show_default=True, help="Where both libraries compute.")
+@click.option(
+    "--device", type=DeviceParamType(), default="cpu", show_default=True,
+    help="Where both libraries compute.",
+)  # fmt: skip
 @allow_pickle_option
 @click.pass_context
 def parity(
@@ -38,13 +46,23 @@ def parity(
     same; 1: not the same; 2: the comparison was not possible. Needs transformers: pip install
     'streamllm[parity]'.
     """
+    from streamllm.loading import usable_device
     from streamllm.parity import compare, compare_streaming
+
+    try:
+        usable_device(device)
+    except ValueError as error:
+        raise click.BadParameter(str(error), param_hint="'--device'") from None
+    try:
+        given = None if text is None else text.read()
+    except UnicodeDecodeError as error:
+        raise click.UsageError(f"{getattr(text, 'name', 'the text')} is not UTF-8: {error}") from None
 
     def say(step: str) -> None:
         click.echo(f"… {step}", err=True)
 
     both: dict[str, Any] = {
-        "revision": revision, "text": None if text is None else text.read(), "device": device,
+        "revision": revision, "text": given, "device": device,
         "allow_pickle": allow_pickle, "say": say,
     }  # fmt: skip
     try:

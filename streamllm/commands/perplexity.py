@@ -8,20 +8,20 @@ from typing import Any
 import click
 
 from streamllm.commands.evaluation import read_texts, write_json
-from streamllm.commands.loading import load_with_threads
+from streamllm.commands.loading import ModelChoice
+from streamllm.commands.memory import check_cache_fits
 from streamllm.commands.options import (
     OUTPUT_FILE,
     WINDOW_HELP,
-    NumbersParamType,
     chunk_option,
     model_options,
     output_options,
     quantize_cache_option,
-    quantize_option,
     seed_option,
     texts_argument,
 )
 from streamllm.commands.resumable import ResumableRuns, combinations, fingerprint
+from streamllm.commands.types import TOKENS, NumbersParamType
 
 MODES = ("sinks", "window", "dense", "recompute")  # streamllm.evaluate.MODES, which imports torch
 
@@ -54,20 +54,21 @@ class ModesParamType(click.ParamType):  # type: ignore[type-arg]  # generic in n
 )
 @click.option("--window", "windows", type=NumbersParamType(1), help=WINDOW_HELP)
 @quantize_cache_option
-@quantize_option
-@click.option("--tokens", type=click.IntRange(2), help="Read at most so many tokens.  [default: all]")
+@click.option(
+    "--tokens", type=click.IntRange(2, TOKENS.max), help="Read at most so many tokens.  [default: all]"
+)
 @click.option("--reset-between-texts", is_flag=True, help="Start every text with an empty cache.")
 @chunk_option(256)
 @click.option(
-    "--dense-tokens", type=click.IntRange(2), default=16384, show_default=True,
+    "--dense-tokens", type=click.IntRange(2, TOKENS.max), default=16384, show_default=True,
     help="Read at most so many tokens in dense mode, whose memory grows with them.",
 )  # fmt: skip
 @click.option(
-    "--positions", type=click.IntRange(0), default=2000, show_default=True,
+    "--positions", type=click.IntRange(0, TOKENS.max), default=2000, show_default=True,
     help="Score so many random predictions in recompute mode; 0: all.",
 )  # fmt: skip
 @click.option(
-    "--batch", type=click.IntRange(1), default=32, show_default=True,
+    "--batch", type=click.IntRange(1, 2**16), default=32, show_default=True,
     help="Compute so many of them at a time.",
 )  # fmt: skip
 @seed_option
@@ -77,11 +78,10 @@ class ModesParamType(click.ParamType):  # type: ignore[type-arg]  # generic in n
 )  # fmt: skip
 @output_options
 def perplexity(
-    files: tuple[Path, ...], model: str | None, revision: str | None, dtype: str, device: str | None,
-    threads: int | None, modes: tuple[str, ...], sinks: tuple[int, ...], windows: tuple[int, ...] | None,
-    quantize_cache: str | None, quantize: str | None, tokens: int | None, reset_between_texts: bool, chunk: int,
-    dense_tokens: int, positions: int, batch: int, seed: int, resume: Path | None, json_file: Path | None,
-    plot: Path | None,
+    files: tuple[Path, ...], chosen: ModelChoice, modes: tuple[str, ...], sinks: tuple[int, ...],
+    windows: tuple[int, ...] | None, quantize_cache: str | None, tokens: int | None, reset_between_texts: bool,
+    chunk: int, dense_tokens: int, positions: int, batch: int, seed: int, resume: Path | None,
+    json_file: Path | None, plot: Path | None,
 ) -> None:  # fmt: skip
     """Score a long text: dense, window, sinks or recomputed.
 
@@ -103,22 +103,24 @@ def perplexity(
     from streamllm.models.step import geometry_of
 
     plots.check_path(plot)
-    loaded, tokenizer = load_with_threads(
-        model, revision=revision, dtype=dtype, device=device, threads=threads, quantize=quantize
-    )
+    loaded, tokenizer = chosen.load()
+    settings = combinations(modes, sinks, windows, quantize_cache)
+    for setting in settings:
+        check_cache_fits(loaded, setting.sinks, setting.window, setting.quantize)
     texts = read_texts(tokenizer, files, separate=reset_between_texts, limit=tokens)
-    precision = dtype if quantize is None else f"{dtype}, {quantize} weights"
     runs = ResumableRuns(
-        loaded, resume, fingerprint(model, precision, texts, chunk, dense_tokens, positions, seed)
+        loaded,
+        resume,
+        fingerprint(chosen.name, chosen.precision, texts, chunk, dense_tokens, positions, seed),
     )
     results = []
-    for setting in combinations(modes, sinks, windows, quantize_cache):
+    for setting in settings:
         read = first_tokens(texts, dense_tokens) if setting.mode == "dense" else texts
         scored = positions if setting.mode == "recompute" and positions > 0 else None
         results.append(runs.score(setting, read, chunk=chunk, positions=scored, seed=seed, batch=batch))
     runs.finish()
     click.echo(perplexity_table(results))
-    write_json(json_file, {"results": [result.to_dict() for result in results]}, model, precision)
+    write_json(json_file, {"results": [result.to_dict() for result in results]}, chosen)
     if plot is not None:
         trained = geometry_of(loaded).trained_length
         plots.save_figure(plots.perplexity_curves(results, trained_length=trained), plot)

@@ -9,9 +9,9 @@ from typing import Any
 import click
 
 from streamllm.commands.evaluation import progress_bar, write_json
-from streamllm.commands.loading import load_with_threads
+from streamllm.commands.loading import ModelChoice
+from streamllm.commands.memory import check_cache_fits
 from streamllm.commands.options import (
-    NumbersParamType,
     chunk_option,
     model_options,
     output_options,
@@ -19,13 +19,17 @@ from streamllm.commands.options import (
     sinks_option,
     window_option,
 )
+from streamllm.commands.types import NumbersParamType
 
 WORDINGS = ("lines", "code")  # streamllm.evaluate.WORDINGS, which imports torch
 
 
 @click.command()
 @model_options
-@click.option("--mode", type=click.Choice(["sinks", "window", "dense"]), default="sinks", show_default=True)
+@click.option(
+    "--mode", type=click.Choice(["sinks", "window", "dense"]), default="sinks", show_default=True,
+    help="What the stream keeps: sinks and a window, a window, or everything.",
+)  # fmt: skip
 @sinks_option
 @window_option
 @click.option("--back", type=NumbersParamType(1), help="StreamEval: lines back.  [default: ¼ to 2 windows]")
@@ -33,27 +37,30 @@ WORDINGS = ("lines", "code")  # streamllm.evaluate.WORDINGS, which imports torch
     "--lines", type=click.IntRange(2, 1600), default=500, show_default=True, help="StreamEval: facts stated."
 )
 @click.option(
-    "--every", type=click.IntRange(1), default=10, show_default=True,
+    "--every", type=click.IntRange(1, 1600), default=10, show_default=True,
     help="StreamEval: lines between questions.",
 )  # fmt: skip
 @click.option(
     "--distances", type=NumbersParamType(1), help="Passkey: tokens back.  [default: ¼ to 2 windows]"
 )
 @click.option(
-    "--samples", "count", type=click.IntRange(1), default=20, show_default=True,
+    "--samples", "count", type=click.IntRange(1, 2**20), default=20, show_default=True,
     help="Passkey: texts for each distance.",
 )  # fmt: skip
-@click.option("--digits", type=click.IntRange(1), default=5, show_default=True, help="Digits of an answer.")
 @click.option(
-    "--wording", type=click.Choice(WORDINGS), help="[default: code for the embedded model, else lines]"
+    "--digits", type=click.IntRange(1, 18), default=5, show_default=True, help="Digits of an answer."
+)
+@click.option(
+    "--wording",
+    type=click.Choice(WORDINGS),
+    help="State facts in sentences or in Python code.  [default: code for the embedded model, else lines]",
 )
 @chunk_option(256)
 @seed_option
 @output_options
 def recall(
-    model: str | None, revision: str | None, dtype: str, device: str | None, threads: int | None, mode: str,
-    sinks: int, window: int | None, back: tuple[int, ...] | None, lines: int, every: int,
-    distances: tuple[int, ...] | None, count: int, digits: int, wording: str | None, chunk: int, seed: int,
+    chosen: ModelChoice, mode: str, sinks: int, window: int | None, back: tuple[int, ...] | None, lines: int,
+    every: int, distances: tuple[int, ...] | None, count: int, digits: int, wording: str | None, chunk: int, seed: int,
     json_file: Path | None, plot: Path | None,
 ) -> None:  # fmt: skip
     """Show which facts a stream recalls, by distance.
@@ -67,10 +74,9 @@ def recall(
     from streamllm.evaluate.tables import recall_table
 
     plots.check_path(plot)
-    loaded, tokenizer = load_with_threads(
-        model, revision=revision, dtype=dtype, device=device, threads=threads
-    )
-    wording = wording or ("code" if model is None else "lines")
+    loaded, tokenizer = chosen.load()
+    check_cache_fits(loaded, sinks, window)
+    wording = wording or ("code" if chosen.name is None else "lines")
     window = new_cache(loaded, mode, 0 if mode == "window" else sinks, window, chunk).window
     given: dict[str, Any] = {
         "wording": wording, "digits": digits, "seed": seed, "mode": mode, "sinks": sinks, "window": window,
@@ -97,7 +103,7 @@ def recall(
         )
     curves = {"StreamEval": asked, "passkey": hidden}
     scores = {name: [asdict(score) for score in curve] for name, curve in curves.items()}
-    write_json(json_file, scores | given, model, dtype)
+    write_json(json_file, scores | given, chosen)
     if plot is not None:
         figure = plots.recall_curves(curves, window=None if mode == "dense" else window)
         plots.save_figure(figure, plot)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -15,16 +16,22 @@ from torch import Tensor, fx, nn
 
 from streamllm.cache import SinkCache
 from streamllm.cache.sink_cache import TokenKinds
-from streamllm.compiled import cpu_loops, cuda, fusion, library
+from streamllm.compiled import cpu_loops, cuda, fusion, library, triton_support
 from streamllm.compiled.recorder import Recorder
+from streamllm.lru import LRU
 from streamllm.malloc import trim_heap
 from streamllm.models import linear
 from streamllm.models.base import check_lengths, check_tokens
+from streamllm.models.packed_weight import PackedWeight
 from streamllm.models.step import Cache, Plan, geometry_of
 from streamllm.tensor_parallel import is_tensor_parallel
 
 BACKENDS = ("flat", "inductor", "cudagraphs")
 CAPTURABLE = ("cuda",)  # device types with graphs that can be captured
+
+# What is kept for later, least recently used first to go. A cache keeps the recordings of its own steps.
+MAX_RECORDINGS = 16
+MAX_STEPS_OF_A_CACHE = 8
 
 # (tokens [B, 1], places [R], origin [1], starts [windows, B], *the cache's tensors) -> logits [B, 1, V]
 Recording = Callable[..., Tensor]
@@ -84,8 +91,9 @@ class Compiled(nn.Module):
 
     def _forget(self) -> None:
         self.recordings = 0
-        self._recorded: dict[Any, Recording] = {}
-        self._bound: WeakKeyDictionary[SinkCache, dict[Any, _BoundStep]] = WeakKeyDictionary()
+        self._fusable = True  # whether Triton kernels cover the model's attention
+        self._recorded: LRU[Any, Recording] = LRU(MAX_RECORDINGS)
+        self._bound: WeakKeyDictionary[SinkCache, LRU[Any, _BoundStep]] = WeakKeyDictionary()
         self._weights = _WeightAddresses()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -113,12 +121,13 @@ class Compiled(nn.Module):
     ) -> Tensor:
         """As the model's own forward."""
         if isinstance(cache, SinkCache) and tokens.dim() == 2 and tokens.shape[1] == 1:
-            check_tokens(self.geometry.vocab_size, tokens, logits_to_keep)
+            check_tokens(self.model, tokens, logits_to_keep)  # type: ignore[arg-type]
             if check_lengths(tokens, cache, lengths) is None:  # every row takes its token in
-                with torch.no_grad():
+                cache.check_model(self.geometry, tokens.device)
+                with cache.guard, torch.no_grad():
                     cache.finish_commit()
                     logits = self._step(tokens, cache)(tokens, cache)
-                cache.commit_token()
+                    cache.commit_token()
                 return logits
         return self.model(tokens, cache, lengths=lengths, logits_to_keep=logits_to_keep)  # type: ignore[no-any-return]
 
@@ -128,13 +137,18 @@ class Compiled(nn.Module):
             self._recorded.clear()
             self._bound.clear()
         # Compiling takes long: then one recording serves a window that fills and one that is full.
-        kinds = cache.token_kinds(recorded=True, for_any_place=self._uses_loops(cache.device))
+        fused = self._uses_triton(cache)
+        kinds = cache.token_kinds(recorded=True, for_any_place=fused or self._uses_loops(cache.device))
+        if fused:  # the kernel reads what is held, so its recording serves any number of slots
+            kinds = {own: replace(kind, reads=cache.slots_of(own)) for own, kind in kinds.items()}
         key = (*kinds.items(), tokens.dtype, torch.is_inference_mode_enabled(),
                cache.device.type == "cpu" and torch.get_num_threads())  # fmt: skip
-        step = self._bound.get(cache, {}).get(key)
+        steps = self._bound.get(cache)
+        step = None if steps is None else steps.get(key)
         if step is None:
             step = self._bind(tokens.contiguous(), cache, kinds, key)
-            self._bound.setdefault(cache, {})[key] = step  # binding may have forgotten older ones
+            # Only now: binding may have forgotten older ones.
+            self._bound.setdefault(cache, LRU(MAX_STEPS_OF_A_CACHE)).put(key, step)
         return step
 
     def _bind(self, tokens: Tensor, cache: SinkCache, kinds: TokenKinds, key: Any) -> _BoundStep:
@@ -145,7 +159,8 @@ class Compiled(nn.Module):
         origin = torch.full((1,), cache.origin, dtype=torch.int64, device=cache.device)
         given = [tokens, places, origin, cache.starts, *cache.tensors()]
         recording_key = (cache.recording_key, key)
-        if recording_key not in self._recorded:
+        recording = self._recorded.get(recording_key)
+        if recording is None:
 
             def step() -> Tensor:
                 planned = cache.plan_token(places, kinds, origin)
@@ -154,8 +169,15 @@ class Compiled(nn.Module):
                     plan = Plan(planned.steps, [cpu_loops.LoopStore(store) for store in planned.stores])
                 return self.model.project(self.model.hidden(tokens, plan))  # type: ignore[no-any-return, operator]
 
-            self._recorded[recording_key] = self._record(given, step)
-        recording = self._recorded[recording_key]
+            made = (
+                self._record_fused(given, step, cache)
+                if self._uses_triton(cache)
+                else self._record(given, step)
+            )
+            if made is None:
+                return self._step(tokens, cache)  # without Triton
+            recording = made
+            self._recorded.put(recording_key, recording)
         if self._is_captured(cache.device):
             return _CapturedStep(recording, given)
         return _BoundStep(recording, given)
@@ -175,16 +197,50 @@ class Compiled(nn.Module):
                 linear.arrange(self.model)
                 raise
         elif self.backend == "inductor":
-            made = _by_inductor(recorded)
+            made = _by_inductor(fx.GraphModule(recorded, recorded.graph))
         else:
             made = fusion.flat_function(recorded)
+        self._count_recording()
+        return made
+
+    def _record_fused(
+        self, given: Sequence[Tensor], function: Callable[[], Tensor], cache: SinkCache
+    ) -> Recording | None:
+        """As `_record`, rewritten into Triton kernels; None where they do not cover or do not run this model."""
+        from streamllm.compiled import triton_fusion
+
+        function()
+        with Recorder(given, triton_fusion.NOTED) as recorder:
+            result = function()
+        recorded = recorder.finish(result)
+        if triton_fusion.fuse(recorded, recorder, given, cache):
+            made = fusion.flat_function(recorded)
+            try:
+                with triton_support.on(given[0].device):
+                    made(*given)  # compiles the kernels
+                self._count_recording()
+                return made
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:
+                triton_support.warn(error)
+        self._fusable = False
+        return None
+
+    def _count_recording(self) -> None:
         if not self._weights.unchanged():  # fusing or arranging moved them, so older recordings are stale
             self._recorded.clear()
             self._bound.clear()
         self._weights = _WeightAddresses(self.model)
         self.recordings += 1
         trim_heap()
-        return made
+
+    def _uses_triton(self, cache: SinkCache) -> bool:
+        return (
+            self._fusable
+            and self._is_captured(cache.device)
+            and triton_support.supported(cache.device, cache.dtype)
+        )
 
     def _uses_loops(self, device: torch.device) -> bool:
         """Whether a token's products become sums over rows, compiled to C++: inductor on the CPU."""
@@ -237,9 +293,11 @@ class _WeightAddresses:
             for name, weight in module._parameters.items()
             if weight is not None
         ]
-        # A packed weight has no address. It is replaced as a whole, never changed in place.
-        self._packed = [entry for entry in found if entry[2].is_mkldnn]
-        dense = [entry for entry in found if not entry[2].is_mkldnn]
+        # A packed weight has no address. Its blocks are replaced as a whole, never changed in place.
+        self._packed = [
+            (owner, name, weight.packed) for owner, name, weight in found if isinstance(weight, PackedWeight)
+        ]
+        dense = [entry for entry in found if not isinstance(entry[2], PackedWeight)]
         self._owners = [owner for owner, _, _ in dense]
         self._names = [name for _, name, _ in dense]
         self._addresses = [weight.data_ptr() for _, _, weight in dense]
@@ -251,4 +309,6 @@ class _WeightAddresses:
             same = list(map(Tensor.data_ptr, now)) == self._addresses
         except (RuntimeError, TypeError, KeyError):  # packed since, or removed
             return False
-        return same and all(owner[name] is weight for owner, name, weight in self._packed)
+        return same and all(
+            getattr(owner[name], "packed", None) is blocks for owner, name, blocks in self._packed
+        )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from itertools import accumulate
 from types import SimpleNamespace
 from typing import Any
@@ -12,22 +11,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from streamllm.compiled.recorder import changes
+from streamllm.compiled.recorder import Recorded, changes
 from streamllm.models.torch_private import linear_pointwise
 
 
-def flat_function(module: fx.GraphModule) -> Callable[..., Any]:
+def flat_function(module: Recorded) -> Callable[..., Any]:
     """The recording as one plain function, kernel by kernel. Looking up a weight in a module takes 0.3 us each."""
     prune(module)
     _fuse_linears(module)
     _share_rolls(module.graph)
     constants = {node.target: getattr(module, node.target) for node in module.graph.find_nodes(op="get_attr")}
-    module.recompile()
-    return partial(type(module).forward, SimpleNamespace(**constants))
+    return module.function(SimpleNamespace(**constants))
 
 
 def _fuse_linears(module: fx.GraphModule) -> None:
-    """Linear layers with the same input become one. Their weights become views of its weight: no copy stays."""
+    """Linear layers with the same input become one. Their weights and biases become views of its own: no copy
+    stays, and what changes them later changes it, too.
+    """
     graph = module.graph
     groups: dict[Any, list[Any]] = {}
     candidates: list[Any] = list(graph.nodes)
@@ -44,8 +44,8 @@ def _fuse_linears(module: fx.GraphModule) -> None:
         if len(nodes) == 1 or len({id(weight) for weight in weights}) < len(nodes):
             continue
         with torch.no_grad():
-            weight = _join(weights, by_columns)
-            bias = None if biases[0] is None else torch.cat(biases)
+            weight = join(weights, by_columns)
+            bias = None if biases[0] is None else join(biases, False)
         module.register_buffer(f"weight_{number}", weight)
         module.register_buffer(f"bias_{number}", bias)
         with graph.inserting_before(nodes[0]):
@@ -83,10 +83,10 @@ def _share_rolls(graph: fx.Graph) -> None:
             graph.erase_node(node)
 
 
-def _join(weights: Sequence[Tensor], by_columns: bool) -> Tensor:
-    """[out, in] each -> [sum of out, in]; each weight becomes a view of it."""
+def join(weights: Sequence[Tensor], by_columns: bool) -> Tensor:
+    """[out, in] each -> [sum of out, in], or biases [out] each -> [sum]; each becomes a view of it."""
     sizes = [len(weight) for weight in weights]
-    shape, stride = (sum(sizes), weights[0].shape[1]), weights[0].stride()
+    shape, stride = (sum(sizes), *weights[0].shape[1:]), weights[0].stride()
     if all(
         weight.untyped_storage().data_ptr() == weights[0].untyped_storage().data_ptr() for weight in weights
     ):

@@ -13,11 +13,14 @@ import os
 import pickle
 import pkgutil
 import platform
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -32,6 +35,11 @@ from streamllm.weights.errors import shorten
 
 MAX_REASON_CHARACTERS = 2000  # of a compiler's message in an error
 LIBRARY_FILE, DIGEST_FILE = "step.pyd" if sys.platform == "win32" else "step.so", "sha256"
+MAX_KEPT_LIBRARIES = 64  # of 1 to 3 MB each
+LIBRARY_FOLDER = re.compile("[0-9a-f]{32}")
+# Unfinished folders this old belong to processes that were killed. Compiling takes a minute, not an hour.
+SWEEP_AFTER_SECONDS = 3600
+TEMPORARY_PREFIX = "streamllm-compile-"
 # Environment variables that change what the compiler produces, by their prefixes.
 COMPILER_VARIABLES = ("ATEN_CPU_CAPABILITY", "TORCHINDUCTOR_", "AOT_INDUCTOR_")
 
@@ -75,11 +83,12 @@ def library(module: fx.GraphModule, inputs: Sequence[Tensor], options: Mapping[s
     own message where compiling fails.
     """
     request = _Request.of(module, inputs, options)
-    kept = _folder() / request.key()
+    kept = folder() / request.key()
     found = _loaded(kept)
     if found is not None:
         return found
-    with tempfile.TemporaryDirectory(prefix="streamllm-", ignore_cleanup_errors=True) as making:
+    _sweep(Path(tempfile.gettempdir()), TEMPORARY_PREFIX)
+    with tempfile.TemporaryDirectory(prefix=TEMPORARY_PREFIX, ignore_cleanup_errors=True) as making:
         made = Path(making)
         _compile_elsewhere(request, made / LIBRARY_FILE)
         (made / DIGEST_FILE).write_text(_digest(made))
@@ -96,9 +105,11 @@ def _loaded(folder: Path) -> Library | None:
     """The library in a folder, if it is there, complete, and can be loaded."""
     try:
         # Loading a truncated library would end the process.
-        return (
-            Library(folder / LIBRARY_FILE) if (folder / DIGEST_FILE).read_text() == _digest(folder) else None
-        )
+        if (folder / DIGEST_FILE).read_text() != _digest(folder):
+            return None
+        with contextlib.suppress(OSError):  # a read-only folder
+            os.utime(folder)  # used now, see `_drop_oldest`
+        return Library(folder / LIBRARY_FILE)
     except (OSError, UnicodeDecodeError, RuntimeError):
         return None
 
@@ -107,21 +118,47 @@ def _keep(made: Path, kept: Path) -> None:
     """Store a library for later processes, completely or not at all. A full or read-only disk is no error."""
     try:
         kept.parent.mkdir(parents=True, exist_ok=True)
+        _sweep(kept.parent, ".")
         with tempfile.TemporaryDirectory(dir=kept.parent, prefix=".", ignore_cleanup_errors=True) as copy:
             for name in (LIBRARY_FILE, DIGEST_FILE):
                 shutil.copy(made / name, copy)
             if _loaded(kept) is None:  # or another process was faster
                 shutil.rmtree(kept, ignore_errors=True)
                 Path(copy).rename(kept)
+        _drop_oldest(kept.parent)
     except OSError:
         return
+
+
+def _drop_oldest(folder: Path) -> None:
+    """Delete the libraries that were used least recently, until MAX_KEPT_LIBRARIES are left."""
+    found = [path for path in folder.iterdir() if LIBRARY_FOLDER.fullmatch(path.name)]
+    for path in sorted(found, key=lambda path: path.stat().st_mtime)[
+        : max(0, len(found) - MAX_KEPT_LIBRARIES)
+    ]:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _sweep(folder: Path, prefix: str) -> None:
+    """Delete this user's old temporary folders, which processes that were killed have left behind."""
+    oldest = time.time() - SWEEP_AFTER_SECONDS
+    made_by_tempfile = re.compile(re.escape(prefix) + "[a-z0-9_]{8}")
+    with contextlib.suppress(OSError):
+        for entry in os.scandir(folder):
+            if not made_by_tempfile.fullmatch(entry.name) or not entry.is_dir(follow_symlinks=False):
+                continue
+            with contextlib.suppress(OSError):
+                found = entry.stat(follow_symlinks=False)
+                is_ours = not hasattr(os, "getuid") or found.st_uid == os.getuid()
+                if is_ours and found.st_mtime < oldest:
+                    shutil.rmtree(entry, ignore_errors=True)
 
 
 def _digest(folder: Path) -> str:
     return hashlib.sha256((folder / LIBRARY_FILE).read_bytes()).hexdigest()
 
 
-def _folder() -> Path:
+def folder() -> Path:
     """The folder in which libraries are kept."""
     if os.environ.get("STREAMLLM_CACHE"):
         return Path(os.environ["STREAMLLM_CACHE"])
@@ -197,7 +234,10 @@ class _Request:
                 made.append(graph.create_node(op, target, args, kwargs))
         assert torch_private.fake_tensor_mode is not None  # see `check`
         with torch_private.fake_tensor_mode():
-            inputs = [torch.empty_strided(size, stride, dtype=dtype) for size, stride, dtype in self.inputs]
+            inputs = [
+                torch.empty_strided(size, stride, dtype=dtype, device="cpu")
+                for size, stride, dtype in self.inputs
+            ]
         return fx.GraphModule(nn.Module(), graph), tuple(inputs)
 
 
@@ -232,22 +272,31 @@ _CHILD = (
 )
 
 
+_CAN_PASS_PIPES = os.name == "posix"
+
+
 def _compile_elsewhere(request: _Request, library: Path) -> None:
     paths = os.pathsep.join(path or os.getcwd() for path in sys.path)
+    # Only this process holds the writing end. When it ends, however it ends, the child reads the end of the file.
+    alive, held = os.pipe()
     try:
         process = subprocess.Popen(
-            [sys.executable, "-c", _CHILD, str(library)],
+            [sys.executable, "-c", _CHILD, str(library), *([str(alive)] if _CAN_PASS_PIPES else [])],
             stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
             env={**os.environ, "PYTHONPATH": paths}, start_new_session=True,
+            pass_fds=(alive,) if _CAN_PASS_PIPES else (),
         )  # fmt: skip
+        with process:
+            try:
+                output = process.communicate(pickle.dumps(request))[1].decode(errors="replace").strip()
+            except BaseException:  # Ctrl-C
+                _kill(process)
+                raise
     except OSError as error:
         raise CompileError(f"no process could be started to compile the step: {error}") from None
-    with process:
-        try:
-            output = process.communicate(pickle.dumps(request))[1].decode(errors="replace").strip()
-        except BaseException:  # Ctrl-C
-            _kill(process)
-            raise
+    finally:
+        os.close(alive)
+        os.close(held)
     if process.returncode:
         _, found, reason = output.rpartition("\ntorch._inductor.exc.")  # after the traceback
         if process.returncode < 0:
@@ -266,11 +315,22 @@ def _kill(process: subprocess.Popen[bytes]) -> None:
     process.kill()
 
 
+def _end_with_parent(alive: int, folder: Path) -> None:
+    """When the parent is gone, end the compilers, delete the folder and end this process."""
+    os.read(alive, 1)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.killpg(0, signal.SIGKILL)
+
+
 def main() -> None:
     """The other process: compile the request on standard input to the file in argv[1]."""
     inductor = torch_private.inductor()
     if inductor is None:
         sys.exit(f"torch {torch.__version__} has no inductor")
+    if len(sys.argv) > 2:
+        threading.Thread(
+            target=_end_with_parent, args=(int(sys.argv[2]), Path(sys.argv[1]).parent), daemon=True
+        ).start()
     request = pickle.load(sys.stdin.buffer)
     module, inputs = request.graph()
     known = inductor.config.get_config_copy()

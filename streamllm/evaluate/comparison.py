@@ -70,7 +70,7 @@ def compare(
         kept.append(nll[torch.isin(passed, places)])
         if progress is not None:
             progress(int(passed[-1]) + 1, total)
-    streamed, recomputed = torch.cat(kept), torch.empty(len(places), dtype=torch.float64)
+    streamed, recomputed = torch.cat(kept), torch.empty(len(places), dtype=torch.float64, device="cpu")
     done = 0
     for _, nll in recomputed_nll(model, tokens, places, sinks, cache.window, batch, chunk):
         recomputed[done : done + len(nll)] = nll

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from streamllm.evaluate.result import Result
 from streamllm.evaluate.scoring import perplexity
 from streamllm.models.step import Plan, Step, geometry_of
+from streamllm.sampling import check_finite
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,6 +106,7 @@ class _Recorder:
     def weights(self) -> Tensor:
         """[L, H, T, T]. Rows that do not sum to one are no attention weights, which is an error."""
         found = [self.recorded.get(layer) for layer in range(self.depth)]
+        check_finite(sum(float(weights.sum()) for weights in found if weights is not None))
         for layer, weights in enumerate(found):
             if weights is None or ((weights.sum(-1) - 1).abs() > 0.05).any():
                 raise RuntimeError(
@@ -143,6 +145,20 @@ class Recommendation:
         return {result.sinks: result.beyond(2 * self.span).perplexity for result in self.sweep}
 
 
+def check_sweep(model: nn.Module, tokens: int, sinks: Sequence[int], span: int | None) -> int:
+    """The span of `recommend` for a text of so many tokens.
+
+    Raises the ValueErrors of `recommend`, before any computation.
+    """
+    if span is None:
+        span = min(1024, geometry_of(model).trained_length or 1024)
+    if not sinks or span <= max(sinks):
+        raise ValueError(f"a cache of {span} has no room for a window beside {max(sinks, default=0)} sinks")
+    if tokens <= 4 * span:
+        raise ValueError(f"{tokens} tokens are too few to score a cache of {span}: give more than {4 * span}")
+    return span
+
+
 def recommend(
     model: nn.Module,
     tokens: Tensor,
@@ -159,15 +175,7 @@ def recommend(
     are scored beyond position 2 · span, from the next power of two on. Raises ValueError for a text of at most
     4 · span tokens, and for a span that leaves no room for a window.
     """
-    geometry = geometry_of(model)
-    if span is None:
-        span = min(1024, geometry.trained_length or 1024)
-    if not sinks or span <= max(sinks):
-        raise ValueError(f"a cache of {span} has no room for a window beside {max(sinks, default=0)} sinks")
-    if len(tokens) <= 4 * span:
-        raise ValueError(
-            f"{len(tokens)} tokens are too few to score a cache of {span}: give more than {4 * span}"
-        )
+    span = check_sweep(model, len(tokens), sinks, span)
     sweep = tuple(
         perplexity(model, tokens, sinks=count, window=span - count, chunk=chunk, progress=progress)
         for count in sorted(sinks)

@@ -15,7 +15,7 @@ pieces.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -72,6 +72,7 @@ class Requests:
         if batch < 1 or chunk < 1:
             raise ValueError(f"batch and chunk must be at least 1, not {batch} and {chunk}")
         self.model, self.streaming_tokenizer = model, tokenizer
+        self._template: str | None = None  # the one that the harness chose by name
         self.mode, self.batch, self.chunk = mode, batch, chunk
         self.sinks = sinks if mode == "sinks" else 0
         self.longest = geometry_of(model).trained_length or LONGEST_DENSE_TEXT
@@ -82,6 +83,35 @@ class Requests:
     @property
     def tokenizer_name(self) -> str:
         return "streamllm"
+
+    def apply_chat_template(
+        self, chat_history: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True
+    ) -> str:
+        """The prompt that the tokenizer's chat template makes from messages, for `--apply_chat_template`.
+
+        Without `add_generation_prompt` it ends within the last message, which the model continues.
+        """
+        return self.streaming_tokenizer.render_chat_template(
+            chat_history,
+            chat_template=self._template,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=not add_generation_prompt,
+        )
+
+    def chat_template(self, chat_template: bool | str = False) -> str | None:
+        """The template that the harness asks for: by name, or the tokenizer's own (True), or none ("")."""
+        known = self.streaming_tokenizer.chat_template
+        if not chat_template or known is None:
+            return ""
+        if isinstance(known, str):
+            return known
+        name = chat_template if isinstance(chat_template, str) else "default"
+        if name not in known:
+            raise ValueError(
+                f"there is no chat template {name!r}; the tokenizer has {', '.join(sorted(known))}"
+            )
+        self._template = known[name]
+        return self._template
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """For each (context, continuation): log-probability in nats, and whether greedy decoding generates it."""
@@ -182,21 +212,22 @@ class Requests:
     @torch.no_grad()
     def _score(self, texts: Sequence[list[int]]) -> Iterable[tuple[Tensor, Tensor]]:
         """For each text [N]: nats float64 [N-1] of the tokens 1 … N-1, and whether each is the most likely."""
-        found: list[tuple[Tensor, Tensor]] = [(torch.empty(0), torch.empty(0))] * len(texts)
+        nothing = torch.empty(0, dtype=torch.float64, device="cpu")
+        found: list[tuple[Tensor, Tensor]] = [(nothing, nothing)] * len(texts)
         order = sorted(range(len(texts)), key=lambda index: -len(texts[index]))  # similar lengths in a batch
         device = next(self.model.parameters()).device
         for first in range(0, len(order), self.batch):
             rows = order[first : first + self.batch]
             read = [len(texts[row]) - 1 for row in rows]
-            tokens = torch.zeros(len(rows), max(read) + 1, dtype=torch.int64)
+            tokens = torch.zeros(len(rows), max(read) + 1, dtype=torch.int64, device="cpu")
             for row, index in enumerate(rows):
-                tokens[row, : len(texts[index])] = torch.tensor(texts[index])
+                tokens[row, : len(texts[index])] = torch.tensor(texts[index], dtype=torch.int64, device="cpu")
             tokens = tokens.to(device)
             cache = self._cache(len(rows), max(read))
             nats, hits = [], []
             for start in range(0, max(read), self.chunk):
                 stop = min(start + self.chunk, max(read))
-                lengths = torch.tensor([min(max(count - start, 0), stop - start) for count in read])
+                lengths = [min(max(count - start, 0), stop - start) for count in read]
                 logits = self.model(tokens[:, start:stop], cache, lengths=lengths)
                 targets = tokens[:, start + 1 : stop + 1]
                 nats.append(nll_of(logits, targets))
@@ -211,7 +242,8 @@ class Requests:
         return new_cache(self.model, self.mode, self.sinks, window, self.chunk, rows)
 
     def _encode(self, text: str, alone: bool) -> list[int]:
-        return self.streaming_tokenizer.encode(text, add_special_tokens=alone)
+        """The ids of a text; `alone`: with BOS, where the tokenizer adds it and the text does not begin with it."""
+        return self.streaming_tokenizer.encode_piece(text, bos=None if alone else False)
 
     def _prefix(self) -> int:
         """The token that precedes a text without context."""

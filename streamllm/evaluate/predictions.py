@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from streamllm.cache import SinkCache
+from streamllm.sampling import check_finite
 
 
 def new_cache(
@@ -39,7 +40,11 @@ def stream_logits(
     for start in range(int(cache.seen), len(text) - 1, chunk):
         stop = min(start + chunk, len(text) - 1)
         logits = model(text[None, start:stop].to(device), cache)[0]
-        yield torch.arange(start, stop), logits, text[start + 1 : stop + 1].to(device)
+        yield (
+            torch.arange(start, stop, dtype=torch.int64, device="cpu"),
+            logits,
+            text[start + 1 : stop + 1].to(device),
+        )
 
 
 def stream_nll(
@@ -71,14 +76,20 @@ def recomputed_nll(
     rest = places[places >= span]
     for start in range(0, len(rest), batch):
         late = rest[start : start + batch]
-        recent = late[:, None] + torch.arange(1 - window, 1)  # [b, W]
-        read = torch.cat((torch.arange(sinks).expand(len(late), -1), recent), 1)
+        recent = late[:, None] + torch.arange(1 - window, 1, dtype=torch.int64, device="cpu")  # [b, W]
+        read = torch.cat(
+            (torch.arange(sinks, dtype=torch.int64, device="cpu").expand(len(late), -1), recent), 1
+        )
         logits = model(text[read].to(device), logits_to_keep=1)[:, 0]
         yield late, nll_of(logits, text[late + 1].to(device))
 
 
 def nll_of(logits: Tensor, targets: Tensor) -> Tensor:
-    """Negative log-likelihoods in nats, float64 on the CPU [...], from logits [..., V] and targets [...]."""
+    """Negative log-likelihoods in nats, float64 on the CPU [...], from logits [..., V] and targets [...].
+
+    Raises ValueError where one is not finite: such a score is no result.
+    """
     wide = logits if logits.dtype == torch.float64 else logits.float()
     nll = F.cross_entropy(wide.flatten(0, -2), targets.flatten(), reduction="none")
+    check_finite(float(nll.sum(dtype=torch.float64 if nll.device.type == "cpu" else None)))
     return nll.view(targets.shape).cpu().double()

@@ -131,7 +131,7 @@ def stream_eval_script(
         raise ValueError(
             f"{lines} lines with a question every {every} have none about a fact {back} lines back: give more lines"
         )
-    return Script(torch.tensor(pieces.ids), tuple(answers), tuple(distances))
+    return Script(torch.tensor(pieces.ids, dtype=torch.int64, device="cpu"), tuple(answers), tuple(distances))
 
 
 def passkey_script(
@@ -175,7 +175,7 @@ def passkey_script(
     pieces.ids += between[len(between) - room :]  # cut right after the fact, far from the question
     start, stop = pieces.add(phrases.question, key, answer)
     assert start - stated == distance
-    return Script(torch.tensor(pieces.ids), ((start, stop),), (distance,))
+    return Script(torch.tensor(pieces.ids, dtype=torch.int64, device="cpu"), ((start, stop),), (distance,))
 
 
 def stream_eval(

@@ -87,7 +87,7 @@ def perplexity(
         cache: SinkCache | None = None
         pieces: Iterator[tuple[Tensor, Tensor]]
         if mode == "recompute":
-            left = torch.arange(len(text) - 1) if inside is None else inside
+            left = torch.arange(len(text) - 1, dtype=torch.int64, device="cpu") if inside is None else inside
             pieces = recomputed_nll(model, text, left[left >= result.place], sinks, window, batch, chunk)
         else:
             cache = continued_cache(result, chunk)
@@ -125,7 +125,8 @@ def check_arguments(texts: Sequence[Tensor], mode: str, **numbers: int) -> None:
 
 def random_predictions(total: int, count: int, seed: int) -> Tensor:
     """`count` different indices below `total`, or all where there are fewer; ascending, int64."""
-    chosen = torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:count]
+    generator = torch.Generator("cpu").manual_seed(seed)
+    chosen = torch.randperm(total, generator=generator, dtype=torch.int64, device="cpu")[:count]
     return chosen.sort().values
 
 
@@ -137,4 +138,4 @@ def _chosen_predictions(total: int, every: int, positions: int | None, seed: int
         if positions < 1:
             raise ValueError(f"positions must be at least 1, not {positions}")
         return random_predictions(total, positions, seed)
-    return None if every == 1 else torch.arange(0, total, every)
+    return None if every == 1 else torch.arange(0, total, every, dtype=torch.int64, device="cpu")

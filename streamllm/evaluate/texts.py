@@ -12,8 +12,7 @@ from streamllm.tokenizer import Tokenizer
 
 def beginning(tokenizer: Tokenizer) -> list[int]:
     """The ids that the tokenizer adds in front of every text (BOS, or none)."""
-    whole, plain = tokenizer.encode("a"), tokenizer.encode("a", add_special_tokens=False)
-    return next((whole[:i] for i in range(len(whole)) if whole[i : i + len(plain)] == plain), [])
+    return tokenizer.encode_piece("")
 
 
 def as_stream(tokenizer: Tokenizer, texts: Sequence[str]) -> Tensor:
@@ -22,7 +21,7 @@ def as_stream(tokenizer: Tokenizer, texts: Sequence[str]) -> Tensor:
     for text in texts:
         ids += tokenizer.encode(text, add_special_tokens=False)
         ids += [] if end is None else [end]
-    return torch.tensor(ids)
+    return torch.tensor(ids, dtype=torch.int64, device="cpu")
 
 
 def as_texts(tokenizer: Tokenizer, texts: Sequence[str]) -> list[Tensor]:
@@ -45,10 +44,12 @@ def samples(tokenizer: Tokenizer, stream: Tensor, count: int, length: int, seed:
 
     Raises ValueError for a stream shorter than `length`.
     """
-    first = torch.tensor(beginning(tokenizer), dtype=torch.int64)
+    first = torch.tensor(beginning(tokenizer), dtype=torch.int64, device="cpu")
     body = length - len(first)
     if body < 1 or len(stream) < length:
         raise ValueError(f"{len(stream)} tokens are too few for samples of {length}: give a longer text")
-    generator = torch.Generator().manual_seed(seed)
-    starts = torch.randint(len(first), len(stream) - body + 1, (count,), generator=generator)
+    generator = torch.Generator("cpu").manual_seed(seed)
+    starts = torch.randint(
+        len(first), len(stream) - body + 1, (count,), generator=generator, dtype=torch.int64, device="cpu"
+    )
     return torch.stack([torch.cat((first, stream[start : start + body])) for start in starts.tolist()])

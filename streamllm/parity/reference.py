@@ -129,7 +129,9 @@ class Reference:
                     raise
                 self.attention = "eager"
                 model = from_pretrained(**self._arguments, dtype=dtype, attn_implementation=self.attention)
-        except (ValueError, OSError, KeyError, RuntimeError, AttributeError, TypeError) as error:
+        except MemoryError:
+            raise
+        except Exception as error:  # its checks of configs raise types of their own
             reason = (
                 next((line for line in str(error).splitlines() if line.strip()), "") or type(error).__name__
             )

@@ -98,7 +98,7 @@ def logits_by_definition(model: nn.Module, ids: Tensor, sinks: int, window: int)
 
 def _single_step(keys: int, span: int, device: torch.device) -> Step:
     """The Step of one token, the last of `keys` in the cache. Its own key is rotated by `DefinitionStore`."""
-    places = torch.arange(keys, device=device)[None]
+    places = torch.arange(keys, dtype=torch.int64, device=device)[None]
     here, nowhere = places[:, -1:], torch.zeros_like(places[:, -1:])
     # One sink, seen from the same place as the rest: only with sinks does a Step rotate keys and queries separately.
     return Step(
@@ -134,7 +134,9 @@ class DefinitionStore:
             return keys
         inverse = self.rope.frequencies(self.total).to(keys)
         half = len(inverse)
-        angles = torch.arange(keys.shape[2]).to(keys)[:, None] * inverse  # [K, dim/2]
+        angles = (
+            torch.arange(keys.shape[2], dtype=torch.int64, device="cpu").to(keys)[:, None] * inverse
+        )  # [K, dim/2]
         rotated = torch.complex(keys[..., :half], keys[..., half : 2 * half])
         rotated = rotated * torch.polar(torch.ones_like(angles), angles)
         return torch.cat((rotated.real, rotated.imag, keys[..., 2 * half :]), -1)

@@ -57,7 +57,14 @@ def tokens_to_compare(
     if not any(source.find(name) for name in TOKENIZER_FILES[:2]):
         if text is not None:
             raise ValueError(f"{source.name} has no tokenizer to read a text with: leave the text out")
-        ids = torch.randint(0, vocab_size, (1, count), generator=torch.Generator().manual_seed(0))
+        ids = torch.randint(
+            0,
+            vocab_size,
+            (1, count),
+            generator=torch.Generator("cpu").manual_seed(0),
+            dtype=torch.int64,
+            device="cpu",
+        )
         return ids, "random tokens (the checkpoint has no tokenizer)"
     commit = getattr(source, "commit", None)
     name = source.name if commit is not None else source.file("config.json").parent
@@ -70,4 +77,6 @@ def tokens_to_compare(
         raise ValueError(f"the text has {len(found)} tokens; at least 2 are needed")
     if max(found) >= vocab_size:
         raise ValueError(f"token id {max(found)} is outside the model's vocabulary of 0 … {vocab_size - 1}")
-    return torch.tensor([found]), f"tokens of {'the built-in text' if text is None else 'the text given'}"
+    return torch.tensor(
+        [found], dtype=torch.int64, device="cpu"
+    ), f"tokens of {'the built-in text' if text is None else 'the text given'}"

@@ -36,12 +36,15 @@ class RowSettings:
                 for config in configs
             ],
             dtype=wide_dtype(torch.device(device)),
+            device="cpu",
         ).to(device, non_blocking=True)
         self.temperature = table[:, 0:1].float()
         self.top_k = table[:, 1:2]
         self.top_p = table[:, 2:3]
         self.min_p = table[:, 3:4].float()
-        self.greedy = torch.tensor(greedy).to(device, non_blocking=True)[:, None]
+        self.greedy = torch.tensor(greedy, dtype=torch.bool, device="cpu").to(device, non_blocking=True)[
+            :, None
+        ]
         # What the host needs to know to skip work
         sampled = [config for config in configs if config.temperature > 0]
         self.samples = bool(sampled)

@@ -172,7 +172,7 @@ def sample(
     chance: Tensor | float = 0.0
     if rows.samples:
         chances = [uniform(sampler.seed, place) for sampler, place in zip(samplers, places, strict=True)]
-        chance = chances[0] if len(chances) == 1 else torch.tensor(chances, dtype=torch.float64)
+        chance = chances[0] if len(chances) == 1 else torch.tensor(chances, dtype=torch.float64, device="cpu")
     return choose_rows(scores, rows, chance)
 
 

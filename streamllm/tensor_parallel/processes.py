@@ -133,7 +133,7 @@ def agreed_seed(model: nn.Module, seed: int | None, tokens: Sequence[int] = ()) 
     """
     if not is_tensor_parallel(model):
         return seed
-    own = int(torch.randint(1 << 62, ())) if seed is None else seed
+    own = int(torch.randint(1 << 62, (), dtype=torch.int64, device="cpu")) if seed is None else seed
     given = exchange((own, list(tokens)))
     if any(theirs != given[0][1] for _, theirs in given):
         raise ValueError("the processes of a tensor-parallel model must all generate from the same tokens")

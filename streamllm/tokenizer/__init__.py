@@ -6,7 +6,14 @@ TokenizerError that names it.
 
 from streamllm.tokenizer.decoder import IncrementalDecoder
 from streamllm.tokenizer.errors import TokenizerError
-from streamllm.tokenizer.files import TOKENIZER_FILES, load_tokenizer_files
+from streamllm.tokenizer.files import TOKENIZER_FILES, list_template_files, load_tokenizer_files
 from streamllm.tokenizer.tokenizer import Tokenizer
 
-__all__ = ["TOKENIZER_FILES", "IncrementalDecoder", "Tokenizer", "TokenizerError", "load_tokenizer_files"]
+__all__ = [
+    "TOKENIZER_FILES",
+    "IncrementalDecoder",
+    "Tokenizer",
+    "TokenizerError",
+    "list_template_files",
+    "load_tokenizer_files",
+]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -19,8 +20,10 @@ from streamllm.tokenizer.special_tokens import (
 from streamllm.tokenizer.tokenizer import Tokenizer
 from streamllm.weights.errors import CheckpointError, show
 from streamllm.weights.files import read_bytes, read_json, read_text
+from streamllm.weights.source import Source
+from streamllm.weights.source.folder import FolderSource
 
-#: Every file that `load_tokenizer_files` may read. One of the first two is required.
+#: The files that `load_tokenizer_files` may read, besides those in TEMPLATE_FOLDER. One of the first two is required.
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -30,11 +33,17 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "additional_chat_templates/tool_use.jinja",
 )
+TEMPLATE_FOLDER = "additional_chat_templates"  # all its files *.jinja are read
 # Files of other tokenizers, which are named in the error if a folder has nothing else.
 UNSUPPORTED_FILES = ("vocab.json", "merges.txt", "vocab.txt", "tekken.json", "tiktoken.model", "spiece.model")
 MAX_TOKENIZER_BYTES = 256 << 20  # of tokenizer.json and tokenizer.model; Gemma's tokenizer.json has 33 MB
 
 T = TypeVar("T")
+
+
+def list_template_files(source: Source) -> list[str]:
+    """The names of the chat templates in TEMPLATE_FOLDER. Raises what `Source.files_in` raises."""
+    return [name for name in source.files_in(TEMPLATE_FOLDER) if name.endswith(".jinja")]
 
 
 def load_tokenizer_files(folder: Path) -> Tokenizer:
@@ -50,30 +59,31 @@ def load_tokenizer_files(folder: Path) -> Tokenizer:
         TokenizerError: there is no such file, or one of them is damaged.
     """
     folder = Path(folder)
-    config = _read_optional_json(folder / "tokenizer_config.json")
+    source = FolderSource(str(folder), folder)
+    config = _read_optional_json(source, "tokenizer_config.json")
     # Newer writers put everything into tokenizer_config.json. Older files beside it may be out of date.
     is_legacy = config.get("added_tokens_decoder") is None
     if is_legacy:
-        config |= _read_optional_json(folder / "special_tokens_map.json")
+        config |= _read_optional_json(source, "special_tokens_map.json")
     named, extra = named_tokens(folder, config), extra_tokens(folder, config)
     if is_legacy:
         special = {token.content for token in (*named.values(), *extra)}
-        added_file = folder / "added_tokens.json"
-        added = read_added_tokens_file(added_file, _read_optional_json(added_file), special)
+        added_file = _read_optional_json(source, "added_tokens.json")
+        added = read_added_tokens_file(folder / "added_tokens.json", added_file, special)
     else:
         added = read_added_tokens_decoder(folder, config["added_tokens_decoder"])
-    path = folder / "tokenizer.json"
-    if path.exists():
-        source = _read(partial(read_text, max_bytes=MAX_TOKENIZER_BYTES), path)
-        json_backend = JsonBackend(path, source, added, named, extra)
+    path = _find(source, "tokenizer.json")
+    if path is not None:
+        text = _read(partial(read_text, max_bytes=MAX_TOKENIZER_BYTES), path)
+        json_backend = JsonBackend(path, text, added, named, extra)
         names = {name: token.content for name, token in named.items()}
-        tokenizer = Tokenizer(json_backend, names, _chat_template(folder, config))
+        tokenizer = Tokenizer(json_backend, names, _chat_template(source, folder, config))
         if str(config.get("tokenizer_class")).removesuffix("Fast") == "GPTNeoXTokenizer":
             # transformers' class of this name does not use the post-processor.
             tokenizer.adds_bos = tokenizer.adds_eos = False
         return tokenizer
-    path = folder / "tokenizer.model"
-    if not path.exists():
+    path = _find(source, "tokenizer.model")
+    if path is None:
         raise _no_tokenizer(folder)
     prefix = "first" if _flag(folder, config, "legacy") is False else "every"
     if _flag(folder, config, "add_prefix_space") is False:
@@ -88,7 +98,7 @@ def load_tokenizer_files(folder: Path) -> Tokenizer:
         add_eos=_flag(folder, config, "add_eos_token") or False,
         prefix=prefix,
     )
-    return Tokenizer(backend, backend.special_tokens, _chat_template(folder, config))
+    return Tokenizer(backend, backend.special_tokens, _chat_template(source, folder, config))
 
 
 def _read(read: Callable[[Path], T], path: Path) -> T:
@@ -99,16 +109,29 @@ def _read(read: Callable[[Path], T], path: Path) -> T:
         raise TokenizerError(str(error)) from error
 
 
-def _read_optional_json(path: Path) -> dict[str, Any]:
+def _find(source: FolderSource, name: str) -> Path | None:
+    """The path of a file, None if there is none. Raises TokenizerError for a link that leaves the folder."""
+    try:
+        path = source.inside(name)
+    except CheckpointError as error:
+        raise TokenizerError(str(error)) from error
+    return path if os.path.lexists(path) else None
+
+
+def _read_optional_json(source: FolderSource, name: str) -> dict[str, Any]:
     """A JSON object, {} if there is no such file."""
-    return _read(read_json, path) if path.exists() else {}
+    path = _find(source, name)
+    return {} if path is None else _read(read_json, path)
 
 
-def _chat_template(folder: Path, config: Mapping[str, Any]) -> str | dict[str, str] | None:
+def _chat_template(source: Source, folder: Path, config: Mapping[str, Any]) -> str | dict[str, str] | None:
     """The template, or several by name. If there are files of templates, tokenizer_config.json is ignored."""
-    files = {path.stem: path for path in sorted(folder.glob("additional_chat_templates/*.jinja"))}
-    if (folder / "chat_template.jinja").exists():
-        files["default"] = folder / "chat_template.jinja"
+    try:
+        names = [*list_template_files(source), "chat_template.jinja"]
+    except CheckpointError as error:
+        raise TokenizerError(str(error)) from error
+    paths = [path for name in names if (path := _find(source, name)) is not None]
+    files = {"default" if path.parent == folder else path.stem: path for path in paths}
     if files:
         found = {name: _read(read_text, path) for name, path in files.items()}
         return found["default"] if set(found) == {"default"} else found

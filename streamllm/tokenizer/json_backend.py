@@ -196,6 +196,8 @@ def _new_tokens(
     by_content = {token.content: _for_library(token) for _, token in sorted(added.items())}
     for name, token in named.items():
         content = token.content
+        if not is_encodable(content):
+            continue
         found = by_content.get(content, theirs.get(content))
         if found is None or (name in STANDARD_NAMES and not found.special):
             flags = _for_library(token) if found is None else found
@@ -208,7 +210,7 @@ def _new_tokens(
                 special=True,
             )
     for token in extra:
-        if token.content not in by_content and token.content not in theirs:
+        if is_encodable(token.content) and token.content not in by_content and token.content not in theirs:
             by_content[token.content] = _for_library(token)
     return [token for content, token in by_content.items() if repr(token) != repr(theirs.get(content))]
 

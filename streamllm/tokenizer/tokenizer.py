@@ -247,7 +247,8 @@ class Tokenizer:
             messages: for example `[{"role": "user", "content": "Hello"}]`.
             chat_template: a template to use instead of the tokenizer's own.
             add_generation_prompt: end the prompt with the tokens that begin the model's answer.
-            variables: `tools`, `documents`, `limits`, and variables of the template (`enable_thinking=False`).
+            variables: `tools`, `documents`, `limits`, `continue_final_message`, and variables of the template
+                (`enable_thinking=False`).
 
         Raises:
             ChatTemplateError: there is no template, or it does not render these messages.

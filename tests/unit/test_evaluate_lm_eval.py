@@ -120,3 +120,40 @@ def test_a_task_runs(model, tokenizer, tmp_path, monkeypatch):
     lm = harness_model(model, tokenizer, sinks=2, window=20)
     results = lm_eval.simple_evaluate(lm, tasks=[task], bootstrap_iters=0)
     assert results["results"]["tiny"]["acc,none"] == 0.5
+
+
+def chatting(tokenizer, template):
+    """The tokenizer with a chat template."""
+    import copy
+
+    with_template = copy.copy(tokenizer)
+    with_template.chat_template = template
+    return with_template
+
+
+def test_chat_templates_of_the_harness(model, tokenizer):
+    template = (
+        "{% for m in messages %}[{{ m.role }}] {{ m.content }} [end]{% endfor %}"
+        "{{ '[assistant]' if add_generation_prompt }}"
+    )
+    messages = [{"role": "user", "content": "hi"}]
+    requests = Requests(model, chatting(tokenizer, template))
+    assert requests.apply_chat_template(messages) == "[user] hi [end][assistant]"
+    messages = [*messages, {"role": "assistant", "content": "Sure"}]
+    continued = requests.apply_chat_template(messages, add_generation_prompt=False)
+    assert continued == "[user] hi [end][assistant] Sure"
+    assert (requests.chat_template(False), requests.chat_template(True)) == ("", template)
+    requests = Requests(model, chatting(tokenizer, {"default": "D", "rag": "R"}))
+    assert requests.chat_template("rag") == requests.apply_chat_template(messages) == "R"
+    assert requests.chat_template(True) == "D"
+    with pytest.raises(ValueError, match="no chat template 'x'; the tokenizer has default, rag"):
+        requests.chat_template("x")
+    assert Requests(model, chatting(tokenizer, None)).chat_template(True) == ""
+
+
+def test_a_context_that_begins_with_bos_gets_no_second_one(model, tokenizer):
+    requests = Requests(model, tokenizer)
+    bos = tokenizer.bos_token
+    if bos is not None and tokenizer.adds_bos:
+        assert requests._encode(bos + "one", alone=True) == requests._encode("one", alone=True)
+    assert requests._encode("one", alone=True) == tokenizer.encode("one")

@@ -224,7 +224,7 @@ def test_the_folder_of_libraries_depends_on_environment_variables(monkeypatch, v
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    assert library._folder().as_posix() == wanted
+    assert library.folder().as_posix() == wanted
 
 
 def test_without_a_home_folder_each_use_compiles(compiled_to_text, monkeypatch):
@@ -324,3 +324,63 @@ def test_without_a_compiler_compile_raises_before_the_first_token(monkeypatch):
         RuntimeError, match=r"needs a C\+\+ compiler, and /nonexistent was not found: install"
     ):
         streamllm.compile(tiny_llama(layers=1), "inductor")
+
+
+PARENT = """
+import sys
+sys.path[:0] = {path!r}
+from tests.unit.test_library import graph, inputs
+from streamllm.compiled import library
+library.library(graph(), inputs(), {{}})
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_the_compiling_process_ends_when_its_parent_is_killed(tmp_path):
+    compiler = tmp_path / "g++"
+    compiler.write_text(f"#!/bin/sh\necho $$ $PPID > {tmp_path}/started\nsleep 300\n")
+    compiler.chmod(0o755)
+    temporary = tmp_path / "tmp"
+    temporary.mkdir()
+    environment = {
+        **os.environ, "CXX": str(compiler), "TMPDIR": str(temporary), "STREAMLLM_CACHE": str(tmp_path / "kept"),
+        "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor"),
+    }  # fmt: skip
+    root = str(Path(__file__).parents[2])
+    parent = subprocess.Popen([sys.executable, "-c", PARENT.format(path=[root])], env=environment)
+    started = tmp_path / "started"
+    for _ in range(6000):
+        if started.exists() and started.read_text().split():
+            break
+        assert parent.poll() is None
+        time.sleep(0.01)
+    assert list(temporary.glob("streamllm-*"))
+    parent.kill()
+    parent.wait()
+    processes = [int(number) for number in started.read_text().split()]
+    for _ in range(1000):
+        if not any(runs(process) for process in processes) and not list(temporary.glob("streamllm-*")):
+            return
+        time.sleep(0.01)
+    pytest.fail("the compiling process, the compiler or their folder is still there")
+
+
+def runs(process):
+    status = Path(f"/proc/{process}/stat")
+    return status.exists() and "Z" not in status.read_text().split()[2]
+
+
+def test_unfinished_folders_are_swept_when_they_are_old(monkeypatch, tmp_path):
+    old = time.time() - 2 * library.SWEEP_AFTER_SECONDS
+    for name in ("streamllm-abcd_123", "streamllm-abcd_124", "streamllm-of-someone"):
+        (tmp_path / name / "inner").mkdir(parents=True)
+        (tmp_path / name / library.LIBRARY_FILE).write_text("x")
+        os.utime(tmp_path / name, (old, old))
+    (tmp_path / "streamllm-abcd_125").mkdir()
+    (tmp_path / "streamllm-abcd_126").write_text("x")
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "streamllm-abcd_127").symlink_to(tmp_path / "outside")
+    library._sweep(tmp_path, "streamllm-")
+    kept = sorted(path.name for path in tmp_path.iterdir())
+    names = ["streamllm-abcd_125", "streamllm-abcd_126", "streamllm-abcd_127", "streamllm-of-someone"]
+    assert kept == ["outside", *names]

@@ -80,11 +80,25 @@ def test_each_file_is_downloaded_once_and_a_second_load_sends_one_request(hub, t
     hub.add("org/sharded", SHARDED | OTHERS)
     with client(hub, tmp_path):
         streamllm.load("org/sharded")
-        bodies = [request for request in hub.asked if request.startswith("GET")]
+        bodies = [request for request in hub.asked if request.startswith("GET") and "/tree/" not in request]
         assert len(bodies) == len(set(bodies)) == len(SHARDED)
+        assert sum("/tree/" in request for request in hub.asked) == 1  # for additional_chat_templates
         hub.forget()
         streamllm.load("org/sharded")
         assert hub.asked == ["HEAD /org/sharded/resolve/main/config.json"]
+
+
+def test_all_chat_templates_come_from_the_hub_and_from_its_cache(hub, tmp_path):
+    names = {
+        "chat_template.jinja": b"D",
+        **{f"additional_chat_templates/{n}.jinja": n.encode() for n in "ab"},
+    }
+    hub.add("org/chat", PLAIN | names | {"additional_chat_templates/README.md": b"?"})
+    expected = {"default": "D", "a": "a", "b": "b"}
+    with client(hub, tmp_path):
+        assert streamllm.load_tokenizer("org/chat").chat_template == expected
+        assert streamllm.load_tokenizer("org/chat", local_files_only=True).chat_template == expected
+    assert not any("README" in request for request in hub.asked)
 
 
 def test_pickles_are_refused_without_downloading_them(hub, tmp_path):

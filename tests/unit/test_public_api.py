@@ -22,6 +22,7 @@ INTERNAL_MEMBERS = {
     "commit",
     "finish_commit",
     "plan_token",
+    "check_model",
     "commit_token",
     "token_kinds",
     "write_places",

@@ -11,6 +11,8 @@ SIZES: dict[str, dict[str, int]] = {
     "S": {"width": 256, "layers": 8, "heads": 4, "kv_heads": 4, "mlp_width": 688, "vocab_size": 4096},
     "M": {"width": 768, "layers": 12, "heads": 12, "kv_heads": 12, "mlp_width": 2048, "vocab_size": 32000},
     "7B": {"width": 4096, "layers": 32, "heads": 32, "kv_heads": 32, "mlp_width": 11008, "vocab_size": 32000},
+    "8B": {"width": 4096, "layers": 32, "heads": 32, "kv_heads": 8, "mlp_width": 14336, "vocab_size": 128256},
+    "1B": {"width": 2048, "layers": 16, "heads": 32, "kv_heads": 8, "mlp_width": 8192, "vocab_size": 128256},
 }
 SINKS = 4
 

@@ -43,7 +43,7 @@ def cut(whole: Tensor, split: Split | None, config: Any, slices: Sequence[Slice 
     if split is None:
         (part,) = slices
         return [whole if part is None else part.of(whole)]
-    rows = split(torch.arange(len(whole)), config)
+    rows = split(torch.arange(len(whole), dtype=torch.int64, device="cpu"), config)
     assert all(part is None or part.dim == 0 for part in slices)
     return [
         whole[own if part is None else part.of(own)] for own, part in zip(rows, slices, strict=True)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from streamllm.weights.checkpoint.stored import SAFETENSORS_DTYPES, StoredTensor
 from streamllm.weights.errors import CheckpointError, shorten, show
+from streamllm.weights.files import MIN_START_BYTES, check_not_pointer
 
 
 def is_mapped(path: Path) -> bool:
@@ -41,6 +42,8 @@ def unpickle(path: Path) -> dict[str, Tensor]:
     Raises CheckpointError for a pickle that holds anything else.
     """
     try:
+        with path.open("rb") as file:
+            check_not_pointer(path, file.read(MIN_START_BYTES))
         if mapped := is_mapped(path):
             with zipfile.ZipFile(path) as archive:
                 entries = archive.infolist()

@@ -15,6 +15,29 @@ from streamllm.weights.checkpoint.stored import SAFETENSORS_DTYPES, StoredTensor
 from streamllm.weights.errors import CheckpointError, UnsupportedConfig, list_names
 from streamllm.weights.family import NOT_NEEDED, Family, Fused
 
+# The last part of the names of tensors in quantised files: GPTQ and AWQ, MLX, bitsandbytes, compressed-tensors, FP8.
+QUANTISED_SUFFIXES = (
+    ".qweight",
+    ".qzeros",
+    ".g_idx",
+    ".scales",
+    ".biases",
+    ".SCB",
+    ".weight_format",
+    ".absmax",
+    ".quant_map",
+    ".nested_absmax",
+    ".nested_quant_map",
+    ".quant_state.bitsandbytes__nf4",
+    ".quant_state.bitsandbytes__fp4",
+    ".weight_packed",
+    ".weight_scale",
+    ".weight_scale_inv",
+    ".weight_zero_point",
+    ".input_scale",
+    ".weight_shape",
+)
+
 HEAD, EMBEDDING = ("head.weight",), ("embed.weight",)
 
 
@@ -53,6 +76,12 @@ def find_jobs(name: str, family: Family, tensors: Iterable[StoredTensor]) -> lis
             jobs.append(LoadJob(stored, parameters, target.split))
         else:
             jobs.append(LoadJob(stored, (target.replace("{}", layer),), None))
+    quantised = [each for each in unknown if each.endswith(QUANTISED_SUFFIXES)]
+    if quantised:
+        raise UnsupportedConfig(
+            f"{name}: {list_names(quantised)} belong to a quantised checkpoint, and quantised checkpoints are not "
+            f"supported; load the original checkpoint instead"
+        )
     if unknown:
         raise CheckpointError(
             f"{name}: the model has no place for {list_names(unknown)}; is model_type in config.json correct?"

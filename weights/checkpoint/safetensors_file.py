@@ -6,9 +6,9 @@ from pathlib import Path
 
 from streamllm.weights.checkpoint.stored import StoredTensor
 from streamllm.weights.errors import CheckpointError, shorten
+from streamllm.weights.files import MIN_START_BYTES, check_not_pointer
 
 MAX_HEADER_BYTES = 25_000_000  # the hub's limit too; a parsed header takes ten times its size in memory
-_GIT_LFS_POINTER = b"version "  # its first bytes
 
 
 def list_safetensors(path: Path) -> list[StoredTensor]:
@@ -17,10 +17,9 @@ def list_safetensors(path: Path) -> list[StoredTensor]:
 
     try:
         with path.open("rb") as file:
-            start = file.read(8)
-        if start == _GIT_LFS_POINTER:
-            raise CheckpointError(f"{path} is a git-lfs pointer, not the file itself; run 'git lfs pull'")
-        length = int.from_bytes(start, "little")
+            start = file.read(MIN_START_BYTES)
+        check_not_pointer(path, start)
+        length = int.from_bytes(start[:8], "little")
         if MAX_HEADER_BYTES < length < path.stat().st_size:
             raise CheckpointError(
                 f"{path} has a header of {length:,} bytes; at most {MAX_HEADER_BYTES:,} are allowed"

@@ -19,32 +19,40 @@ PICKLE_INDEX, PICKLE = "pytorch_model.bin.index.json", "pytorch_model.bin"
 def list_tensors(source: Source, allow_pickle: bool) -> dict[str, StoredTensor]:
     """All tensors of a checkpoint by their names in its files.
 
-    An index comes before a single file, as in transformers; a pickle is read only with `allow_pickle`. Raises
-    CheckpointError for damaged or missing files, and UnsupportedConfig for weights in a pickle that may not
-    be read.
+    A single file comes before an index, as in transformers: a model that was saved again in one file may leave the
+    index of its shards behind. Such a file must hold all tensors that the index lists. A pickle is read only with
+    `allow_pickle`. Raises CheckpointError for damaged or missing files, and UnsupportedConfig for weights in a
+    pickle that may not be read.
     """
     formats = [(INDEX, SINGLE, list_safetensors)]
     if allow_pickle:
         formats.append((PICKLE_INDEX, PICKLE, list_pickled))
     for index_name, single_name, list_file in formats:
-        index = source.find(index_name)
-        if index is not None:
-            return _list_shards(source, index, list_file)
-        single = source.find(single_name)
+        index, single = source.find(index_name), source.find(single_name)
+        weight_map = {} if index is None else _read_weight_map(index)
         if single is not None:
-            return {stored.name: stored for stored in list_file(single)}
+            tensors = {stored.name: stored for stored in list_file(single)}
+            if tensors.keys() >= weight_map.keys():
+                return tensors
+        if index is not None:
+            return _list_shards(source, weight_map, list_file)
     raise _no_weights(source)
 
 
-def _list_shards(
-    source: Source, index: Path, list_file: Callable[[Path], list[StoredTensor]]
-) -> dict[str, StoredTensor]:
-    """All tensors of all shards that the index names, whether it lists them or not."""
+def _read_weight_map(index: Path) -> Mapping[str, str]:
+    """The name of the shard of each tensor."""
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, Mapping) or not weight_map:
         raise CheckpointError(f"{index} has no weight_map; download the file again")
     if not all(isinstance(shard, str) for shard in weight_map.values()):
         raise CheckpointError(f"{index}: weight_map must map names of tensors to names of files")
+    return weight_map
+
+
+def _list_shards(
+    source: Source, weight_map: Mapping[str, str], list_file: Callable[[Path], list[StoredTensor]]
+) -> dict[str, StoredTensor]:
+    """All tensors of all shards that the index names, whether it lists them or not."""
     tensors: dict[str, StoredTensor] = {}
     for shard in sorted(set(weight_map.values())):
         for stored in list_file(source.file(shard)):

@@ -21,6 +21,21 @@ class FolderSource(Source):
         self._roots = (root, *_blob_folders(root))
 
     def find(self, relative: str) -> Path | None:
+        path = self.inside(relative)
+        return checked_file(path, relative, self.name) if os.path.lexists(path) else None
+
+    def files_in(self, folder: str) -> list[str]:
+        path = self.inside(folder)
+        if not path.is_dir():
+            return []
+        try:
+            names = sorted(entry.name for entry in os.scandir(path) if not entry.is_dir())
+        except OSError as error:
+            raise CheckpointNotFound(f"{path} cannot be listed: {error.strerror}") from error
+        return [f"{folder}/{name}" for name in names]
+
+    def inside(self, relative: str) -> Path:
+        """The path of `relative`. Raises CheckpointError if it is outside the folder."""
         path = self._folder / checked_name(relative)
         target = Path(os.path.realpath(path))
         if not any(target.is_relative_to(root) for root in self._roots):
@@ -28,7 +43,7 @@ class FolderSource(Source):
                 f"{show(relative)} in {self.name} is a link out of the folder, to {target}: put the file "
                 f"itself there"
             )
-        return checked_file(path, relative, self.name) if os.path.lexists(path) else None
+        return path
 
     def size(self, relative: str) -> int | None:
         path = self.find(relative)

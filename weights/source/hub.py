@@ -8,6 +8,7 @@ huggingface_hub reads HF_TOKEN, HF_HOME, HF_HUB_CACHE, HF_ENDPOINT and HF_HUB_OF
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import re
 import time
@@ -30,6 +31,8 @@ from streamllm.weights.source.source import Source, checked_file, checked_name
 # Seconds before the second, third and fourth attempt of a download. Within an attempt, huggingface_hub itself
 # resumes a connection that was closed; a connection reset or a server error in the middle ends the attempt.
 RETRY_SECONDS = (1.0, 4.0, 10.0)
+
+ABSENT_FOLDER = "_"  # a file of this name in the cache's list of absent files stands for their whole folder
 
 MIN_PROGRESS_BYTES = 16_000_000  # smaller files are downloaded without a progress bar
 
@@ -91,6 +94,29 @@ class HubSource(Source):
             return checked_file(self._download(relative, self.commit), relative, self.name)
         except MissingFile:
             return None
+
+    def files_in(self, folder: str) -> list[str]:
+        from huggingface_hub import HfApi
+
+        folder = checked_name(folder).as_posix()
+        repository = self._cache / ("models--" + self.name.replace("/", "--"))
+        absent = repository / ".no_exist" / self.commit / folder / ABSENT_FOLDER
+        if self.offline or absent.is_file():
+            snapshot = repository / "snapshots" / self.commit / folder
+            found = snapshot.iterdir() if snapshot.is_dir() else ()
+            return sorted(f"{folder}/{path.name}" for path in found if not path.is_dir())
+        hub = HfApi(endpoint=self._endpoint, token=self._token)
+        try:
+            entries = self._with_retries(
+                lambda: list(hub.list_repo_tree(self.name, folder, revision=self.commit)), folder, self.commit
+            )
+        except MissingFile:
+            # Noted where the hub's client notes absent files, so that the next load sends no request.
+            with contextlib.suppress(OSError):
+                absent.parent.mkdir(parents=True, exist_ok=True)
+                absent.touch()
+            return []
+        return sorted(entry.path for entry in entries if hasattr(entry, "blob_id"))
 
     def size(self, relative: str) -> int | None:
         from huggingface_hub import get_hf_file_metadata, hf_hub_url

@@ -39,6 +39,15 @@ class Source(ABC):
         """
 
     @abstractmethod
+    def files_in(self, folder: str) -> list[str]:
+        """The names of the files in a subfolder, as `find` takes them, sorted; none if there is no such folder.
+
+        Raises:
+            CheckpointNotFound: the folder cannot be listed.
+            CheckpointError: it is a link that leaves the checkpoint's folder.
+        """
+
+    @abstractmethod
     def size(self, relative: str) -> int | None:
         """The bytes of the file `relative`, without downloading it; None if there is no such file."""
 

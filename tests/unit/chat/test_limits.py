@@ -8,6 +8,7 @@ import tracemalloc
 import pytest
 
 from streamllm.chat import ChatTemplateError, Limits, render
+from streamllm.chat.budget import Budget
 from tests.unit.chat.samples import CHATS, SPECIAL, STYLES
 
 DOUBLE = """\
@@ -240,3 +241,80 @@ def test_each_prompt_has_a_budget_of_its_own():
         assert (
             render("{% for a in range(900) %}{% endfor %}ok", CHATS["one"], limits=Limits(steps=1000)) == "ok"
         )
+
+
+APPEND = {
+    "+": "{% set ns.o = ns.o + m.role + ': ' + m.content + '\n' %}",
+    "~": "{% set ns.o = ns.o ~ m.role ~ ': ' ~ m.content ~ '\n' %}",
+}
+
+
+@pytest.mark.parametrize("operator", APPEND)
+def test_a_prompt_that_is_written_part_by_part_is_paid_once(operator):
+    """Each part makes a new text, and the one before is no longer in use."""
+    source = f"{{% set ns = namespace(o='') %}}{{% for m in messages %}}{APPEND[operator]}{{% endfor %}}{{{{ ns.o }}}}"
+    messages = [{"role": "user", "content": "x" * 2000}] * 1000
+    limits = Limits(size=10_000)
+    assert len(render(source, messages, limits=limits)) == 1000 * 2007
+
+
+def test_lists_that_grow_are_paid_by_the_element():
+    source = "{% set ns = namespace(o=[]) %}{% for m in messages %}{% set ns.o = ns.o + [m] %}{% endfor %}"
+    messages = [{"role": "user", "content": "x" * 2000}] * 500
+    assert render(source + "{{ ns.o | length }}", messages, limits=Limits(size=10_000)) == "500"
+
+
+@pytest.mark.parametrize("made", ["a + 'x'", "a ~ 'x'", "'x' + a", "a + a"])
+def test_joined_texts_that_stay_in_use_are_paid_for(made):
+    kept = "".join(f"{{% set b{i} = {made} %}}" for i in range(300))
+    with pytest.raises(ChatTemplateError, match="makes more text"):
+        render("{% set a = 'x' * 20000 %}" + kept, CHATS["one"], limits=Limits(seconds=1e9, size=300_000))
+    listed = "{% set ns = namespace(x=[]) %}{% for i in range(300) %}{% set ns.x = ns.x + [@] %}{% endfor %}"
+    with pytest.raises(ChatTemplateError, match="makes more text"):
+        render(
+            "{% set a = 'x' * 20000 %}" + listed.replace("@", made),
+            CHATS["one"],
+            limits=Limits(seconds=1e9, size=300_000),
+        )
+
+
+def test_arguments_of_a_macro_are_not_new():
+    source = "{% macro f(all, i) %}{{ all[i].role }}{% endmacro %}{% for m in messages %}{{ f(messages, loop.index0) }}"
+    messages = [{"role": "user", "content": "x" * 2000}] * 1000
+    assert render(source + "{% endfor %}", messages, limits=Limits(size=10_000)) == "user" * 1000
+
+
+def test_the_error_names_the_limit_that_acts():
+    messages = [{"role": "user", "content": "x" * 1000}]
+    with pytest.raises(ChatTemplateError, match=r"than ([\d,]+) characters") as caught:
+        render("{{ messages[0].content * 1000 }}", messages, limits=Limits(size=10_000))
+    number = int(re.search(r"than ([\d,]+)", str(caught.value))[1].replace(",", ""))
+    assert number > 256_000  # 256 times the input, which is why this much is allowed
+    assert len(render("{{ messages[0].content * 100 }}", messages, limits=Limits(size=10_000))) == 100_000
+
+
+def test_steps_and_seconds_grow_with_the_input():
+    """Some templates look at all earlier messages for each message."""
+    source = "{% for a in messages %}{% for b in messages %}{% endfor %}{% endfor %}ok"
+    limits = Limits(steps=150_000)
+    for count in (300, 1500):
+        messages = [{"role": "user", "content": "x"}] * count
+        if count == 300:
+            assert render(source, messages, limits=limits) == "ok"
+        else:
+            with pytest.raises(ChatTemplateError, match="takes more than 300,000 steps"):
+                render(source, messages, limits=limits)
+
+
+def test_time_is_counted_while_the_template_runs_and_not_while_it_waits():
+    budget = Budget(Limits(seconds=0.05), {})
+    time.sleep(0.2)
+    for _ in range(1000):
+        budget.step()
+
+    def run():
+        while True:
+            budget.step()
+
+    with pytest.raises(ChatTemplateError, match=r"takes more than 0\.05 seconds"):
+        run()

@@ -180,3 +180,42 @@ def test_broken_templates(source, match):
     with pytest.raises(ChatTemplateError, match=match) as caught:
         render(source, CHATS["one"])
     assert len(str(caught.value)) < 600
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_the_last_message_is_continued_as_in_transformers(style, library):
+    from transformers import PreTrainedTokenizerFast
+
+    theirs = PreTrainedTokenizerFast(tokenizer_object=library, chat_template=STYLES[style], **SPECIAL)
+    texts = ["Sure, the", "Sure, the ", "  Sure", "Sure.\n"]
+    chats = [[{"role": "user", "content": "hi"}, {"role": "assistant", "content": text}] for text in texts]
+    for chat in [*chats, *CHATS.values()]:
+        try:
+            expected = theirs.apply_chat_template(chat, tokenize=False, continue_final_message=True)
+        except Exception:
+            with pytest.raises(ChatTemplateError):
+                render(STYLES[style], chat, special_tokens=SPECIAL, continue_final_message=True)
+            continue
+        assert render(STYLES[style], chat, special_tokens=SPECIAL, continue_final_message=True) == expected
+
+
+def test_blocks_and_reasoning_can_be_continued():
+    template = "{% for m in messages %}[{{ m.role }}]{% for b in m.content %}{{ b.text }}{% endfor %}[end]{% endfor %}"
+    message = {
+        "role": "assistant",
+        "content": [{"type": "text", "text": "a "}, {"type": "text", "text": "b "}],
+    }
+    assert render(template, [message], continue_final_message=True) == "[assistant]a b "
+    assert message["content"][1]["text"] == "b "
+    template = "{% for m in messages %}<think>{{ m.reasoning_content }}</think>{{ m.content }}{% endfor %}"
+    message = {"role": "assistant", "reasoning": "hm", "content": "x"}
+    assert render(template, [message], continue_final_message="reasoning") == "<think>hm"
+
+
+def test_a_last_message_that_cannot_be_continued():
+    with pytest.raises(ChatTemplateError, match="no text under 'content'"):
+        render("{{ messages }}", [{"role": "assistant"}], continue_final_message=True)
+    with pytest.raises(ChatTemplateError, match="leaves out or changes the last message"):
+        render("x", [{"role": "assistant", "content": "y"}], continue_final_message=True)
+    with pytest.raises(ValueError, match="not both"):
+        render("x", CHATS["one"], continue_final_message=True, add_generation_prompt=True)

@@ -5,8 +5,11 @@ from typing import Any
 
 import pytest
 
+from streamllm.weights.checkpoint.checkpoint import read_config
+from streamllm.weights.config_reader import ConfigReader
+from streamllm.weights.errors import UnsupportedConfig
 from tests.tiny import CONFIG
-from tests.unit.hostile.samples import INTACT, check_refused, with_config
+from tests.unit.hostile.samples import INTACT, build, check_refused, load_and_run, with_config
 
 HUGE = 10**400  # larger than any float
 
@@ -74,3 +77,65 @@ def test_values_nested_as_deeply_as_json_allows(tmp_path):
         check_refused(
             tmp_path / str(depth), files, r"head_dim is (\[|a deeply nested list)|nested too deeply"
         )
+
+
+def test_rope_types_without_a_required_key_are_refused(tmp_path):
+    """transformers refuses them too. Each type has its own keys."""
+    complete = {
+        "linear": {"factor": 2.0},
+        "dynamic": {"factor": 2.0},
+        "llama3": {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+        "yarn": {"factor": None},
+        "longrope": {"short_factor": [1.0] * 2, "long_factor": [1.0] * 2},
+    }
+    for kind, keys in complete.items():
+        scaling = {"rope_type": kind, **keys}
+        load_and_run(build(tmp_path / kind, with_config(rope_scaling=scaling)))
+        for name in keys:
+            less = {key: value for key, value in scaling.items() if key != name}
+            files = with_config(rope_scaling=less)
+            pattern = f"has no {name}, and rope_type {kind} needs it|{name} is None"
+            check_refused(tmp_path / f"{kind}-{name}", files, pattern)
+
+
+# Values that made a number or a tensor overflow.
+OVERFLOWS: dict[str, tuple[dict[str, Any], str]] = {
+    "factor": ({"rope_scaling": {"type": "linear", "factor": 1e308}}, "factor is 1e.308"),
+    "factor of dynamic": ({"rope_scaling": {"type": "dynamic", "factor": 1e308}}, "factor is 1e.308"),
+    "factor of yarn": ({"rope_scaling": {"type": "yarn", "factor": 1e308}}, "factor is 1e.308"),
+    "beta_fast": (
+        {"rope_scaling": {"type": "yarn", "factor": 2.0, "beta_fast": 1e308}},
+        "beta_fast is 1e.308",
+    ),
+    "beta_slow": ({"rope_scaling": {"type": "yarn", "factor": 2.0, "beta_slow": 1e-320}}, "beta_fast is 32"),
+    "mscale": (
+        {"rope_scaling": {"type": "yarn", "factor": 2.0, "mscale": 1e308, "mscale_all_dim": 1e308}},
+        "mscale is 1e.308",
+    ),
+    "attention_factor": (
+        {"rope_scaling": {"type": "yarn", "factor": 2.0, "attention_factor": 1e308}},
+        "attention_factor is 1e.308",
+    ),
+    "small factor": ({"rope_scaling": {"type": "linear", "factor": 1e-300}}, "factor is 1e-300"),
+    "rope_theta": ({"rope_theta": 1e308}, r"config\.json of .*: rope_theta is 1e.308"),
+    "small rope_theta": ({"rope_theta": 1e-300}, r"config\.json of .*: rope_theta is 1e-300"),
+}
+
+
+@pytest.mark.parametrize("case", OVERFLOWS)
+def test_values_that_overflow(tmp_path, case):
+    check_refused(tmp_path, with_config(**OVERFLOWS[case][0]), OVERFLOWS[case][1])
+
+
+@pytest.mark.parametrize("value", [1e308, -1e308, 5, -1])
+def test_share_of_rotary_dimensions_of_gpt_neox(value):
+    values = {"model_type": "gpt_neox", "rotary_pct": value}
+    with pytest.raises(UnsupportedConfig, match="rotary_pct is"):
+        read_config(ConfigReader(values))
+
+
+@pytest.mark.parametrize("name", ["clip_qkv", "softmax_scale", "alibi_bias_max"])
+def test_large_numbers_of_mpt(name):
+    values = {"model_type": "mpt", "attn_config": {"alibi": True, name: 1e308}}
+    with pytest.raises(UnsupportedConfig, match=f"{name} is 1e"):
+        read_config(ConfigReader(values))

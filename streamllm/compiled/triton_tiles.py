@@ -1,0 +1,140 @@
+"""Tile sizes of the Triton kernels: what was measured on this GPU and kept, a table, or a rule, in this order.
+
+`triton_tune.py` measures, and keeps the result for later processes beside compiled libraries (`library.folder`).
+"""
+
+from __future__ import annotations
+
+import json
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from streamllm.compiled import library
+
+MAX_MATVEC_ROWS = 16  # up to this many rows, a product reads its weights by our kernels; above, by cuBLAS
+INTERPRETED_SPLITS = 3
+
+
+class Tile(NamedTuple):
+    """What one program of a product computes."""
+
+    outputs: int
+    inputs: int  # per round of its loop
+    warps: int
+    stages: int = 3
+    rows: int = 16  # not for one row
+
+
+class AttentionTile(NamedTuple):
+    """How attention is divided."""
+
+    splits: int  # parts of the slots of a key head
+    block: int  # slots per round of the loop
+    warps: int
+    stages: int
+
+
+INTERPRETED_TILE = Tile(64, 32, 4)  # a program costs milliseconds there
+# (outputs, inputs, gated) of a bfloat16 or float16 product with one row: the fastest tile on an H200 (torch 2.11,
+# triton 3.6), 2026-11, by a prototype of this kernel. tools/gpu_check.py measures them again.
+TILES = {
+    (6144, 4096, False): Tile(2, 2048, 8),
+    (4096, 4096, False): Tile(2, 2048, 4),
+    (14336, 4096, True): Tile(2, 1024, 4),
+    (4096, 14336, False): Tile(8, 512, 8),
+    (128256, 4096, False): Tile(2, 2048, 8),
+}
+
+
+def on_gpu(device: torch.device) -> bool:
+    """Whether kernels are compiled for a GPU, not interpreted."""
+    return device.type == "cuda"
+
+
+def multiprocessors(device: torch.device) -> int:
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def product_key(outputs: int, inputs: int, gated: bool, itemsize: int) -> str:
+    return f"product {outputs} x {inputs}{' gated' if gated else ''}, {itemsize} bytes"
+
+
+def attention_key(pairs: int, shared: int, slots: int, dim: int, itemsize: int) -> str:
+    return f"attention {pairs} x {shared} heads, {slots} slots of {dim}, {itemsize} bytes"
+
+
+def tile_of(rows: int, weight: Tensor, gated: bool) -> Tile:
+    """The tile of a product of `rows` rows with a weight [N, K]."""
+    outputs, inputs = weight.shape
+    if not on_gpu(weight.device):
+        return INTERPRETED_TILE
+    if rows > 1:
+        columns = max(16, min(256 // weight.itemsize, _power_of_two(inputs)))
+        return Tile(16, columns, 4, 3, 16 if rows <= 16 else 32)
+    kept = kept_tiles(_name(weight.device)).get(product_key(outputs, inputs, gated, weight.itemsize))
+    if kept is not None:
+        return Tile(*kept)
+    if weight.itemsize == 2 and (outputs, inputs, gated) in TILES:
+        return TILES[outputs, inputs, gated]
+    return _rule(outputs, inputs, gated)
+
+
+def _rule(outputs: int, inputs: int, gated: bool) -> Tile:
+    """Two rows of a few thousand weights, divided without a rest where that is possible."""
+    most = min(1024 if gated else 2048, _power_of_two(inputs))
+    columns = next((size for size in (2048, 1024, 512, 256) if size <= most and inputs % size == 0), most)
+    return Tile(2 if outputs >= 1024 else 1, columns, 8 if columns >= 2048 else 4)
+
+
+def attention_tile(
+    pairs: int, shared: int, slots: int, dim: int, dtype: torch.dtype, device: torch.device
+) -> AttentionTile:
+    """For B · G pairs, `shared` query heads each. By the rule, there are two programs for each multiprocessor."""
+    block = 64 if dtype.itemsize == 2 and dim <= 128 else 32
+    block = max(16, min(block, _power_of_two(slots)))
+    blocks = -(-slots // block)
+    if not on_gpu(device):
+        return AttentionTile(min(INTERPRETED_SPLITS, blocks), block, 4, 2)
+    kept = kept_tiles(_name(device)).get(attention_key(pairs, shared, slots, dim, dtype.itemsize))
+    if kept is not None:
+        return AttentionTile(*kept)
+    wanted = 2 * multiprocessors(device) // max(pairs, 1)
+    splits = max(1, min(1 << max(wanted, 1).bit_length() - 1, 64, blocks))
+    return AttentionTile(splits, block, 4, 2)
+
+
+@lru_cache(maxsize=8)
+def kept_tiles(name: str) -> dict[str, list[int]]:
+    """The tiles that were measured on GPUs of this name."""
+    try:
+        kept = json.loads((library.folder() / f"tiles-{name}.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return kept if isinstance(kept, dict) else {}
+
+
+def keep_tiles(device: torch.device, tiles: dict[str, tuple[int, ...]]) -> None:
+    """Keep measured tiles for later processes. A full or read-only disk is no error."""
+    name = _name(device)
+    kept = {**kept_tiles(name), **{key: list(tile) for key, tile in tiles.items()}}
+    try:
+        library.folder().mkdir(parents=True, exist_ok=True)
+        path = library.folder() / f"tiles-{name}.json"
+        path.with_suffix(".new").write_text(json.dumps(kept, indent=1))
+        path.with_suffix(".new").replace(path)
+    except OSError:
+        pass
+    kept_tiles.cache_clear()
+
+
+def _name(device: torch.device) -> str:
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "none"
+    return "".join(letter if letter.isalnum() else "-" for letter in name)
+
+
+def _power_of_two(number: int) -> int:
+    """The smallest power of two that is at least `number`."""
+    return 1 << max(number - 1, 0).bit_length()
