@@ -473,7 +473,10 @@ class Stream:
                 if self._view.number > loop.end:
                     loop.push_drawn()
                 self._make_room()
-                ahead = self.evict == "token" or int(self.cache.held[0]) + len(loop.unfed) < self.cache.sinks + self.cache.window
+                ahead = (
+                    self.evict == "token"
+                    or int(self.cache.held[0]) + len(loop.unfed) < self.cache.sinks + self.cache.window
+                )
                 token = loop.draw(sampler, count, run_ahead=ahead and count + 1 != limit)
                 if top_logprobs is not None:
                     self._keep_logprobs(token, top_logprobs)
@@ -513,9 +516,7 @@ class Stream:
                 view.removed, Removed(start, loop.seen, False), loop.seen - loop.log.history.size * 2
             )
             end = loop.end
-            self._view = replace(
-                view, number=end, generated_to=end, cut=None, first=first, removed=removed
-            )
+            self._view = replace(view, number=end, generated_to=end, cut=None, first=first, removed=removed)
 
     def _record(self, piece: str, view: View) -> View:
         """The view after a piece was shown that belongs to an answer in a conversation."""

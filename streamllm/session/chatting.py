@@ -91,7 +91,12 @@ def begin(
         last = None
     is_first = not dialogue.turns
     ids, ends = _encode(stream, addition, spelled, last, is_first)
-    if is_first and stream.pins_system and not stream._end and addition.parts[0].role in ("system", "developer"):
+    if (
+        is_first
+        and stream.pins_system
+        and not stream._end
+        and addition.parts[0].role in ("system", "developer")
+    ):
         stream._make_cache(ends[0])
     number = stream._end
     call = Call(number, len(dialogue.messages), answer, _snapshot(stream))
@@ -190,7 +195,8 @@ def undo_without_snapshot(stream: Stream, dialogue: Dialogue, call: Call) -> Non
         dialogue,
         messages=messages[: call.messages],
         turns=tuple(
-            turn for turn in dialogue.turns
+            turn
+            for turn in dialogue.turns
             if turn.start < (call.start if call.answer is None else call.answer.start)
         ),
         answer=call.answer,

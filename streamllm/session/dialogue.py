@@ -83,7 +83,9 @@ class Addition:
 
     parts: tuple[Part, ...]
     opening: str  # what begins the model's answer
-    drop_eos: bool  # the template does not write the id that ended the last answer
+    drop_eos: (
+        bool  # the template does not write the id that ended the last answer, or writes a space before it
+    )
 
     @property
     def text(self) -> str:
@@ -192,7 +194,7 @@ def next_text(
 
 
 def _behind_answer(whole: str, at: int, answer: str, eos: str | None) -> tuple[int, bool]:
-    """Where the text behind an answer begins, and whether it lacks the token that ended the answer.
+    """Where the text behind an answer begins, and whether something else than its end token follows.
 
     Templates strip an answer, or put a space around it. What the model generated stays as it was.
     """
@@ -206,9 +208,7 @@ def _behind_answer(whole: str, at: int, answer: str, eos: str | None) -> tuple[i
         raise _rewrites()
     if eos is None:
         return at, False
-    rest = whole[at:]
-    lead = len(rest) - len(rest.lstrip())
-    return (at + lead + len(eos), False) if rest.startswith(eos, lead) else (at, True)
+    return (at + len(eos), False) if whole.startswith(eos, at) else (at, True)
 
 
 def _ends(

@@ -115,7 +115,9 @@ def fingerprint(model: nn.Module, tokenizer: Tokenizer) -> dict[str, Any]:
     """What identifies a model and its tokenizer, whatever the type and device of the weights."""
     geometry = geometry_of(model)
     inner: nn.Module = getattr(model, "model", model) if "compiled" in type(model).__module__ else model
-    sizes = {name: getattr(geometry, name) for name in ("kv_heads", "head_dim", "vocab_size", "trained_length")}
+    sizes = {
+        name: getattr(geometry, name) for name in ("kv_heads", "head_dim", "vocab_size", "trained_length")
+    }
     return {
         "model": f"{type(inner).__module__}.{type(inner).__name__}",
         "geometry": {**sizes, "windows": list(geometry.windows)},
@@ -152,9 +154,7 @@ def _agree(theirs: Any, here: Any) -> bool:
     if theirs is None or here is None or theirs["shape"] != here["shape"]:
         return False
     scale = max(map(abs, [*theirs["values"], *here["values"], 1e-30]))
-    return all(
-        abs(a - b) <= TOLERANCE * scale for a, b in zip(theirs["values"], here["values"], strict=True)
-    )
+    return all(abs(a - b) <= TOLERANCE * scale for a, b in zip(theirs["values"], here["values"], strict=True))
 
 
 def _config(model: nn.Module) -> dict[str, Any]:
@@ -192,5 +192,3 @@ def _tokenizer_digest(tokenizer: Tokenizer) -> str:
     tokens = [tokenizer.id_to_token(size * step // TOKENS) for step in range(TOKENS)]
     text = json.dumps([size, tokens, tokenizer.special_tokens], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
-
-

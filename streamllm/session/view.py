@@ -71,7 +71,9 @@ class View:
     cut: Cut | None = None  # what is to be done first, with `number` unknown until then
     answer: AnswerText | None = None  # of the last answer in a conversation
     first: tuple[int, ...] = ()  # the first tokens, which become the sinks
-    removed: tuple[Removed, ...] = ()  # in order, not overlapping; those that the window has passed are left out
+    removed: tuple[
+        Removed, ...
+    ] = ()  # in order, not overlapping; those that the window has passed are left out
 
     def with_first(self, number: int, tokens: tuple[int, ...], sinks: int) -> View:
         """The view after the stream went on with `tokens`, from `number` on."""

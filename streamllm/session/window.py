@@ -125,9 +125,7 @@ def drop(stream: Stream, start: int, stop: int) -> None:
     early = max(0, len(history) - len(recent))
     recent = recent[len(recent) - (len(history) - early) :]
     left = history[:early] + [
-        token
-        for number, token in zip(recent, history[early:], strict=True)
-        if not start <= number < stop
+        token for number, token in zip(recent, history[early:], strict=True) if not start <= number < stop
     ]
     ranks = [rank for rank, number in enumerate(held) if start <= number < stop and rank >= cache.sinks]
     if ranks:
