@@ -237,6 +237,14 @@ class Stream:
         self._save_if_due(True)
         return len(ids)
 
+    def reading(self) -> Iterator[int]:
+        """Read what waits, chunk by chunk. Yields how many tokens are left each time."""
+        while len(self._loop.unfed) > self.cache.chunk:
+            self._make_room()
+            if len(waiting := self._loop.unfed) > self.cache.chunk:
+                window.read(self, waiting[: self.cache.chunk])
+            yield len(self._loop.unfed)
+
     @property
     def turns(self) -> list[Turn]:
         """The messages of the conversation with their tokens' numbers, the last answer as far as it came."""

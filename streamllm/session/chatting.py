@@ -28,12 +28,16 @@ if TYPE_CHECKING:
 PROBE = {"role": "user", "content": "Hello"}  # a message that could follow a system prompt
 
 
-def closed(stream: Stream, dialogue: Dialogue) -> Dialogue:
-    """The conversation, in which the last answer is a message and a turn like the others."""
+def closed(stream: Stream, dialogue: Dialogue, strip: bool = False) -> Dialogue:
+    """The conversation, in which the last answer is a message and a turn like the others.
+
+    strip: the message has no space around it. The turn has the text that was shown.
+    """
     answer = dialogue.answer
     if answer is None:
         return dialogue
-    message = {"role": "assistant", "content": answer_text(stream, answer)}
+    text = answer_text(stream, answer)
+    message = {"role": "assistant", "content": text.strip() if strip else text}
     return replace(
         dialogue,
         messages=(*dialogue.messages, message),
@@ -100,7 +104,7 @@ def begin(
         stream._make_cache(ends[0])
     number = stream._end
     call = Call(number, len(dialogue.messages), answer, _snapshot(stream))
-    before, dialogue = dialogue, closed(stream, dialogue)
+    before, dialogue = dialogue, closed(stream, dialogue, addition.strips_answer)
     turns = list(dialogue.turns)
     start = number
     for part, end in zip(addition.parts, ends, strict=True):
@@ -185,7 +189,7 @@ def undo_without_snapshot(stream: Stream, dialogue: Dialogue, call: Call) -> Non
     """Take back what a call pushed, and what was generated after it."""
     messages, text = dialogue.messages, ""
     if call.answer is not None:  # it is the last answer again
-        text = str(messages[call.messages].get("content", ""))
+        text = next((turn.text for turn in dialogue.turns if turn.start == call.answer.start), "")
     stream._take_back(call.start)
     shown = None
     if call.answer is not None:

@@ -83,9 +83,9 @@ class Addition:
 
     parts: tuple[Part, ...]
     opening: str  # what begins the model's answer
-    drop_eos: (
-        bool  # the template does not write the id that ended the last answer, or writes a space before it
-    )
+    # The template does not write the token that ended the last answer, or writes a space in front of it.
+    drop_eos: bool
+    strips_answer: bool  # as a message, the last answer has no space around it: the template writes one
 
     @property
     def text(self) -> str:
@@ -162,7 +162,15 @@ def next_text(
 
     Raises ChatTemplateError where the template refuses the messages, or rewrites what was fed.
     """
-    answered = [] if answer is None else [{"role": "assistant", "content": answer}]
+    given, stripped = answer, False
+    if answer is not None and answer != answer.strip():
+        # The template may write the space in front of an answer itself.
+        trimmed = answer.strip()
+        kept = rendered_messages([*known, {"role": "assistant", "content": trimmed}, *new])
+        before = render(kept[: len(kept) - 1 - len(new)], True)
+        stripped = render(kept, generate and not continued).startswith(before + answer)
+        given = trimmed if stripped else answer
+    answered = [] if given is None else [{"role": "assistant", "content": given}]
     every = [*known, *answered, *new]
     kept = rendered_messages(every)
     known = kept[: len(kept) - len(answered) - len(new)]
@@ -190,7 +198,7 @@ def next_text(
         if role is not None or end > start:
             parts.append(Part(role, content, whole[start:end]))
         start = end
-    return Addition(tuple(parts), whole[start:stop], drop_eos)
+    return Addition(tuple(parts), whole[start:stop], drop_eos, stripped)
 
 
 def _behind_answer(whole: str, at: int, answer: str, eos: str | None) -> tuple[int, bool]:

@@ -96,14 +96,19 @@ def make_room(stream: Stream, turns: Sequence[Turn]) -> None:
         if waiting <= room:
             return
         if room > 0:
-            with torch.inference_mode():
-                tokens = torch.tensor([loop.unfed[:room]], dtype=torch.int64, device=cache.device)
-                stream.model(tokens, cache, logits_to_keep=1)
+            read(stream, loop.unfed[:room])
             continue
         entries = oldest_turn(stream, turns)
         if entries is None:
             return
         cache.evict_range(*entries)
+
+
+def read(stream: Stream, tokens: Sequence[int]) -> None:
+    """Let the cache take in the first tokens that wait. The stream derives what waits from what the cache has seen."""
+    with torch.inference_mode():
+        ids = torch.tensor([tokens], dtype=torch.int64, device=stream.cache.device)
+        stream.model(ids, stream.cache, logits_to_keep=1)
 
 
 def drop(stream: Stream, start: int, stop: int) -> None:
