@@ -58,7 +58,9 @@ def main() -> None:
             stream = streamllm.Stream.load(path, model, tokenizer)
             age = said - stream.said
             if age > EVERY:
-                raise SystemExit(f"kill {kill}: the session is {age} tokens old, and it is saved every {EVERY}")
+                raise SystemExit(
+                    f"kill {kill}: the session is {age} tokens old, and it is saved every {EVERY}"
+                )
             oldest = max(oldest, age)
     print(f"{given.kills} kills: every session loads; the oldest one lacks {oldest} tokens of {EVERY}")
 

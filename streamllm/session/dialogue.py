@@ -230,7 +230,8 @@ def _ends(
     continued: bool,
 ) -> list[int]:
     """Where the text of the last answer ends, and that of each new message that is not continued."""
-    ends, old = [], len(kept) - new
+    ends: list[int] = []
+    old = len(kept) - new
     for count in range(old, len(kept) + (not continued)):
         if count == len(kept) and not generate:
             end: int | None = stop

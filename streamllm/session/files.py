@@ -8,7 +8,7 @@ import os
 import tempfile
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +107,7 @@ def checksum(text: str, tensors: Mapping[str, Tensor]) -> str:
     for name in sorted(tensors):
         tensor = tensors[name]
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        digest.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -159,10 +159,7 @@ def _agree(theirs: Any, here: Any) -> bool:
 
 def _config(model: nn.Module) -> dict[str, Any]:
     config = getattr(model, "config", None)
-    try:
-        values = asdict(config)  # type: ignore[call-overload]
-    except TypeError:
-        return {}
+    values = asdict(config) if is_dataclass(config) and not isinstance(config, type) else {}
     return {name: json.loads(json.dumps(value, default=str)) for name, value in values.items()}
 
 

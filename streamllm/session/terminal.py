@@ -38,9 +38,7 @@ class Chat:
     def run(self) -> None:
         """Read lines until the end of the input."""
         read = line_reader()
-        self._tell(
-            f"{self.stream!r}. /help lists the commands."
-        )
+        self._tell(f"{self.stream!r}. /help lists the commands.")
         if not self.has_template:
             self._tell("The model has no chat template: it continues the text that you type.")
         while True:
@@ -185,12 +183,12 @@ def line_reader() -> Callable[[str], str]:
         from prompt_toolkit.key_binding import KeyBindings
     except ImportError:
         return _plain
-    keys = KeyBindings()
+    keys: Any = KeyBindings()
 
-    @keys.add("escape", "enter")
-    def _(event: Any) -> None:
+    def begin_line(event: Any) -> None:
         event.current_buffer.insert_text("\n")
 
+    keys.add("escape", "enter")(begin_line)
     file = HISTORY_FILE.expanduser()
     file.parent.mkdir(parents=True, exist_ok=True)
     session: Any = PromptSession(history=FileHistory(str(file)), key_bindings=keys)

@@ -309,3 +309,14 @@ def test_killed_while_autosaving_leaves_a_session_that_loads(folder: Path, pair,
         stream = Stream.load(path, *pair)
         assert stream._end >= told - 2 - 1
         assert len("".join(stream.chat("go on", max_new_tokens=5))) > 0
+
+
+def test_the_code_of_the_readme_runs(pair, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    section = text.partition("\n## Chat\n")[2].partition("\n## ")[0]
+    blocks = [block.partition("```")[0] for block in section.split("```python\n")[1:]]
+    assert blocks
+    for block in blocks:
+        exec(block, {"streamllm": streamllm, "model": pair[0], "tokenizer": pair[1]})
+    assert (tmp_path / "talk.session").exists()
