@@ -14,6 +14,7 @@ from typing import Any
 import click
 
 import streamllm
+from streamllm.commands.chat import chat
 from streamllm.commands.convert import convert
 from streamllm.commands.generate import generate
 from streamllm.commands.info import info
@@ -26,6 +27,7 @@ from streamllm.commands.recall import recall
 # In the order of `streamllm --help`, which shows the first sentence of each docstring.
 COMMANDS = {
     "generate": generate,
+    "chat": chat,
     "models": models,
     "info": info,
     "parity": parity,

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +17,10 @@ from streamllm.generation_config import GenerationConfig, SamplingSettings, reso
 from streamllm.loop import Loop
 from streamllm.models.checks import whole_number
 from streamllm.sampling import LogitsProcessor, Sampler, TokenLogProbs, breaker_tokens, token_logprobs
+from streamllm.session import SessionError, chatting, saving, window
+from streamllm.session.dialogue import Dialogue, Message, Turn, check_messages, without_known
+from streamllm.session.state import capture, restore
+from streamllm.session.view import AnswerText, Cut, Removed, View
 from streamllm.stop_strings import Held, Segment, check_stops
 from streamllm.tokenizer import IncrementalDecoder, Tokenizer
 
@@ -23,29 +29,7 @@ if TYPE_CHECKING:
 
 # The decoder of a text that goes on depends on its last tokens only: a character has at most 4 bytes.
 DECODER_TOKENS = 16
-
-
-@dataclass(frozen=True)
-class _Cut:
-    """Tokens that leave the stream, because they hold a stop string."""
-
-    start: int  # the number of the first of them
-    then: tuple[int, ...]  # the tokens of the text in front of the stop string
-    cuts: int  # the cuts of the stream before this one
-
-
-@dataclass(frozen=True)
-class _View:
-    """How far the text of a stream was decoded and shown. It is replaced as a whole."""
-
-    number: int = 0  # the tokens before this number were decoded
-    generated_to: int = 0  # the number behind the last generated token that was decoded
-    generated: int = 0  # how many tokens were generated
-    held: Held = field(default_factory=Held)  # generated text that may become a stop string
-    owed: str = ""  # generated text to show first
-    unsaid: int = 0  # 1 where the last token was decoded and its piece was not yielded
-    stopped: bool = False  # whether a stop string ended the text and its last piece was not yielded
-    cut: _Cut | None = None  # what is to be done first, with `number` unknown until then
+DEFAULT_SINKS = 4
 
 
 class Stream:
@@ -64,23 +48,53 @@ class Stream:
         self,
         model: nn.Module,
         tokenizer: Tokenizer,
-        sinks: int = 4,
+        sinks: int | str = 4,
         window: int | None = None,
         chunk: int | None = None,
         quantize: str | None = None,
+        *,
+        evict: str = "token",
+        pin: str | None = None,
+        snapshots: int = 1,
     ) -> None:
+        if isinstance(sinks, str) and sinks != "system":
+            raise ValueError(f'sinks must be a number of tokens or "system", not {sinks!r}')
+        if evict not in ("token", "turn"):
+            raise ValueError(f'evict must be "token" or "turn", not {evict!r}')
+        if isinstance(snapshots, bool) or not isinstance(snapshots, int) or snapshots < 0:
+            raise ValueError(f"snapshots must be a whole number of at least 0, not {snapshots!r}")
+        if pin is not None and sinks == "system":
+            raise ValueError('give sinks="system" or pin, not both')
         self.tokenizer = tokenizer
-        self.cache = SinkCache(model, sinks=sinks, window=window, chunk=chunk, quantize=quantize)
+        self.evict, self.pin, self.snapshots = evict, pin, snapshots
+        self.pins_system = sinks == "system"
+        self._pinned = [] if pin is None else tokenizer.encode_piece(pin)
+        self._window, self._chunk, self._quantize = window, chunk, quantize
         self._breakers: tuple[object, tuple[tuple[int, ...], ...]] | None = None
-        self._start(model)
+        self._fingerprint: dict[str, Any] | None = None
+        self._autosave: saving.Autosave | None = None
+        self._model = model
+        number = sinks if isinstance(sinks, int) else DEFAULT_SINKS
+        self._make_cache(number if pin is None else len(self._pinned))
+
+    def _make_cache(self, sinks: int) -> None:
+        """Begin with an empty cache of so many sinks."""
+        self.cache = SinkCache(
+            self._model, sinks=sinks, window=self._window, chunk=self._chunk, quantize=self._quantize
+        )
+        self._start(self._model)
 
     def _start(self, model: nn.Module) -> None:
         self._loop = Loop(model, self.cache)
-        self._view = _View()
+        self._view = View()
+        self._dialogue = Dialogue()
         self._decoder: IncrementalDecoder = self.tokenizer.decoder()
         self._decoder_at: int | None = 0  # the number of tokens that it decoded; None while it decodes
+        self._saved_at = 0  # how many tokens the stream had when it was last saved
         self.finish_reason: str | None = None
         self.logprobs: list[TokenLogProbs] = []
+        if self._pinned:
+            self._push(self._pinned)
 
     @property
     def model(self) -> nn.Module:
@@ -117,7 +131,7 @@ class Stream:
         """
         tokens = self._encode(text, bos, special_tokens)
         self._push(tokens)
-        self._loop.feed()
+        self._feed()
         return len(tokens)
 
     def generate(
@@ -162,13 +176,256 @@ class Stream:
         self.cache.reset()
         self._start(self.model)
 
+    # A conversation
+
+    def chat(
+        self,
+        text_or_messages: str | Sequence[Message],
+        *,
+        tools: Sequence[Message] | None = None,
+        continue_final_message: bool = False,
+        template_variables: Message | None = None,
+        **options: Any,
+    ) -> Iterator[str]:
+        """The model's answer to a user's text, or to messages, piece by piece.
+
+        The checkpoint's chat template writes the prompt. Each turn is fed once: the model reads only what the
+        template adds to the conversation so far, so a turn costs the same at any length. Special tokens that a
+        message spells stay text. An interrupted answer stays in the conversation as far as it came;
+        `generate("")` goes on with it.
+
+        Args:
+            text_or_messages: what the user says; or new messages, for example
+                `[{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello"}]`. A list that
+                repeats the conversation from its start may be given, too.
+            tools: JSON schemas of functions that the model may call, given with the first message.
+            continue_final_message: the last message is the beginning of the model's answer.
+            template_variables: other variables of the template, for example `{"enable_thinking": False}`.
+            options: the arguments of `generate`. eos: by default, the ids that end a text by the model's files and the
+                tokenizer's own.
+
+        Raises ChatTemplateError where the tokenizer has no template, or its template refuses the messages or rewrites
+        earlier turns. Otherwise as `generate`. After any error at the call, nothing was pushed.
+        """
+        new = without_known(check_messages(text_or_messages), self._messages())
+        variables = self._template_variables(tools, template_variables)
+        if options.get("eos") is None and options.get("generation_config") is None:
+            options["eos"] = chatting.default_eos(self)
+        eos = options.get("eos")
+        config = resolve(self.model, options.get("generation_config"), {"eos": eos})
+        ids, dialogue = chatting.begin(
+            self, new, variables, eos=config.eos, generate=True, continued=continue_final_message
+        )
+        with self._going_on(dialogue):
+            return self.generate(ids, **options)
+
+    def say(self, role: str, text: str) -> int:
+        """Add a message to the conversation without an answer. Returns the number of tokens that were fed.
+
+        A system prompt that the template writes into the first user message is fed with that message. Raises
+        ChatTemplateError as `chat`.
+        """
+        message = {"role": role, "content": text}
+        check_messages([message])
+        if chatting.waits(self, role, None, message):
+            now = self._now
+            self._dialogue = replace(now, waiting=(*now.waiting, message))
+            return 0
+        ids, dialogue = chatting.begin(self, [message], None, eos=(), generate=False)
+        with self._going_on(dialogue):
+            self._push(ids)
+        self._feed()
+        self._save_if_due(True)
+        return len(ids)
+
+    def reading(self) -> Iterator[int]:
+        """Read what waits, chunk by chunk. Yields how many tokens are left each time."""
+        while len(self._loop.unfed) > self.cache.chunk:
+            self._make_room()
+            if len(waiting := self._loop.unfed) > self.cache.chunk:
+                window.read(self, waiting[: self.cache.chunk])
+            yield len(self._loop.unfed)
+
+    @property
+    def turns(self) -> list[Turn]:
+        """The messages of the conversation with their tokens' numbers, the last answer as far as it came."""
+        dialogue = self._now
+        answer = dialogue.answer
+        return [*dialogue.turns, *([] if answer is None else [chatting.answer_turn(self, answer)])]
+
+    def visible(self, special_tokens: bool = False) -> str:
+        """The text that the model can still see. `[…]` stands where a part of the stream is missing."""
+        return window.visible(self, special_tokens)
+
+    def drop(self, turn: int | Turn) -> None:
+        """Take a turn out of what the model can see; the rest closes up. Tokens of the sinks stay.
+
+        turn: one of `turns`, or its number in that list. Raises ValueError for any other.
+        """
+        self._settle()
+        turns = self.turns
+        try:
+            chosen = turns[turn] if isinstance(turn, int) else turns[turns.index(turn)]
+        except (IndexError, ValueError):
+            raise ValueError(f"there is no turn {turn!r}: the conversation has {len(turns)} turns") from None
+        dialogue = self._now
+        if dialogue.answer is not None and chosen.start == dialogue.answer.start:
+            dialogue = chatting.closed(self, dialogue)
+        window.drop(self, chosen.start, chosen.stop)
+        left = tuple(kept for kept in dialogue.turns if kept.start != chosen.start)
+        self._dialogue = replace(dialogue, turns=left, before=None, pushed_to=0)
+
+    def undo(self) -> list[Turn]:
+        """Take the last `chat` or `say` back, with its answer. Returns the turns that were taken back.
+
+        With a snapshot (`snapshots`: of so many of the last calls), and as long as the window is not full, the stream
+        is exactly as it was before. Otherwise what the turns pushed out of the window stays out.
+
+        Raises ValueError where there is nothing to undo.
+        """
+        self._settle()
+        dialogue, turns = self._now, self.turns
+        if not dialogue.calls:
+            raise ValueError("there is no turn to undo")
+        call = dialogue.calls[-1]
+        if call.snapshot is not None:
+            restore(self, call.snapshot)
+        else:
+            chatting.undo_without_snapshot(self, dialogue, call)
+        return [turn for turn in turns if turn.start >= call.start]
+
+    def fork(self) -> Stream:
+        """A second stream that goes on from here, with a cache of its own."""
+        state = capture(self)
+        other = Stream(self.model, self.tokenizer, **self._settings())
+        restore(other, state)
+        other._fingerprint = self._fingerprint
+        return other
+
+    # Files
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write everything that the continuation depends on to a safetensors file.
+
+        The file is as large as the cache and the conversation's text. It is written beside `path` and then
+        renamed, so after an error or a crash at any moment there is the old file or the new one. Raises OSError where
+        it cannot be written.
+        """
+        saving.save(self, path)
+        self._saved_at = self._end
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], model: nn.Module, tokenizer: Tokenizer) -> Stream:
+        """The stream that `save` wrote. It goes on as if it had not been stopped.
+
+        The model may have another type, device or compiled step than the one that the stream was saved with.
+        Raises streamllm.session.SessionError, a ValueError, for a damaged file and for another model or tokenizer;
+        OSError where the file cannot be read.
+        """
+        settings, state, own = saving.open_file(path, model, tokenizer)
+        stream = cls(model, tokenizer, **settings)
+        try:
+            restore(stream, state)
+        except ValueError as error:
+            raise SessionError(f"{path} does not fit: {error}") from None
+        stream._fingerprint = own
+        stream._saved_at = stream._end
+        return stream
+
+    def autosave(self, path: str | os.PathLike[str] | None, every: int | str = "turn") -> None:
+        """Save the stream to `path` after each turn, or each time that it has `every` more tokens. None: no more.
+
+        An error of writing (OSError) is raised by `generate`, `chat` or `say`, and the stream can go on.
+        """
+        self._autosave = saving.autosave(path, every)
+
+    def _save_if_due(self, is_end_of_turn: bool) -> None:
+        due = self._autosave
+        if due is None:
+            return
+        if is_end_of_turn if due.tokens is None else self._end - self._saved_at >= due.tokens:
+            self._saved_at = self._end
+            self.save(due.path)
+
+    def _settings(self) -> dict[str, Any]:
+        """The arguments of `Stream` that make one with a cache like this one."""
+        return {
+            "sinks": self.cache.sinks,
+            "window": self.cache.window,
+            "chunk": self.cache.chunk,
+            "quantize": self.cache.quantize,
+            "evict": self.evict,
+            "snapshots": self.snapshots,
+        }
+
+    # The state, also after an interrupt
+
+    @property
+    def _end(self) -> int:
+        """The number of the next token, behind one that was drawn and decoded and is not pushed yet."""
+        return max(self._view.number, self._loop.end)
+
+    @property
+    def _now(self) -> Dialogue:
+        """The conversation. Where an interrupt fell before its last messages were pushed, the one before."""
+        dialogue = self._dialogue
+        interrupted = dialogue.before is not None and self._loop.end < dialogue.pushed_to
+        return dialogue.before if interrupted and dialogue.before is not None else dialogue
+
+    def _messages(self) -> list[Message]:
+        self._settle()
+        return list(chatting.closed(self, self._now).messages)
+
+    def _template_variables(
+        self, tools: Sequence[Message] | None, variables: Message | None
+    ) -> dict[str, Any] | None:
+        if tools is None and variables is None:
+            return None
+        given = {} if tools is None else {"tools": list(tools)}
+        return {**self._now.variables, **given, **(variables or {})}
+
+    @contextmanager
+    def _going_on(self, dialogue: Dialogue) -> Iterator[None]:
+        """Push the tokens of `dialogue` within the context; an error before leaves the conversation as it was."""
+        before = self._now
+        self._dialogue = dialogue
+        try:
+            yield
+        except BaseException:
+            if self._loop.end < dialogue.pushed_to:
+                self._dialogue = before
+            raise
+        if dialogue.answer is not None or self._view.owed:
+            self._view = replace(self._view, owed="")  # it belongs to the answer before
+
+    def _settle(self) -> None:
+        """Complete what an interrupt left."""
+        self._finish_cut()
+        self._decode_pushed()
+        if self._loop.drawn is not None and self._view.number == self._loop.end:
+            self._decode(self._loop.drawn)
+
+    def _take_back(self, start: int) -> None:
+        """Take the tokens from number `start` on out of the stream."""
+        cut = Cut(start, (), self._loop.log.cuts)
+        self._view = replace(self._view, held=Held(), owed="", unsaid=0, stopped=False, cut=cut)
+        self._finish_cut()
+
+    def _feed(self) -> None:
+        self._make_room()
+        self._loop.feed()
+
+    def _make_room(self) -> None:
+        if self.evict == "turn":
+            window.make_room(self, self.turns)
+
     def _encode(
         self, text: str | Sequence[int] | Tensor, bos: bool | None, special_tokens: bool
     ) -> list[int]:
         if bos not in (None, True, False):
             raise TypeError(f"bos must be True, False or None, not {bos!r}")
         log = self._loop.log
-        end = max(self._view.number, log.end)
+        end = self._end
         if isinstance(text, str):
             only_bos = end == 1 and log.tokens == [self.tokenizer.bos_token_id]
             last = log.tokens[-1] if log.tokens and self._view.generated_to != end else None
@@ -202,7 +459,8 @@ class Stream:
             loop.push_drawn()
         view = self._view
         owed = view.owed + view.held.shown(len(view.held.text))
-        self._view = replace(view, held=Held(), owed=owed, unsaid=0, stopped=False)
+        view = replace(view, held=Held(), owed=owed, unsaid=0, stopped=False)
+        self._view = view.with_first(loop.end, tuple(tokens[: self.cache.sinks]), self.cache.sinks)
         loop.push(tokens)
         self._decode_pushed()
 
@@ -215,13 +473,20 @@ class Stream:
             self._finish_cut()
             self._decode_pushed()
             if self._view.stopped:
-                piece, after = self._view.owed, replace(self._view, owed="", stopped=False)
+                piece = self._view.owed
+                after = self._record(piece, replace(self._view, owed="", stopped=False))
                 self._view, self.finish_reason = after, "stop"; yield piece  # noqa: E702  # fmt: skip
+                self._save_if_due(True)
                 return
             if not self._view.unsaid:
                 if self._view.number > loop.end:
                     loop.push_drawn()
-                token = loop.draw(sampler, count, run_ahead=count + 1 != limit)
+                self._make_room()
+                ahead = (
+                    self.evict == "token"
+                    or int(self.cache.held[0]) + len(loop.unfed) < self.cache.sinks + self.cache.window
+                )
+                token = loop.draw(sampler, count, run_ahead=ahead and count + 1 != limit)
                 if top_logprobs is not None:
                     self._keep_logprobs(token, top_logprobs)
                 self._decode(token)
@@ -229,15 +494,17 @@ class Stream:
             found = view.held.find(stops)
             if found is not None:
                 then = self.tokenizer.encode_piece(found.kept, continuation=True) if found.kept else []
-                cut = _Cut(view.number - found.tokens, tuple(then), loop.log.cuts)
+                cut = Cut(view.number - found.tokens, tuple(then), loop.log.cuts)
                 owed = view.owed + found.shown
                 self._view = replace(view, held=Held(), owed=owed, unsaid=0, stopped=True, cut=cut)
                 continue
             count += 1
             reason = "eos" if last in sampler.config.eos else "length" if count == limit else None
             piece, held = view.held.release(stops if reason is None else ())
-            piece, after = view.owed + piece, replace(view, held=held, owed="", unsaid=0)
+            piece = view.owed + piece
+            after = self._record(piece, replace(view, held=held, owed="", unsaid=0))
             self._view, self.finish_reason = after, reason; yield piece  # noqa: E702  # fmt: skip
+            self._save_if_due(reason is not None)
             if reason is not None:
                 return
         self.finish_reason = "length"  # of 0 tokens
@@ -248,8 +515,27 @@ class Stream:
         if cut is not None:
             if self._loop.log.cuts == cut.cuts:
                 self._loop.take_back(cut.start, cut.then)
-            end, self._decoder_at = self._loop.end, None
-            self._view = replace(self._view, number=end, generated_to=end, cut=None)
+            loop, view = self._loop, self._view
+            self._decoder_at = None
+            again = int(not cut.then and loop.end - loop.seen == 1)  # the last token that stays is fed again
+            start, first = cut.start - again, view.first
+            if start < self.cache.sinks:
+                first = (*first[:start], *loop.unfed)[: self.cache.sinks]
+            removed = Removed.add(
+                view.removed, Removed(start, loop.seen, False), loop.seen - loop.log.history.size * 2
+            )
+            end = loop.end
+            self._view = replace(view, number=end, generated_to=end, cut=None, first=first, removed=removed)
+
+    def _record(self, piece: str, view: View) -> View:
+        """The view after a piece was shown that belongs to an answer in a conversation."""
+        answer = self._dialogue.answer
+        if answer is None:
+            return view
+        text = view.answer
+        if text is None or text.begins != answer.begins:
+            text = AnswerText(answer.begins, [], 0)
+        return replace(view, answer=text.add(piece))
 
     def _decode(self, token: int) -> None:
         """Decode a token that the model has generated."""
@@ -261,7 +547,7 @@ class Stream:
             segments.append(Segment(special, is_shown=False, is_token=False))
         number = view.number + 1
         self._view = replace(
-            view,
+            view.with_first(view.number, (token,), self.cache.sinks),
             number=number,
             generated_to=number,
             generated=view.generated + 1,

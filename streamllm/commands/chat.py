@@ -1,0 +1,124 @@
+"""`streamllm chat`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from streamllm.commands.loading import ModelChoice
+from streamllm.commands.memory import check_cache_fits
+from streamllm.commands.options import chunk_option, model_options, quantize_cache_option, window_option
+from streamllm.commands.types import ForeverParamType, NumberParamType, SeedParamType, TemperatureParamType
+
+FILE = click.Path(dir_okay=False, path_type=Path)
+
+
+class SinksParamType(click.ParamType):  # type: ignore[type-arg]
+    """A number of tokens, or "system"."""
+
+    name = "N|system"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> int | str:
+        if value == "system":
+            return "system"
+        try:
+            number = int(str(value))
+        except ValueError:
+            number = -1
+        if number < 0:
+            self.fail(f"{value!r} is neither a number of tokens nor 'system'", param, ctx)
+        return number
+
+
+@click.command()
+@model_options
+@click.option(
+    "--sinks", type=SinksParamType(), default="system", show_default=True,
+    help="First tokens that are kept; system: the whole system prompt.",
+)  # fmt: skip
+@window_option
+@click.option("--start-size", type=click.IntRange(0), help="--sinks, as the authors' code calls it.")
+@click.option(
+    "--recent-size", type=click.IntRange(0),
+    help="--window minus 1: the authors' code evicts after the forward.",
+)  # fmt: skip
+@click.option("--dense", is_flag=True, help="Evict nothing until the model's trained length is reached.")
+@click.option(
+    "--evict", type=click.Choice(("turn", "token")), default="turn", show_default=True,
+    help="What leaves a full window: the oldest whole turn, or the oldest token.",
+)  # fmt: skip
+@quantize_cache_option
+@chunk_option(512)
+@click.option("--system", help="The system prompt.")
+@click.option(
+    "--max-new-tokens", "-n", type=ForeverParamType(), metavar="N|forever", default="1000", show_default=True,
+    help="The longest answer.",
+)  # fmt: skip
+@click.option(
+    "--temperature", "-t", type=TemperatureParamType(), help="0 is greedy.  [default: the checkpoint's]"
+)
+@click.option("--top-p", type=NumberParamType(0, 1, min_open=True), help="Sample from the likeliest tokens.")
+@click.option("--repetition-penalty", type=NumberParamType(0, min_open=True), help="Above 1: repeat less.")
+@click.option("--seed", type=SeedParamType(), help="The same seed gives the same answers.")
+@click.option(
+    "--prompts", type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Answer a JSON-lines file: `turns` or `prompt` in each line.",
+)  # fmt: skip
+@click.option("--session", type=FILE, help="Save the session to this file after each turn.")
+@click.option("--resume", is_flag=True, help="Go on with the session in --session.")
+def chat(
+    chosen: ModelChoice, sinks: int | str, window: int | None, start_size: int | None,
+    recent_size: int | None, dense: bool, evict: str, quantize_cache: str | None, chunk: int,
+    system: str | None, max_new_tokens: int | str, temperature: float | None, top_p: float | None,
+    repetition_penalty: float | None, seed: int | None, prompts: Path | None, session: Path | None, resume: bool,
+) -> None:  # fmt: skip
+    """Chat with a model, without an end.
+
+    Type a message, or /help. Ctrl-C interrupts an answer, Ctrl-D ends. A model without a chat template continues
+    the text that you type.
+    """
+    if resume and session is None:
+        raise click.UsageError("--resume needs --session FILE, the file to go on with")
+    if dense and (window is not None or recent_size is not None):
+        raise click.UsageError("--dense keeps everything: give no --window and no --recent-size")
+    if recent_size is not None and window is not None:
+        raise click.UsageError("give --window or --recent-size, not both")
+    if prompts is not None and resume:
+        raise click.UsageError("--prompts begins a new session: give it without --resume")
+
+    from streamllm import Stream
+    from streamllm.models.step import geometry_of
+    from streamllm.session.terminal import Chat, answer_prompts
+
+    loaded, tokenizer = chosen.load()
+    sinks = sinks if start_size is None else start_size
+    window = window if recent_size is None else recent_size + 1
+    if dense:
+        trained = geometry_of(loaded).trained_length
+        if trained is None:
+            raise ValueError(
+                "the model has no trained length, so --dense has no limit: give a --window instead"
+            )
+        sinks = 0 if start_size is None else start_size
+        window = trained - sinks
+    if resume and session is not None:
+        stream = Stream.load(session, loaded, tokenizer)
+    else:
+        check_cache_fits(loaded, 4 if isinstance(sinks, str) else sinks, window, quantize_cache)
+        stream = Stream(
+            loaded, tokenizer, sinks=sinks, window=window, chunk=chunk, quantize=quantize_cache, evict=evict
+        )
+    settings = {
+        "max_new_tokens": None if max_new_tokens == "forever" else int(max_new_tokens),
+        "temperature": temperature,
+        "top_p": top_p,
+        "repetition_penalty": repetition_penalty,
+        "seed": seed,
+    }
+    stream.autosave(session)
+    conversation = Chat(stream, settings, system, session)
+    if prompts is not None:
+        answer_prompts(conversation, prompts)
+    else:
+        conversation.run()

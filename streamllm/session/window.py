@@ -1,0 +1,143 @@
+"""Window: which tokens of a stream the model can still see, and turns that are taken out of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from streamllm.loop import Log
+from streamllm.sampling import History
+from streamllm.session.dialogue import Turn
+from streamllm.session.view import Removed
+
+if TYPE_CHECKING:
+    from streamllm.stream import Stream
+
+GAP = "\n[…]\n"
+
+
+def numbers(stream: Stream) -> list[int]:
+    """The numbers of the tokens that the cache holds, in the order of its entries."""
+    cache = stream.cache
+    held, seen, sinks = int(cache.held[0]), stream.seen, cache.sinks
+    found, removed = list[int](), stream._view.removed
+    number, part = seen, len(removed) - 1
+    while len(found) < max(0, held - sinks) and number > 0:
+        number -= 1
+        while part >= 0 and removed[part].start > number:
+            part -= 1
+        if part >= 0 and number < removed[part].stop:
+            number = removed[part].start
+            continue
+        found.append(number)
+    return [*range(min(held, sinks)), *reversed(found)]
+
+
+def visible(stream: Stream, special_tokens: bool = False) -> str:
+    """The text that the model can still see: the sinks, a mark where a part is missing, and the window."""
+    stream._settle()
+    loop, tokenizer = stream._loop, stream.tokenizer
+    held = numbers(stream)
+    sinks = min(len(held), stream.cache.sinks)
+    drawn = [] if loop.drawn is None else [loop.drawn]
+    recent = held[sinks:] + list(range(loop.seen, loop.seen + len(loop.unfed) + len(drawn)))
+    tokens = [*loop.last_tokens(len(recent) - len(drawn)), *drawn]
+    if len(recent) > len(tokens):  # of a loop that another caller used
+        recent = recent[len(recent) - len(tokens) :]
+    every = [*zip(range(sinks), stream._view.first[:sinks], strict=False), *zip(recent, tokens, strict=True)]
+    parts, before = [""], -1
+    decoder = tokenizer.decoder(skip_special_tokens=not special_tokens)
+    for number, token in every:
+        if number != before + 1 and not _text_goes_on(stream, before + 1, number):
+            parts.append("")
+        parts[-1] += decoder.push(token)
+        before = number
+    parts[-1] += decoder.flush()
+    return GAP.join(parts)
+
+
+def _text_goes_on(stream: Stream, start: int, stop: int) -> bool:
+    """Whether the numbers start … stop - 1 are those of tokens that were taken back, without a gap in the text."""
+    return any(
+        (start, stop) == (part.start, part.stop) and not part.leaves_gap for part in stream._view.removed
+    )
+
+
+def oldest_turn(stream: Stream, turns: Sequence[Turn]) -> tuple[int, int] | None:
+    """The entries of the oldest whole turn behind the sinks. None where they are all of one turn."""
+    held = numbers(stream)
+    sinks = stream.cache.sinks
+    recent = held[sinks:]
+    if not recent:
+        return None
+    first = recent[0]
+    later = [turn.start for turn in turns if turn.start > first]
+    if not later:
+        return None
+    count = sum(number < min(later) for number in recent)
+    return (sinks, sinks + count) if count < len(recent) else None
+
+
+def make_room(stream: Stream, turns: Sequence[Turn]) -> None:
+    """Take the oldest whole turn out each time that the window is full and a token waits.
+
+    Tokens that wait are fed as far as there is room, so the result is that of feeding them one by one.
+    """
+    loop, cache = stream._loop, stream.cache
+    size = cache.sinks + cache.window
+    while True:
+        waiting = len(loop.unfed)
+        if not waiting or loop.logits is not None:
+            return
+        room = size - int(cache.held[0])
+        if waiting <= room:
+            return
+        if room > 0:
+            read(stream, loop.unfed[:room])
+            continue
+        entries = oldest_turn(stream, turns)
+        if entries is None:
+            return
+        cache.evict_range(*entries)
+
+
+def read(stream: Stream, tokens: Sequence[int]) -> None:
+    """Let the cache take in the first tokens that wait. The stream derives what waits from what the cache has seen."""
+    with torch.inference_mode():
+        ids = torch.tensor([tokens], dtype=torch.int64, device=stream.cache.device)
+        stream.model(ids, stream.cache, logits_to_keep=1)
+
+
+def drop(stream: Stream, start: int, stop: int) -> None:
+    """Take the tokens with the numbers start … stop - 1 out of the window; those of the sinks stay."""
+    stream._settle()
+    loop, cache = stream._loop, stream.cache
+    start = max(start, cache.sinks)
+    if start >= stop:
+        return
+    if stop >= stream._end:
+        stream._take_back(start)
+        return
+    loop.push_drawn()
+    stream._feed()
+    loop.keep_last_unfed()  # its logits depend on what leaves
+    held, log = numbers(stream), loop.log
+    recent = [*held[cache.sinks :], *range(loop.seen, log.end)]
+    history = loop.last_tokens(log.end)
+    early = max(0, len(history) - len(recent))
+    recent = recent[len(recent) - (len(history) - early) :]
+    left = history[:early] + [
+        token for number, token in zip(recent, history[early:], strict=True) if not start <= number < stop
+    ]
+    ranks = [rank for rank, number in enumerate(held) if start <= number < stop and rank >= cache.sinks]
+    if ranks:
+        cache.evict_range(ranks[0], ranks[-1] + 1)
+    shorter = History(log.history.size, left)
+    loop.log = Log(log.first, log.tokens, shorter, log.end - shorter.total, log.cuts)
+    loop._logits = None
+    view = stream._view
+    oldest = recent[0] if recent else log.end
+    stream._view = replace(view, removed=Removed.add(view.removed, Removed(start, stop, True), oldest))

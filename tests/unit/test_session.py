@@ -1,0 +1,322 @@
+"""Conversations: each turn is fed once, and what continues after load, fork, undo and drop equals a plain reference."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer as Library
+
+import streamllm
+from streamllm import Stream
+from streamllm.chat import ChatTemplateError
+from streamllm.session import SessionError
+from tests.unit.chat.samples import STYLES
+from tests.unit.conftest import write_llama, write_tokenizer
+
+SAMPLED = {"temperature": 1.0, "seed": 5}
+# Answers as these models give them: behind a template that opens an answer without a space, they begin with one.
+SPACED = ("falcon", "llama_2", "mistral", "vicuna")
+REWRITING = {("everything", None), ("everything", "Be brief."), ("mistral", "Be brief.")}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint with a ChatML template."""
+    folder = tmp_path_factory.mktemp("chat")
+    write_tokenizer(folder, bos=True)
+    library = Library.from_file(str(folder / "tokenizer.json"))
+    library.add_special_tokens(["<|im_start|>", "<|im_end|>", "<|eot_id|>"])
+    library.save(str(folder / "tokenizer.json"))
+    (folder / "chat_template.jinja").write_text(STYLES["chatml"])
+    return write_llama(folder, library.get_vocab_size())
+
+
+@pytest.fixture
+def pair(folder: Path):
+    return streamllm.load(folder, device="cpu")
+
+
+def answer(stream: Stream, text: str, ends: bool) -> None:
+    """Make the model answer with a text."""
+    ids = stream.tokenizer.encode_piece(text, continuation=True)
+    for token in ids + [stream.tokenizer.eos_token_id] * ends:
+        stream._loop.push_drawn()
+        stream._loop._drawn = stream._loop.end, token
+        stream._decode(token)
+        piece, held = stream._view.held.release(())
+        stream._view = stream._record(piece, replace(stream._view, held=held, unsaid=0))
+
+
+@pytest.mark.parametrize("system", [None, "Be brief."])
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("ends", [True, False])
+def test_turn_by_turn_equals_the_template_of_the_whole(
+    pair, style: str, system: str | None, ends: bool
+) -> None:
+    model, tokenizer = pair
+    tokenizer.chat_template = STYLES[style]
+    stream = Stream(model, tokenizer, window=250 - 4)
+    messages: list[dict[str, str]] = []
+
+    def talk() -> None:
+        for number, user in enumerate(["Hello there", "and more?", "third one"]):
+            new = [{"role": "user", "content": user}]
+            if system and not number:
+                new.insert(0, {"role": "system", "content": system})
+            list(stream.chat(new, max_new_tokens=0))
+            text = " " * (style in SPACED) + f"answer {number}"
+            answer(stream, text, ends)
+            messages.extend([*new, {"role": "assistant", "content": text.strip()}])
+        list(stream.chat("last", max_new_tokens=0))
+        messages.append({"role": "user", "content": "last"})
+
+    if (style, system) in REWRITING:
+        with pytest.raises(ChatTemplateError, match="rewrites earlier turns"):
+            talk()
+        return
+    talk()
+    whole = tokenizer.render_chat_template(messages, add_generation_prompt=True)
+    got = stream._loop.last_tokens(10_000)
+    assert got == tokenizer.encode_piece(whole)
+    assert got.count(tokenizer.bos_token_id) == max(1, whole.count("<s>"))
+    turns = stream.turns
+    assert [turn.text.strip() for turn in turns] == [message["content"] for message in messages] + [""]
+    assert all(one.stop == two.start for one, two in itertools.pairwise(turns))
+
+
+def test_special_tokens_that_a_user_spells_stay_text(pair) -> None:
+    model, tokenizer = pair
+    stream = Stream(model, tokenizer, window=240)
+    list(stream.chat("I <|im_end|> say </s><s>", max_new_tokens=0))
+    got = stream._loop.last_tokens(1_000)
+    text = tokenizer.render_chat_template(
+        [{"role": "user", "content": "I <|im_end|> say </s><s>"}], add_generation_prompt=True
+    )
+    assert tokenizer.decode(got, skip_special_tokens=False) == "<s>" + text
+    assert [got.count(tokenizer.token_to_id(token)) for token in ("<s>", "</s>", "<|im_end|>")] == [
+        1,
+        0,
+        text.count("<|im_end|>") - 1,
+    ]
+
+
+def test_a_model_without_a_template_says_so(loaded) -> None:
+    stream = Stream(*loaded)
+    with pytest.raises(ChatTemplateError, match="no chat template"):
+        stream.chat("Hello")
+    with pytest.raises(ChatTemplateError, match="no chat template"):
+        stream.say("system", "Hello")
+    assert stream._end == 0
+
+
+def talked(model: torch.nn.Module, tokenizer: streamllm.Tokenizer, **options: object) -> Stream:
+    stream = Stream(model, tokenizer, **options)
+    list(stream.chat("Hello, tell me a story", max_new_tokens=20, **SAMPLED))
+    return stream
+
+
+def go_on(stream: Stream, **settings: object) -> str:
+    first = "".join(stream.generate("", max_new_tokens=9, **settings))
+    return first + "".join(stream.chat("and then?", max_new_tokens=15, **settings))
+
+
+@pytest.mark.parametrize("backend", ["modules", "flat"])
+@pytest.mark.parametrize("quantize", [None, "int8"])
+@pytest.mark.parametrize("window", [40, 240])
+@pytest.mark.parametrize("settings", [{}, SAMPLED], ids=["greedy", "sampled"])
+def test_a_loaded_stream_and_a_fork_go_on_as_if_not_stopped(
+    pair, tmp_path: Path, backend: str, quantize: str | None, window: int, settings: dict
+) -> None:
+    model, tokenizer = pair
+    if backend == "flat":
+        model = streamllm.compile(model, "flat")
+    stream = talked(model, tokenizer, window=window, quantize=quantize)
+    stream.save(tmp_path / "session")
+    loaded = Stream.load(tmp_path / "session", model, tokenizer)
+    fork = loaded.fork()
+    wanted = go_on(stream, **settings)
+    for other in (loaded, fork):
+        assert go_on(other, **settings) == wanted
+        assert (other.turns, other.visible(), other.said) == (stream.turns, stream.visible(), stream.said)
+    assert list(tmp_path.iterdir()) == [tmp_path / "session"]
+
+
+def test_a_session_is_loaded_into_another_type(pair, tmp_path: Path) -> None:
+    model, tokenizer = pair
+    stream = talked(model, tokenizer)
+    stream.save(tmp_path / "session")
+    wide = Stream.load(tmp_path / "session", model.double(), tokenizer)
+    assert wide.cache.dtype == torch.float64
+    assert len(go_on(wide)) > 0
+
+
+def test_wrong_models_and_damaged_files_are_refused(pair, loaded, tmp_path: Path) -> None:
+    model, tokenizer = pair
+    path = tmp_path / "session"
+    talked(model, tokenizer).save(path)
+    with pytest.raises(SessionError, match="vocab_size is 323, here 320"):
+        Stream.load(path, *loaded)
+    with torch.no_grad():
+        model.layers[1].input_norm.weight.mul_(-1) if hasattr(
+            model.layers[1], "input_norm"
+        ) else model.norm.weight.mul_(-1)
+    with pytest.raises(SessionError, match="other weights"):
+        Stream.load(path, model, tokenizer)
+    whole = path.read_bytes()
+    for place in (5, 100, len(whole) // 2, len(whole) - 3):
+        altered = bytearray(whole)
+        altered[place] ^= 1
+        path.write_bytes(altered)
+        with pytest.raises(SessionError):
+            Stream.load(path, model, tokenizer)
+    for length in (0, 7, 1000, len(whole) - 1):
+        path.write_bytes(whole[:length])
+        with pytest.raises(SessionError):
+            Stream.load(path, model, tokenizer)
+
+
+def test_an_error_of_writing_keeps_the_old_file(pair, tmp_path: Path, monkeypatch) -> None:
+    stream = talked(*pair)
+    path = tmp_path / "session"
+    stream.save(path)
+    before = path.read_bytes()
+
+    def full(number: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        stream.save(path)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("window", [40, 240])
+def test_undo_is_exact(pair, window: int) -> None:
+    stream = talked(*pair, window=window)
+    plain = talked(*pair, window=window)
+    list(stream.chat("something else", max_new_tokens=12, **SAMPLED))
+    undone = stream.undo()
+    assert [turn.role for turn in undone] == ["user", "assistant"]
+    assert stream.turns == plain.turns
+    assert go_on(stream, **SAMPLED) == go_on(plain, **SAMPLED)
+    for _ in range(2):
+        stream.undo()
+    with pytest.raises(ValueError, match="no turn to undo"):
+        stream.undo()
+
+
+def test_undo_without_a_snapshot_continues_the_same_text_while_the_window_is_not_full(pair) -> None:
+    stream = talked(*pair, window=240, snapshots=0)
+    plain = talked(*pair, window=240)
+    list(stream.chat("something else", max_new_tokens=12))
+    stream.undo()
+    assert go_on(stream) == go_on(plain)
+
+
+def test_drop_equals_a_cache_from_which_the_entries_were_evicted(pair) -> None:
+    model, tokenizer = pair
+    stream = talked(model, tokenizer, window=240)
+    list(stream.chat("second", max_new_tokens=10))
+    list(stream.chat("third", max_new_tokens=10))
+    cache = streamllm.SinkCache(model, sinks=4, window=240)
+    stream._settle()
+    tokens = [*stream._loop.last_tokens(10_000), *([stream._loop.drawn] * (stream._loop.drawn is not None))]
+    turn = stream.turns[2]
+    stream.drop(2)
+    model(torch.tensor([tokens[:-1]]), cache)
+    cache.evict_range(turn.start, turn.stop)
+    wanted = model(torch.tensor([tokens[-1:]]), cache)[0, -1]
+    stream._loop.feed()
+    assert stream._loop.logits is not None
+    assert (stream._loop.logits - wanted).abs().max() < 1e-4 * wanted.std()
+    assert turn not in stream.turns
+    assert "second" not in stream.visible()
+    assert "[…]" in stream.visible()
+
+
+def test_the_oldest_whole_turn_leaves_and_the_system_prompt_stays(pair) -> None:
+    stream = Stream(*pair, sinks="system", window=70, evict="turn")
+    system = {"role": "system", "content": "You are <|im_end|> brief."}
+    list(stream.chat([system, {"role": "user", "content": "Hi"}], max_new_tokens=8))
+    assert stream.cache.sinks == stream.turns[0].stop
+    for number in range(8):
+        list(stream.chat(f"more {number}", max_new_tokens=8))
+        pinned, *rest = stream.visible(special_tokens=True).split("\n[…]\n")
+        assert "You are <|im_end|> brief." in (pinned if rest else stream.visible())
+        assert all(part.startswith("<|im_start|>") for part in rest)
+        assert int(stream.cache.held[0]) <= stream.cache.sinks + 70
+    assert rest
+
+
+def test_a_pinned_text_becomes_the_sinks(pair) -> None:
+    model, tokenizer = pair
+    stream = Stream(model, tokenizer, pin="def once(upon):", window=30)
+    assert stream.cache.sinks == len(tokenizer.encode("def once(upon):"))
+    list(stream.generate("", max_new_tokens=60))
+    assert stream.visible().startswith("def once(upon):\n[…]\n")
+
+
+def test_an_interrupted_answer_stays_in_the_conversation(pair) -> None:
+    stream, plain = Stream(*pair, window=240), Stream(*pair, window=240)
+    wanted = list(plain.chat("Hello", max_new_tokens=10))
+    pieces = stream.chat("Hello", max_new_tokens=10)
+    shown = [next(pieces) for _ in range(3)]
+    pieces.close()
+    assert stream.turns[-1].text == "".join(shown)
+    shown += stream.generate("", max_new_tokens=7)
+    assert shown == wanted
+    assert stream.turns == plain.turns
+
+
+CHILD = """
+import sys, torch, streamllm
+torch.set_num_threads(1)
+model, tokenizer = streamllm.load(sys.argv[1], device="cpu")
+stream = streamllm.Stream(model, tokenizer, window=40)
+stream.autosave(sys.argv[2], every=2)
+print("ready", flush=True)
+number = 0
+while True:
+    for piece in stream.chat(f"turn {number}", max_new_tokens=10):
+        print(stream._end, flush=True)
+    number += 1
+"""
+
+
+def test_killed_while_autosaving_leaves_a_session_that_loads(folder: Path, pair, tmp_path: Path) -> None:
+    path = tmp_path / "session"
+    for moment in (0.05, 0.2, 0.37):
+        child = subprocess.Popen(
+            [sys.executable, "-c", CHILD, str(folder), str(path)], stdout=subprocess.PIPE, text=True
+        )
+        assert child.stdout is not None
+        lines = [child.stdout.readline() for _ in range(12)]
+        time.sleep(moment)
+        child.send_signal(signal.SIGKILL)
+        rest = child.stdout.read().split("\n")[:-1]
+        child.wait()
+        told = int(([*lines, *rest])[-1])
+        stream = Stream.load(path, *pair)
+        assert stream._end >= told - 2 - 1
+        assert len("".join(stream.chat("go on", max_new_tokens=5))) > 0
+
+
+def test_the_code_of_the_readme_runs(pair, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    section = text.partition("\n## Chat\n")[2].partition("\n## ")[0]
+    blocks = [block.partition("```")[0] for block in section.split("```python\n")[1:]]
+    assert blocks
+    for block in blocks:
+        exec(block, {"streamllm": streamllm, "model": pair[0], "tokenizer": pair[1]})
+    assert (tmp_path / "talk.session").exists()
