@@ -38,14 +38,27 @@ class AttentionTile(NamedTuple):
 
 
 INTERPRETED_TILE = Tile(64, 32, 4)  # a program costs milliseconds there
-# (outputs, inputs, gated) of a bfloat16 or float16 product with one row: the fastest tile on an H200 (torch 2.11,
-# triton 3.6), 2026-11, by a prototype of this kernel. tools/gpu_check.py measures them again.
+# By outputs, inputs, gated and bytes of a weight, for a product with one row: the fastest tile on an H200 (torch 2.11,
+# triton 3.6), 2026-11. tools/gpu_check.py --parts tiles measures them again.
 TILES = {
-    (6144, 4096, False): Tile(2, 2048, 8),
-    (4096, 4096, False): Tile(2, 2048, 4),
-    (14336, 4096, True): Tile(2, 1024, 4),
-    (4096, 14336, False): Tile(8, 512, 8),
-    (128256, 4096, False): Tile(2, 2048, 8),
+    (6144, 4096, False, 2): Tile(2, 2048, 8),
+    (4096, 4096, False, 2): Tile(1, 2048, 8),
+    (14336, 4096, True, 2): Tile(1, 2048, 8),
+    (4096, 14336, False, 2): Tile(8, 512, 8),
+    (128256, 4096, False, 2): Tile(4, 2048, 8),
+    (12288, 4096, False, 2): Tile(2, 2048, 8),
+    (11008, 4096, True, 2): Tile(1, 2048, 8),
+    (4096, 11008, False, 2): Tile(4, 1024, 4),
+    (3072, 2048, False, 2): Tile(2, 2048, 4),
+    (2048, 2048, False, 2): Tile(2, 2048, 4),
+    (8192, 2048, True, 2): Tile(2, 2048, 4),
+    (2048, 8192, False, 2): Tile(2, 512, 4),
+    (128256, 2048, False, 2): Tile(4, 2048, 4),
+    (6144, 4096, False, 1): Tile(4, 2048, 8),
+    (4096, 4096, False, 1): Tile(1, 2048, 8),
+    (14336, 4096, True, 1): Tile(2, 2048, 8),
+    (4096, 14336, False, 1): Tile(2, 2048, 8),
+    (128256, 4096, False, 1): Tile(4, 2048, 8),
 }
 
 
@@ -77,9 +90,7 @@ def tile_of(rows: int, weight: Tensor, gated: bool) -> Tile:
     kept = kept_tiles(_name(weight.device)).get(product_key(outputs, inputs, gated, weight.itemsize))
     if kept is not None:
         return Tile(*kept)
-    if weight.itemsize == 2 and (outputs, inputs, gated) in TILES:
-        return TILES[outputs, inputs, gated]
-    return _rule(outputs, inputs, gated)
+    return TILES.get((outputs, inputs, gated, weight.itemsize)) or _rule(outputs, inputs, gated)
 
 
 def _rule(outputs: int, inputs: int, gated: bool) -> Tile:
