@@ -258,6 +258,34 @@ def test_the_oldest_whole_turn_leaves_and_the_system_prompt_stays(pair) -> None:
     assert rest
 
 
+def test_eviction_by_turn_equals_a_list_that_is_fed_token_by_token(pair) -> None:
+    model, tokenizer = pair
+    stream = Stream(model.double(), tokenizer, sinks=4, window=56, evict="turn", chunk=5)
+    every, push = list[int](), stream._loop.push
+
+    def record(tokens: list[int], on_device: torch.Tensor | None = None) -> None:
+        every.extend(tokens)
+        push(tokens, on_device)
+
+    stream._loop.push = record
+    for number in range(6):
+        list(stream.chat(f"tell me more {number}", max_new_tokens=7))
+    stream._feed()
+    turns = stream.turns
+    assert stream.seen == len(every)  # each token was fed once
+    cache, held = streamllm.SinkCache(model, sinks=4, window=56), list[int]()
+    for number, token in enumerate(every):
+        if len(held) == 60:
+            later = [turn.start for turn in turns if held[4] < turn.start <= number]
+            count = sum(old < min(later, default=held[4] + 1) for old in held[4:])
+            cache.evict_range(4, 4 + count)
+            held = held[:4] + held[4 + count :]
+        logits = model(torch.tensor([[token]]), cache)[0, -1]
+        held.append(number)
+    assert stream._loop.logits is not None
+    assert (stream._loop.logits - logits).abs().max() < 1e-9 * logits.std()
+
+
 def test_a_pinned_text_becomes_the_sinks(pair) -> None:
     model, tokenizer = pair
     stream = Stream(model, tokenizer, pin="def once(upon):", window=30)
