@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import signal
@@ -21,6 +22,7 @@ from streamllm.chat import ChatTemplateError
 from streamllm.session import SessionError
 from tests.unit.chat.samples import STYLES
 from tests.unit.conftest import write_llama, write_tokenizer
+from tests.unit.test_signals import Strike
 
 SAMPLED = {"temperature": 1.0, "seed": 5}
 # Answers as these models give them: behind a template that opens an answer without a space, they begin with one.
@@ -348,3 +350,25 @@ def test_the_code_of_the_readme_runs(pair, tmp_path: Path, monkeypatch) -> None:
     for block in blocks:
         exec(block, {"streamllm": streamllm, "model": pair[0], "tokenizer": pair[1]})
     assert (tmp_path / "talk.session").exists()
+
+
+def test_ctrl_c_at_any_line_of_a_chat_leaves_a_conversation_that_goes_on(pair) -> None:
+    def begun() -> Stream:
+        stream = Stream(*pair, window=100)
+        list(stream.chat("one", max_new_tokens=5))
+        return stream
+
+    plain = begun()
+    list(plain.chat("second", max_new_tokens=6))
+    wanted = "".join(plain.chat("third", max_new_tokens=6))
+    texts = [turn.text for turn in plain.turns]
+    for at in range(1, 13_000, 1_031):
+        stream = begun()
+        with Strike(at), contextlib.suppress(KeyboardInterrupt):
+            list(stream.chat("second", max_new_tokens=6))
+        if len(stream.turns) == 2:  # it fell before the message was pushed
+            list(stream.chat("second", max_new_tokens=6))
+        else:
+            list(stream.generate("", max_new_tokens=11 - stream.said + stream._view.unsaid))
+        assert "".join(stream.chat("third", max_new_tokens=6)) == wanted, f"at line event {at}"
+        assert [turn.text for turn in stream.turns] == texts, f"at line event {at}"
