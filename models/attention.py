@@ -17,9 +17,12 @@ from torch import Tensor
 
 from streamllm.models.processor import IS_INTEL
 from streamllm.models.step import Step, is_visible
-from streamllm.models.torch_private import flash_attention_cpu
+from streamllm.models.torch_private import flash_attention_cpu, flash_attention_cuda
 
 Read = tuple[Tensor, Tensor]  # out [B, H, T, D] and lse [B, H, T]
+
+EVEN_KEYS = 16  # for one query
+EVEN_QUERIES = 64  # for several
 
 TILE_QUERIES = 64  # tools/bench.py score, AMD EPYC, 2026-11: 32 to 256 are within 10 %, 512 is not
 TILE_QUERIES_AMX = (
@@ -64,6 +67,7 @@ def kernel_for(query: Tensor, sink_query: Tensor | None, step: Step, bias: Tenso
     any      any       any               no            in a half type   one_softmax
     cpu      1         any               no            any              one_softmax
     cpu      2 …       band, not causal  no            any              tiles
+    cuda     2 …       band, not causal  no            none, half type  tiles
     any      any       any               no            any              fused
 
     Why (tools/bench.py decode, AMD EPYC, 2026-11): one query reads the cache at memory speed by two matmuls, 4 to 5
@@ -81,7 +85,8 @@ def kernel_for(query: Tensor, sink_query: Tensor | None, step: Step, bias: Tenso
         return "tiles" if tileable else "one_softmax"
     if on_cpu and not many:
         return "one_softmax"
-    if on_cpu and tileable and not step.is_causal:
+    windowed = on_cpu or (bias is None and _flash_cuda_serves(query))
+    if windowed and tileable and not step.is_causal:
         return "tiles"
     return "fused"
 
@@ -146,7 +151,16 @@ def tiles(
         kernel = _by_flash if fuse else _by_matmul
         return kernel(query[:, :, start:stop], keys[:, :, low:high], values[:, :, low:high], scale, added)
 
-    read = [read_run(start, min(start + rows, T)) for start in range(0, T, rows)]
+    if bias is None and _flash_cuda_serves(query):
+        # One call knows the window. Its queries must see a key, which those that are sinks do not.
+        first = min(T, max(0, band.sinks - band.start))
+        low, high = band.run(first, T)
+        read = [read_run(0, first)] if first else []
+        if first < T:
+            parts = query[:, :, first:], keys[:, :, low:high], values[:, :, low:high]
+            read.append(_by_flash_cuda(*parts, scale, band.window))
+    else:
+        read = [read_run(start, min(start + rows, T)) for start in range(0, T, rows)]
     run = (
         read[0]
         if len(read) == 1
@@ -221,6 +235,31 @@ def _by_flash(query: Tensor, keys: Tensor, values: Tensor, scale: float, bias: T
     return flash_attention_cpu(query, keys, values, attn_mask=bias, scale=scale)  # type: ignore[no-any-return]
 
 
+def _by_flash_cuda(query: Tensor, keys: Tensor, values: Tensor, scale: float, window: int) -> Read:
+    """torch's flash kernel for CUDA: consecutive queries, of which the last stands at the last key, and their band.
+
+    Each query must see a key.
+    """
+    assert flash_attention_cuda is not None  # see _flash_cuda_serves
+    out, lse, *_ = flash_attention_cuda(
+        *(part.transpose(1, 2) for part in (query, keys, values)), None, None, query.shape[2], keys.shape[2],
+        0.0, True, False, scale=scale, window_size_left=window - 1, window_size_right=0,
+    )  # fmt: skip
+    return out.transpose(1, 2), lse
+
+
+def _flash_cuda_serves(query: Tensor) -> bool:
+    """Whether `_by_flash_cuda` takes queries like these."""
+    dim = query.shape[3]
+    fits = query.dtype != _wide(query.dtype) and dim % 8 == 0 and dim <= 256 and not query.requires_grad
+    return query.is_cuda and fits and flash_attention_cuda is not None and _has_flash(query.device)
+
+
+@lru_cache(maxsize=16)
+def _has_flash(device: torch.device) -> bool:
+    return torch.version.cuda is not None and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
 @lru_cache(maxsize=4)  # all layers, and nearly all tiles of a long text, have the same
 def _run_bias(
     queries: int, keys: int, in_front: int, window: int, dtype: torch.dtype, device: torch.device
@@ -269,6 +308,8 @@ def _products(query: Tensor, keys: Tensor) -> Tensor:
     B, H, T, D = query.shape
     G, K = keys.shape[1], keys.shape[2]
     query = query.reshape(B, G, H // G * T, D)
+    if _is_odd_size(T, K, query):
+        query, keys = query.float(), keys.float()
     if T == 1 and query.dtype == torch.float32 and query.device.type == "cpu" and not IS_INTEL:
         # Keys times a few columns take up to 1.8 times less than a few rows times the keys; on Intel's
         # processors twice as long. tools/bench.py decode, AMD EPYC and Intel Xeon, 2026-11.
@@ -280,7 +321,21 @@ def _weighted(weights: Tensor, values: Tensor) -> Tensor:
     """weights [B, H, T, K] · values [B, G, K, D] -> [B, H, T, D], in the type of the values."""
     B, H, T, K = weights.shape
     G, D = values.shape[1], values.shape[3]
-    return (weights.to(values.dtype).view(B, G, H // G * T, K) @ values).view(B, H, T, D)
+    weights = weights.view(B, G, H // G * T, K)
+    if _is_odd_size(T, K, values):
+        return (weights.float() @ values.float()).to(values.dtype).view(B, H, T, D)
+    return (weights.to(values.dtype) @ values).view(B, H, T, D)
+
+
+def _is_odd_size(queries: int, keys: int, x: Tensor) -> bool:
+    """Whether a product in a half type has one of many sizes: then it runs in float32.
+
+    torch calls oneDNN for half types on a CPU, which keeps 0.6 MB for each size that it meets (tools/variety.py).
+    MKL, which multiplies float32, keeps nothing.
+    """
+    if x.device.type != "cpu" or x.dtype == _wide(x.dtype):
+        return False
+    return keys % EVEN_KEYS != 0 if queries == 1 else queries % EVEN_QUERIES != 0
 
 
 def _tile_queries(query: Tensor) -> int:

@@ -139,9 +139,7 @@ class Linear(nn.Linear):
                 f"models or neither"
             )
             return
-        super()._load_from_state_dict(  # type: ignore[no-untyped-call]
-            state_dict, prefix, metadata, strict, missing, unexpected, errors
-        )
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
         if self.weight.dtype == torch.int8:
             self._choose_kernel(arranged=False)  # with assign=True, the scale is another tensor
         elif "kernel" in self.__dict__ and not self.training:
@@ -200,7 +198,7 @@ def onednn_kernel(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     assert linear_pointwise is not None
     if bias is not None and bias.stride(0) != 1:  # it would read the numbers between, too
         bias = bias.contiguous()
-    return in_row_blocks(lambda part: linear_pointwise(part, weight, bias, "none", [], ""), x)  # type: ignore[misc]
+    return in_row_blocks(lambda part: linear_pointwise(part, weight, bias, "none", [], ""), x)
 
 
 def in_row_blocks(product: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
@@ -297,14 +295,18 @@ def int8_kernel(scale: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -
     ):
         return torch_kernel(x, weight.to(x.dtype) * scale.to(x.dtype)[:, None], bias)
     assert int8_matmul is not None
-    product = int8_matmul(x.reshape(rows, x.shape[-1]).contiguous(), weight, scale).view(*x.shape[:-1], -1)
+    flat = x.reshape(rows, x.shape[-1]).contiguous()
+    if not _is_aligned(flat, 32):
+        flat = flat.clone()
+    product = int8_matmul(flat, weight, scale).view(*x.shape[:-1], -1)
     return product if bias is None else product + bias  # type: ignore[no-any-return]
 
 
 def _int8_matmul_reads(x: Tensor, weight: Tensor, scale: Tensor) -> bool:
     """Whether torch's int8 kernel can read these.
 
-    Of an input whose length is no multiple of 16 it reads beyond the end of each row, without an error.
+    It does not check them: of rows whose length is no multiple of 16 it reads beyond the end, and rows of x that do
+    not begin at a multiple of 32 bytes, or of a weight at one of 16, end the process.
     """
     return (
         int8_matmul is not None
@@ -314,7 +316,12 @@ def _int8_matmul_reads(x: Tensor, weight: Tensor, scale: Tensor) -> bool:
         and weight.shape[1] == x.shape[-1]
         and weight.is_contiguous()
         and scale.is_contiguous()
+        and _is_aligned(weight, 16)
     )
+
+
+def _is_aligned(x: Tensor, nbytes: int) -> bool:
+    return torch.compiler.is_compiling() or x.data_ptr() % nbytes == 0  # what torch.compile makes is aligned
 
 
 LAYOUTS: dict[torch.dtype, Callable[[Linear], None]] = {

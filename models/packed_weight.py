@@ -85,10 +85,10 @@ class PackedWeight(nn.Parameter):
         return copied
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return _plain(self).__reduce_ex__(protocol)
+        return _plain(self).__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
 
 
-def pack(weight: nn.Parameter) -> None:
+def pack(weight: Tensor) -> None:
     """Pack a bfloat16 weight [out, in] on the CPU, in place; not while a graph of gradients needs it."""
     assert reorder_linear_weight is not None
     with torch.inference_mode(False), torch.no_grad():
@@ -97,15 +97,15 @@ def pack(weight: nn.Parameter) -> None:
     swapped.__dict__.update(weight.__dict__)
     swapped.packed, swapped.trains, swapped.gradient = packed, weight.requires_grad, weight.grad
     try:
-        torch.utils.swap_tensors(weight, swapped)
+        torch.utils.swap_tensors(weight, swapped)  # type: ignore[no-untyped-call]
     except RuntimeError:  # something else still refers to its memory
         return
 
 
-def unpack(weight: nn.Parameter) -> None:
+def unpack(weight: Tensor) -> None:
     """Make a packed weight the plain parameter that it was, in place."""
     if isinstance(weight, PackedWeight):
-        torch.utils.swap_tensors(weight, _plain(weight))
+        torch.utils.swap_tensors(weight, _plain(weight))  # type: ignore[no-untyped-call]
 
 
 def _plain(weight: PackedWeight) -> nn.Parameter:

@@ -3,6 +3,7 @@
 Each name is the function, or None where this version or build of torch lacks it. What happens then:
 
     flash_attention_cpu      attention.py computes tiles by two matmuls
+    flash_attention_cuda     the same, on CUDA
     linear_pointwise         linear.py calls F.linear, and weights stay as they were read
     reorder_linear_weight    the same, for bfloat16
     mkldnn_supports_bf16     the same, for bfloat16
@@ -23,6 +24,7 @@ __all__ = [
     "aoti_runner_cpu",
     "fake_tensor_mode",
     "flash_attention_cpu",
+    "flash_attention_cuda",
     "inductor",
     "int8_matmul",
     "linear_pointwise",
@@ -42,6 +44,11 @@ def _find(path: str) -> Callable[..., Any] | None:
 
 
 flash_attention_cpu = _find("ops.aten._scaled_dot_product_flash_attention_for_cpu.default")
+flash_attention_cuda = (
+    _find("ops.aten._flash_attention_forward.default")
+    if torch.backends.cuda.is_flash_attention_available()
+    else None
+)
 int8_matmul = _find("_weight_int8pack_mm")
 aoti_runner_cpu = _find("_C._aoti.AOTIModelContainerRunnerCpu")
 fake_tensor_mode = _find("_subclasses.FakeTensorMode")

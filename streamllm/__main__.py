@@ -1,7 +1,6 @@
 """`python -m streamllm`, and the command `streamllm`."""
 
 import signal
-import sys
 
 
 def main() -> None:
@@ -18,4 +17,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

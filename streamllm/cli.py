@@ -139,8 +139,8 @@ def _signals() -> Iterator[list[int]]:
     try:
         yield received
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for changed, previous in before.items():
+            signal.signal(changed, previous)
 
 
 def _imports(frame: FrameType | None) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 from streamllm.cache import SinkCache
 from streamllm.generation_config import GenerationConfig, SamplingSettings, resolve
 from streamllm.loop import Loop
+from streamllm.models.checks import whole_number
 from streamllm.models.step import geometry_of
 from streamllm.sampling import LogitsProcessor, Sampler, breaker_tokens
 from streamllm.tensor_parallel import agreed_seed
@@ -116,34 +116,21 @@ def token_ids(tokens: Sequence[int] | Tensor) -> list[int]:
         if tokens.dim() != 1:
             raise ValueError(f"tokens of one stream have the shape [T] or [1, T], not {list(tokens.shape)}")
         tokens = tokens.tolist()
-    return [_whole(token, "a token id") for token in tokens]
+    return [_token_id(token) for token in tokens]
+
+
+def _token_id(token: object) -> int:
+    try:
+        return whole_number("a token id", token)
+    except ValueError as error:
+        raise TypeError(str(error)) from None
 
 
 def check_max_new_tokens(value: int | None) -> int | None:
-    """Raises ValueError and TypeError."""
-    if value is None:
-        return None
-    number = _whole(value, "max_new_tokens")
-    if number < 0:
-        raise ValueError(f"max_new_tokens must be 0 or above, or None for no end, not {value}")
-    return number
+    """Raises ValueError."""
+    return None if value is None else whole_number("max_new_tokens", value, 0)
 
 
 def check_seed(value: int | None) -> int | None:
-    """Raises ValueError and TypeError."""
-    if value is None:
-        return None
-    number = _whole(value, "seed")
-    if not -(1 << 63) <= number < 1 << 64:
-        raise ValueError(f"seed must be a whole number of 64 bits, not {value}")
-    return number
-
-
-def _whole(value: object, name: str) -> int:
-    """Whole numbers of any type (numpy's, too), but no bool."""
-    if not isinstance(value, bool):
-        try:
-            return operator.index(value)  # type: ignore[arg-type]
-        except TypeError:
-            pass
-    raise TypeError(f"{name} must be a whole number, not {value!r}")
+    """Raises ValueError."""
+    return None if value is None else whole_number("seed", value, -(1 << 63), (1 << 64) - 1)

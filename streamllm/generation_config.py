@@ -124,10 +124,11 @@ class GenerationConfig:
         str, ...
     ] = ()  # what generation_config.json asks for and this library does not support
 
-    if TYPE_CHECKING:
-        _given: frozenset[str]  # the settings that it was made with
-        _if_sampling: Mapping[str, Any]  # of a greedy checkpoint, for calls that sample
-    else:
+    # Of an instance: the settings that it was made with; of a greedy checkpoint's, the settings of calls that sample.
+    _given = frozenset[str]()
+    _if_sampling = dict[str, Any]()  # noqa: RUF012  # never changed
+
+    if not TYPE_CHECKING:
 
         def __new__(cls, *values: Any, **settings: Any) -> GenerationConfig:
             self = super().__new__(cls)
@@ -199,7 +200,7 @@ def read_generation_config(
         for name, harmless in UNSUPPORTED_KEYS.items()
         if harmless is not None and values.get(name) is not None and values[name] not in harmless
     )
-    sampling = {
+    sampling: dict[str, Any] = {
         "temperature": config.number("temperature", 1.0),
         "top_k": config.size("top_k", TRANSFORMERS_TOP_K, 0),
         "top_p": config.number("top_p", 1.0),

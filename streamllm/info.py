@@ -14,7 +14,7 @@ from streamllm.models.alibi import Alibi
 from streamllm.models.rotary import Rope
 from streamllm.models.step import Geometry
 from streamllm.tensor_parallel import Share, list_numbers
-from streamllm.tokenizer import TOKENIZER_FILES
+from streamllm.tokenizer import TOKENIZER_FILES, TokenizerError, load_tokenizer_files
 from streamllm.weights.checkpoint import DTYPES, INDEX, PICKLE, PICKLE_INDEX, SINGLE, Checkpoint
 from streamllm.weights.files import read_json
 
@@ -67,6 +67,7 @@ def describe(
         sizes = ", ".join(f"{size:,}" for size in sorted(set(own)))
         yield "window", f"sliding, {sizes} tokens, in {len(own)} of {len(geometry.windows)} layers"
     yield from (("files" if i == 0 else "", line) for i, line in enumerate(files))
+    yield from _tokenizer(checkpoint)
 
     token = sum(2 * geometry.kv_heads * geometry.head_dim * chosen.itemsize for _ in geometry.windows)
     cache = SinkCache(model, sinks=sinks, window=window)
@@ -162,6 +163,30 @@ def _files(checkpoint: Checkpoint) -> tuple[list[str], list[str]]:
         dtypes = sorted({stored.dtype for stored in checkpoint.tensors.values()})
         lines[-1:-1] = [f"{len(checkpoint.tensors)} tensors of {', '.join(dtypes)}"]
     return lines, dtypes
+
+
+def _tokenizer(checkpoint: Checkpoint) -> Iterator[tuple[str, str]]:
+    """The tokenizer of a folder: its size, and the tokens that it puts around a text."""
+    source = checkpoint.source
+    if getattr(source, "commit", None) is not None or not any(map(source.has, TOKENIZER_FILES[:2])):
+        return
+    try:
+        tokenizer = load_tokenizer_files(source.file("config.json").parent)
+    except TokenizerError as error:
+        yield "tokenizer", f"cannot be loaded: {error}"
+        return
+    added = [
+        name for name, is_added in (("BOS", tokenizer.adds_bos), ("EOS", tokenizer.adds_eos)) if is_added
+    ]
+    around = " and ".join(added) if added else "neither BOS nor EOS"
+    yield "tokenizer", f"{tokenizer.vocab_size:,} ids; it adds {around} to a text"
+    for flag in tokenizer.ignored_flags:
+        name = "adds_bos" if flag == "add_bos_token" else "adds_eos"
+        yield (
+            "",
+            f"{flag} of tokenizer_config.json has no effect, as in transformers 5; transformers 4 adds the token "
+            f"for some classes: tokenizer.{name} = True",
+        )
 
 
 def _dtype(checkpoint: Checkpoint, wanted: torch.dtype | str, stored: list[str]) -> tuple[torch.dtype, str]:

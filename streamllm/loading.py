@@ -40,6 +40,9 @@ def load(
 ) -> tuple[nn.Module, Tokenizer]:
     """The model and the tokenizer of a checkpoint.
 
+    The model is ready for inference: its weights are frozen. To train it, call `model.requires_grad_(True)` and
+    `model.train()`; `model.eval()` afterwards stores the weights again as the CPU reads them fastest.
+
     Args:
         name: a hub name ("org/name"), a folder, or None for the embedded checkpoint.
         revision: a branch, tag, commit or "refs/pr/1" of a hub repository.
@@ -142,7 +145,7 @@ def usable_device(device: torch.device | str | None) -> torch.device:
     if device is None:
         return default_device()
     try:
-        torch.zeros(1, device=device).item()
+        torch.zeros(1, dtype=torch.float32, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise ValueError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -43,7 +44,8 @@ class _Ahead:
     token: int
     logits: Tensor | None  # [V]; None where it failed
     back: object  # of the cache's `step_back` from it
-    failed: Exception | None  # is raised when the token is fed
+    failed: Exception | None  # is raised when the token is fed for the same sampler
+    sampler: Sampler
 
 
 class Loop:
@@ -67,6 +69,8 @@ class Loop:
         self._drawn: tuple[int, int] | None = None  # the number of a token, and the token
         self._ahead: _Ahead | None = None
         self._running_ahead: int | None = None  # the number of a token while its forward runs ahead
+        # The number of a token that the device has drawn, and its answer. Kept until the host has read the token.
+        self._answer: tuple[int, _Answer] | None = None
         self._on_device: tuple[int, Tensor] | None = None  # waiting tokens from this number on, on the device
         # While tokens are taken back: the cuts before, how many entries the cache keeps, whether tokens had been fed,
         # whether the last one that stays is fed again.
@@ -86,8 +90,14 @@ class Loop:
     @property
     def drawn(self) -> int | None:
         """The token that was drawn and not pushed yet."""
-        drawn = self._drawn
-        return drawn[1] if drawn is not None and drawn[0] == self.end else None
+        drawn, answer, end = self._drawn, self._answer, self.end
+        if drawn is not None and drawn[0] == end:
+            return drawn[1]
+        if answer is not None and answer[0] == end:  # interrupted before the host read it
+            token, best = answer[1].wait()
+            if math.isfinite(best):
+                return int(token)
+        return None
 
     @property
     def unfed(self) -> list[int]:
@@ -118,6 +128,7 @@ class Loop:
         self.check(tokens)
         if not tokens:
             return
+        self._end_running_ahead()
         log, seen = self._read_log(), self.seen
         if seen > log.end:  # the cache took in tokens of another caller
             log = Log(seen, [], History(log.history.size), seen, log.cuts)
@@ -146,10 +157,8 @@ class Loop:
 
         Raises ValueError where the cache has seen less than its stream: it was reset or loaded by another caller.
         """
+        self._end_running_ahead()
         log = self.log
-        if self._running_ahead == log.end and self.seen == log.end + 1:
-            self.cache.step_back()  # interrupted while it ran ahead
-        self._running_ahead = None
         if self.logits is not None or self.is_empty:
             return
         seen = self.seen
@@ -186,6 +195,8 @@ class Loop:
         drawn = self.drawn
         if drawn is not None:
             return drawn
+        if self._ahead is not None and self._ahead.failed is not None and self._ahead.sampler is not sampler:
+            self._ahead = None  # it failed for a call that did not ask for more tokens
         self.feed()
         logits, place = self.logits, self.end
         assert logits is not None, "an empty stream has no next token"
@@ -196,7 +207,7 @@ class Loop:
         with torch.inference_mode():
             tokens, best = sample(logits[None], [sampler], self._rows[1], [history], [place], [generated])
             if run_ahead and self.cache.device.type in RUN_AHEAD:
-                return self._read_while_running_ahead(place, tokens, best)
+                return self._read_while_running_ahead(sampler, place, tokens, best)
             check_finite(float(best))
             token = int(tokens)
         self._on_device = place, tokens
@@ -209,12 +220,13 @@ class Loop:
         log.history.extend(log.tokens[max(0, log.ahead + log.history.total - log.first) :])
         return log
 
-    def _read_while_running_ahead(self, place: int, tokens: Tensor, best: Tensor) -> int:
+    def _read_while_running_ahead(self, sampler: Sampler, place: int, tokens: Tensor, best: Tensor) -> int:
         answer = _Answer(torch.cat((tokens.double(), best.double())))
         logits: Tensor | None = None
         back: object = None
         failed: Exception | None = None
         interrupt: BaseException | None = None
+        self._answer = place, answer
         self._running_ahead = place
         try:
             logits = self.model(tokens[None], self.cache, logits_to_keep=1)[0, -1]
@@ -226,18 +238,28 @@ class Loop:
             back = self.cache.step_back()
         self._running_ahead = None
         value, finite = answer.wait()
-        check_finite(finite)
-        token = int(value)
-        if interrupt is None and (failed is not None or back is not None):
-            self._ahead = _Ahead(place, token, logits, back, failed)
-        self._drawn = place, token
-        if interrupt is not None:
-            raise interrupt
-        return token
+        if interrupt is None:
+            check_finite(finite)
+            if failed is not None or back is not None:
+                self._ahead = _Ahead(place, int(value), logits, back, failed, sampler)
+            self._drawn = place, int(value)
+            return int(value)
+        raise interrupt
+
+    def _end_running_ahead(self) -> None:
+        """Step back from a forward that ran ahead, where an interrupt came before the cache had stepped back."""
+        if self._running_ahead is not None:
+            if self._running_ahead == self.log.end and self.seen == self.log.end + 1:
+                self.cache.step_back()
+            self._running_ahead = None
 
     def keep_last_unfed(self) -> None:
-        """Take the last token out of the cache again, if it was fed: the next caller feeds it."""
-        if not self.is_empty and self.seen == self.end:
+        """Take the last token out of the cache again, if it was fed: the next caller feeds it.
+
+        It stays in the cache where that is not possible: a token that ran ahead has overwritten what it needs.
+        """
+        self._end_running_ahead()
+        if not self.is_empty and self.seen == self.end and int(self.cache.rewindable[0]):
             self.cache.step_back()
 
     def take_back(self, start: int, then: Sequence[int] = ()) -> None:
@@ -247,8 +269,9 @@ class Loop:
         a drawn token would have pushed out. Numbers of tokens that were fed are not used again. After an interrupt,
         the same call completes it; `log.cuts` tells whether it has ended.
         """
+        self._end_running_ahead()
         log, cache = self._read_log(), self.cache
-        self._drawn = self._ahead = self._on_device = None
+        self._drawn = self._answer = self._ahead = self._on_device = None
         cache.evict_for_space(1)  # so the result is the same whether a forward ran ahead or not
         left = log.history.last(len(log.history))
         left = left[: max(0, len(left) - (log.end - start))]

@@ -15,6 +15,7 @@ from streamllm.cache import SinkCache
 from streamllm.generation import check_max_new_tokens, make_sampler, token_ids
 from streamllm.generation_config import GenerationConfig, SamplingSettings, resolve
 from streamllm.loop import Loop
+from streamllm.models.checks import whole_number
 from streamllm.sampling import LogitsProcessor, Sampler, TokenLogProbs, breaker_tokens, token_logprobs
 from streamllm.session import SessionError, chatting, saving, window
 from streamllm.session.dialogue import Dialogue, Message, Turn, check_messages, without_known
@@ -49,7 +50,7 @@ class Stream:
         tokenizer: Tokenizer,
         sinks: int | str = 4,
         window: int | None = None,
-        chunk: int = 512,
+        chunk: int | None = None,
         quantize: str | None = None,
         *,
         evict: str = "token",
@@ -161,9 +162,9 @@ class Stream:
         config = resolve(self.model, generation_config, settings)
         stops = check_stops(stop)
         limit = check_max_new_tokens(max_new_tokens)
-        top = check_max_new_tokens(top_logprobs)
-        if top is not None and top > self._loop.vocab_size:
-            raise ValueError(f"top_logprobs must be at most {self._loop.vocab_size}, not {top_logprobs}")
+        top = top_logprobs
+        if top is not None:
+            top = whole_number("top_logprobs", top, 0, self._loop.vocab_size)
         tokens, breakers = self._encode(text, bos, special_tokens), self._breaker_tokens(config)
         sampler = make_sampler(self._loop, tokens, config, seed, logits_processor, breakers)
         self._push(tokens)

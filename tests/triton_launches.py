@@ -16,6 +16,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from streamllm.compiled import triton_attention_kernel as attention_kernel
 from streamllm.compiled import triton_kernels as kernels
 from streamllm.compiled import triton_launch as launch
 from streamllm.compiled import triton_tiles as tiles
@@ -24,7 +25,7 @@ TYPES = {
     torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.float64: "fp64",
     torch.int8: "i8", torch.int32: "i32", torch.int64: "i64",
 }  # fmt: skip
-OPTIONS = ("num_warps", "num_stages")
+OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
 KERNELS = ("matvec", "matmul_rows", "norm_rows", "gate_rows", "rope_tables", "attention")
 
 
@@ -64,9 +65,10 @@ def launched() -> list[tuple[str, Any, dict[str, Any]]]:
     tiles.on_gpu = lambda device: True
     tiles.multiprocessors = lambda device: 132
     tiles.kept_tiles = lambda name: {}
-    collected = {name: Launches(getattr(kernels, name)) for name in KERNELS}
+    modules = {name: attention_kernel if name == "attention" else kernels for name in KERNELS}
+    collected = {name: Launches(getattr(module, name)) for name, module in modules.items()}
     for name, launches in collected.items():
-        setattr(kernels, name, launches)
+        setattr(modules[name], name, launches)
     for _ in calls():
         pass
     return [
@@ -126,6 +128,7 @@ def calls() -> Iterator[Any]:
             k,
             k,
             ring,
+            places,
             places,
             empty(heads, dtype=torch.int32),
             turned,

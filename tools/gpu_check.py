@@ -4,6 +4,7 @@
     python tools/gpu_check.py --out results --parts laws decode-8b
     python tools/gpu_check.py --out results --device cpu      # the same with tiny shapes: is the script right?
 
+    smoke        the first minute: the kernels of a Llama, checked, and 1B's time; if it fails, nothing else is run
     laws         every family in float64, float32 and half types on the device, against float64 on the CPU
     fast         the fused decoding step of every family against its modules
     tiles        the products of an 8B model with several tiles; the best are used by the later parts
@@ -35,7 +36,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 # Part -> the most seconds that it may take.
 PARTS = {
-    "laws": 70, "fast": 110, "tiles": 100, "decode-8b": 110, "decode-7b": 60, "decode-1b": 45, "batch": 90,
+    "smoke": 75, "laws": 60, "fast": 110, "tiles": 100, "decode-8b": 110, "decode-7b": 60, "decode-1b": 45, "batch": 90,
     "prefill": 60, "peers": 110,
 }  # fmt: skip
 LEAST_SECONDS = 8.0
@@ -92,7 +93,9 @@ def run_parts(args: argparse.Namespace, folder: str) -> int:
             record(log, {"part": part, "failed": "not run: no time left"})
             continue
         run_part(part, args, min(PARTS[part], left), log)
-    rows = [json.loads(line) for line in log.read_text().splitlines()]
+        if part == "smoke" and any(row.get("ok") is False or row.get("failed") for row in rows_of(log)):
+            break
+    rows = rows_of(log)
     sys.path.insert(0, str(ROOT / "tools"))
     from benchmark.gpu_tables import summary
 
@@ -102,6 +105,10 @@ def run_parts(args: argparse.Namespace, folder: str) -> int:
     print(text)
     print(f"{time.monotonic() - begin:.0f} s in all")
     return int(any(row.get("ok") is False for row in rows))
+
+
+def rows_of(log: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in log.read_text().splitlines()]
 
 
 def run_part(part: str, args: argparse.Namespace, seconds: float, log: Path) -> None:

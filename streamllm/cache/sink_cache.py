@@ -15,11 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from streamllm.cache.int8_ring import Int8Ring
 from streamllm.cache.ring import (
     LayerStore,
     Layout,
-    Ring,
     TokenKind,
     Writes,
     plan_chunk,
@@ -33,6 +31,7 @@ from streamllm.models.checks import whole_number
 from streamllm.models.step import Geometry, Plan, Step, geometry_of
 
 DEFAULT_WINDOW = 1020
+CHUNK, CUDA_CHUNK = 512, 2048  # tokens per forward, by default
 MAX_ORIGIN = 1 << 48  # rotary angles are exact up to place 2^49, so a stream can run 2^48 tokens from here
 TRIM_AFTER_TOKENS = 64  # a chunk of so many leaves freed memory with the allocator that is worth trimming
 
@@ -44,7 +43,8 @@ class SinkCache(Streams):
 
     The window counts the token itself. `sinks=0` is plain window attention; a window as long as the text is
     dense attention. `window=None` takes 1020, or what fits into the model's trained length beside the sinks.
-    A forward of many tokens is computed in chunks of at most `chunk`, with the same result as one by one.
+    A forward of many tokens is computed in chunks of at most `chunk`, with the same result as one by one. None: 512,
+    on CUDA 2048 divided by the batch where that is more.
     `origin` is the place of the first token in the text; no result depends on it.
 
     Hand the cache to the model's forward, which advances it: `model(tokens, cache)`. Its tensors have the
@@ -75,7 +75,7 @@ class SinkCache(Streams):
         sinks: int = 4,
         window: int | None = None,
         batch_size: int = 1,
-        chunk: int = 512,
+        chunk: int | None = None,
         origin: int = 0,
         quantize: str | None = None,
     ) -> None:
@@ -91,6 +91,9 @@ class SinkCache(Streams):
                 )
         window = whole_number("window", window, 1)
         batch_size = whole_number("batch_size", batch_size, 1)
+        if chunk is None:
+            on_cuda = next(model.parameters()).device.type == "cuda"
+            chunk = max(CHUNK, CUDA_CHUNK // batch_size) if on_cuda else CHUNK
         chunk, origin = whole_number("chunk", chunk, 1), whole_number("origin", origin, 0)
         if origin >= MAX_ORIGIN:
             raise ValueError(
@@ -225,11 +228,11 @@ class SinkCache(Streams):
         sizes = self.sinks, self.window, self.batch_size  # rope may depend on S + W where layers keep less
         return (*self._layouts.items(), *sizes, self.quantize, self.dtype, self.device)
 
-    def slots_of(self, window: int | None) -> int:
+    def _slots_of(self, window: int | None) -> int:
         """How many slots the rings of layers with this window of their own have."""
         return self._layouts[window].slots
 
-    def list_of(self, ring: Ring | Int8Ring) -> int:
+    def _list_of(self, ring: object) -> int:
         """The number of a layer's list of entries: its row in `starts`."""
         own = next(own for own, other in self._rings if other is ring)
         return list(self._layouts).index(own)

@@ -40,7 +40,7 @@ COMPILE_BACKENDS = ("flat", "inductor", "cudagraphs")  # streamllm.compiled.BACK
     help="Compile the step that computes the next token; used once the window is full. "
     "inductor is the fastest, and compiles for half a minute the first time.",
 )  # fmt: skip
-@chunk_option(512)
+@chunk_option(None)
 @click.option(
     "--max-new-tokens", "-n", type=ForeverParamType(), metavar="N|forever", default="200", show_default=True,
     help="Stop after so many tokens.",
@@ -72,7 +72,7 @@ COMPILE_BACKENDS = ("flat", "inductor", "cudagraphs")  # streamllm.compiled.BACK
 @click.option("--quiet", "-q", is_flag=True, help="Show no status line.")
 def generate(
     prompt: str | None, file: IO[str] | None, chosen: ModelChoice, sinks: int, window: int | None,
-    quantize_cache: str | None, backend: str | None, chunk: int, max_new_tokens: int | str,
+    quantize_cache: str | None, backend: str | None, chunk: int | None, max_new_tokens: int | str,
     temperature: float | None, top_k: int | None, top_p: float | None, min_p: float | None,
     repetition_penalty: float | None, seed: int | None, stop: tuple[str, ...], ignore_eos: bool,
     tokenizer_eos: bool, tensor_parallel: bool, no_echo: bool, quiet: bool,

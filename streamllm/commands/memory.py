@@ -17,13 +17,12 @@ def check_cache_fits(model: nn.Module, sinks: int, window: int | None, quantize:
     """
     if window is None:
         return
-    import torch
 
     from streamllm.models.step import geometry_of
 
     geometry = geometry_of(model)
     parameter: Any = next(model.parameters())
-    itemsize = 1 if quantize else torch.empty(0, dtype=parameter.dtype).element_size()
+    itemsize = 1 if quantize else parameter.element_size()
     places = sum(sinks + min(window, own or window) for own in geometry.windows)
     needed = 2 * geometry.kv_heads * geometry.head_dim * itemsize * places
     available = _available_bytes(parameter.device)

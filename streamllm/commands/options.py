@@ -94,12 +94,11 @@ quantize_cache_option = click.option(
 )
 
 
-def chunk_option(default: int) -> Callable[[Command], Command]:
-    """--chunk, with the default of one command."""
-    return click.option(
-        "--chunk", type=TOKENS, default=default, show_default=True,
-        help="Tokens read at once: more are faster and take more memory.",
-    )  # fmt: skip
+def chunk_option(default: int | None) -> Callable[[Command], Command]:
+    """--chunk, with the default of one command. None: the cache's."""
+    text = "Tokens read at once: more are faster and take more memory."
+    text += "" if default else "  [default: 512; on CUDA 2048]"
+    return click.option("--chunk", type=TOKENS, default=default, show_default=True, help=text)
 
 
 # For the commands that evaluate a model

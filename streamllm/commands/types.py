@@ -123,7 +123,8 @@ class DtypeParamType(click.ParamType):  # type: ignore[type-arg]
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
         if value != "auto" and value not in DTYPES:
-            self.fail(f"dtype is {value!r}; supported: auto, {', '.join(DTYPES)}", param, ctx)
+            # Not `fail`: the sentence is that of `streamllm.load`, without the usage of the command.
+            raise ValueError(f"dtype is {value!r}; supported: auto, {', '.join(DTYPES)}")
         return str(value)
 
 
@@ -133,13 +134,13 @@ class OutputFileParamType(click.Path):
     def __init__(self) -> None:
         super().__init__(dir_okay=False, writable=True, path_type=Path)
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        path = super().convert(value, param, ctx)
-        if Path(path).exists():
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        path = Path(str(super().convert(value, param, ctx)))
+        if path.exists():
             return path
-        folder = Path(path).absolute().parent
+        folder = path.absolute().parent
         if not folder.is_dir():
-            self.fail(f"there is no folder {str(folder)!r} to write {Path(path).name!r} into", param, ctx)
+            self.fail(f"there is no folder {str(folder)!r} to write {path.name!r} into", param, ctx)
         try:
             # A permission does not say it all: the file system may be full, read-only or virtual.
             with tempfile.NamedTemporaryFile(prefix=".streamllm-", dir=folder):

@@ -6,6 +6,19 @@ fusion.py     makes that list shorter
 cpu_loops.py  rewrites it as sums, which inductor compiles to one C++ function
 library.py    compiles in another process, and keeps the result
 cuda.py       captures it as a CUDA graph
+
+On CUDA with Triton, the list is rewritten into few kernels before it is captured:
+
+triton_support.py    whether Triton runs here
+triton_fusion.py     the rewrite: what becomes one kernel
+triton_graph.py      the list while it is rewritten
+triton_attention.py  rules for attention and what is around it
+triton_products.py   rules for products, norms and sums
+triton_launch.py     the kernels as functions of tensors
+triton_kernels.py    kernels for products, norms and rotations
+triton_attention_kernel.py  the kernel for attention
+triton_tiles.py      tile sizes
+triton_tune.py       measures tile sizes
 """
 
 from streamllm.compiled.api import BACKENDS, Compiled, compile

@@ -53,6 +53,9 @@ def compile(model: nn.Module, backend: str | None = None) -> Compiled:
     STREAMLLM_CACHE names, or else in streamllm under XDG_CACHE_HOME or ~/.cache; it may be deleted at any
     time. On CUDA, inductor's kernels are launched together, too.
 
+    On CUDA with Triton, in float32 or a half type, both backends rewrite the list into a few fused kernels first
+    (triton_fusion.py), and one recording serves a stream from its first token on. Without Triton the list stays.
+
     A tensor-parallel model is recorded with its sums over the processes, by "flat" and "cudagraphs".
 
     Hooks on the model's modules run only for what takes the model's own way. When a model is moved, quantized or
@@ -140,7 +143,7 @@ class Compiled(nn.Module):
         fused = self._uses_triton(cache)
         kinds = cache.token_kinds(recorded=True, for_any_place=fused or self._uses_loops(cache.device))
         if fused:  # the kernel reads what is held, so its recording serves any number of slots
-            kinds = {own: replace(kind, reads=cache.slots_of(own)) for own, kind in kinds.items()}
+            kinds = {own: replace(kind, reads=cache._slots_of(own)) for own, kind in kinds.items()}
         key = (*kinds.items(), tokens.dtype, torch.is_inference_mode_enabled(),
                cache.device.type == "cpu" and torch.get_num_threads())  # fmt: skip
         steps = self._bound.get(cache)
@@ -169,11 +172,8 @@ class Compiled(nn.Module):
                     plan = Plan(planned.steps, [cpu_loops.LoopStore(store) for store in planned.stores])
                 return self.model.project(self.model.hidden(tokens, plan))  # type: ignore[no-any-return, operator]
 
-            made = (
-                self._record_fused(given, step, cache)
-                if self._uses_triton(cache)
-                else self._record(given, step)
-            )
+            fused = self._uses_triton(cache)
+            made = self._record_fused(given, step, cache) if fused else self._record(given, step)
             if made is None:
                 return self._step(tokens, cache)  # without Triton
             recording = made

@@ -221,6 +221,10 @@ class _Quantized:
         self._sinks, self._numbers, self._scales = sinks, numbers, scales
         self._transposed = transposed  # [B, G, D, K]
 
+    def float(self) -> _Quantized:
+        """Itself: sums of it run in float32 anyway."""
+        return self
+
     def transpose(self, *axes: int) -> _Quantized:
         return _Quantized(self._sinks, self._numbers, self._scales, not self._transposed)
 

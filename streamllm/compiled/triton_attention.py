@@ -78,7 +78,7 @@ class AttentionFusion:
                 return False
             if self.sinks and given["sink_query"] is None:
                 return False
-            tables = self._rope_tables(table[0], slots, self.cache.list_of(ring))
+            tables = self._rope_tables(table[0], slots, self.cache._list_of(ring))
         q_norm, k_norm = self.recorded.norm_of(q), self.recorded.norm_of(k)
         if (q_norm is None) != (k_norm is None):
             return False
@@ -101,7 +101,7 @@ class AttentionFusion:
             batch * heads, query.shape[1] // heads, slots, dim, query.dtype, query.device
         )
         with self.graph.inserting_before(out):
-            arrived, starts = self._counters(batch * heads), self._starts(self.cache.list_of(ring))
+            arrived, starts = self._counters(batch * heads), self._starts(self.cache._list_of(ring))
             fused = self.graph.call_function(
                 launch.attended,
                 (

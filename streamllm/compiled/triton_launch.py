@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from streamllm.compiled import triton_attention_kernel, triton_tiles
 from streamllm.compiled import triton_kernels as kernels
-from streamllm.compiled import triton_tiles
 
+FUSED_ADDS: dict[str, Any] = {"enable_fp_fusion": True}  # the default until Triton 3.9
 # Norm of a product's input: kind, weight [K], bias [K] or None, eps.
 Norm = tuple[int, Tensor, "Tensor | None", float]
 # The second product of a gated one: weight [N, K], scale [N] or None, bias [N] or None.
@@ -69,7 +70,7 @@ def launch_product(
     BN, BK = tile.outputs, tile.inputs
     shared = dict(
         K=inputs, ACTIVATION=activation, GATED=gated, BIAS=bias is not None, RESIDUAL=residual is not None,
-        INT8=scale is not None, BN=BN, BK=BK, num_warps=tile.warps, num_stages=tile.stages,
+        INT8=scale is not None, BN=BN, BK=BK, num_warps=tile.warps, num_stages=tile.stages, **FUSED_ADDS,
     )  # fmt: skip
     second = up[0], _or(up[1], x), _or(up[2], x)
     blocks = -(-outputs // BN)
@@ -115,7 +116,7 @@ def _normalised(
     total = x if added is None else torch.empty_like(x)
     kernels.norm_rows[(x.numel() // inputs,)](
         x, _or(added, x), weight, _or(bias, x), total, out, eps, K=inputs, K_PADDED=power_of_two(inputs), NORM=kind,
-        BIAS=bias is not None, ADDED=added is not None, num_warps=4 if inputs <= 4096 else 8,
+        BIAS=bias is not None, ADDED=added is not None, num_warps=4 if inputs <= 4096 else 8, **FUSED_ADDS,
     )  # fmt: skip
     return total, out
 
@@ -127,7 +128,16 @@ def gated(x: Tensor, up: Tensor, activation: int) -> Tensor:
     x, up = _rows(x), _rows(up)
     block = 1024
     kernels.gate_rows[(-(-outputs // block), rows)](
-        x, up, out, x.stride(0), up.stride(0), outputs, ACTIVATION=activation, BLOCK=block, num_warps=4
+        x,
+        up,
+        out,
+        x.stride(0),
+        up.stride(0),
+        outputs,
+        ACTIVATION=activation,
+        BLOCK=block,
+        num_warps=4,
+        **FUSED_ADDS,
     )
     return out
 
@@ -185,12 +195,14 @@ def attended(
     out = q.new_empty(batch, 1, q.shape[1])
     dim_padded = max(16, power_of_two(dim))
     shared_padded = 1 if shared == 1 else max(16, power_of_two(shared))  # matrix units need 16 rows
-    wide: dict[str, Any] = dict(dtype=torch.float32, device=q.device)
-    partial = torch.empty(batch * heads * splits * shared_padded * dim_padded, **wide) if splits > 1 else out
-    log_sums = torch.empty(batch * heads * splits * shared_padded, **wide) if splits > 1 else out
+    partial, log_sums = out, out
+    if splits > 1:
+        sums = batch * heads * splits * shared_padded
+        partial = torch.empty(sums * dim_padded, dtype=torch.float32, device=q.device)
+        log_sums = torch.empty(sums, dtype=torch.float32, device=q.device)
     q_norm, k_norm, q_eps, k_eps = (q, k, 0.0, 0.0) if head_norms is None else head_norms
     slopes, bias_scale = (q, 0.0) if alibi is None else alibi
-    kernels.attention[(batch * heads, splits)](
+    triton_attention_kernel.attention[(batch * heads, splits)](
         q, k, v, keys, values, key_sinks, value_sinks, key_scales, value_scales, places, starts,
         *(tables or [q] * 6), q_norm, k_norm, slopes, out, partial, log_sums, arrived,
         scale, bias_scale, clip or 0.0, q_eps, k_eps, q.stride(0), k.stride(0), v.stride(0), int(len(places) > 1),
@@ -198,7 +210,7 @@ def attended(
         SINKS=sinks, SLOTS=slots, HEADS=heads, SHARED=shared, D=dim, D_PADDED=dim_padded,
         SHARED_PADDED=shared_padded, ROTATED=tables[0].shape[-1] if tables else 0,
         HEAD_NORMS=head_norms is not None, ALIBI=alibi is not None, CLIP=clip is not None, INT8=len(ring) > 2,
-        SPLITS=splits, BLOCK=block, num_warps=warps, num_stages=stages,
+        SPLITS=splits, BLOCK=block, num_warps=warps, num_stages=stages, **FUSED_ADDS,
     )  # fmt: skip
     return out
 

@@ -193,7 +193,9 @@ class ProductFusion:
         found = [getattr(product, name) for product in group]
         if found[0] is None:
             return None
-        return self.recorded.constant(torch.cat([self.recorded.value(node) for node in found]))
+        tensors = [self.recorded.value(node) for node in found]
+        with torch.no_grad():
+            return self.recorded.constant(fusion.join(tensors, by_columns=False))
 
     def _fuse_sums(self, products: Iterable[_Product]) -> None:
         """Sums of products and other terms: each product adds the sum of what comes before it."""

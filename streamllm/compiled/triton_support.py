@@ -31,7 +31,7 @@ def _works(device: torch.device) -> bool:
     try:
         from streamllm.compiled import triton_launch
 
-        x = torch.ones(1, 1, 16, device=device)
+        x = torch.ones(1, 1, 16, dtype=torch.float32, device=device)
         with torch.inference_mode(), on(device):
             triton_launch.gated(x, x, 0)
     except Exception as error:

@@ -72,8 +72,8 @@ def tile_of(rows: int, weight: Tensor, gated: bool) -> Tile:
     if not on_gpu(weight.device):
         return INTERPRETED_TILE
     if rows > 1:
-        columns = max(16, min(256 // weight.itemsize, _power_of_two(inputs)))
-        return Tile(16, columns, 4, 3, 16 if rows <= 16 else 32)
+        columns = max(16, min(512 // max(2, weight.itemsize), _power_of_two(inputs)))
+        return Tile(16, columns, 4, 4, 16 if rows <= 16 else 32)  # not measured
     kept = kept_tiles(_name(weight.device)).get(product_key(outputs, inputs, gated, weight.itemsize))
     if kept is not None:
         return Tile(*kept)
@@ -92,8 +92,12 @@ def _rule(outputs: int, inputs: int, gated: bool) -> Tile:
 def attention_tile(
     pairs: int, shared: int, slots: int, dim: int, dtype: torch.dtype, device: torch.device
 ) -> AttentionTile:
-    """For B · G pairs, `shared` query heads each. By the rule, there are two programs for each multiprocessor."""
-    block = 64 if dtype.itemsize == 2 and dim <= 128 else 32
+    """For B · G pairs, `shared` query heads each.
+
+    By the rule, each multiprocessor has at least two programs; up to eight, where each still reads four blocks.
+    """
+    small = shared == 1 or dtype.itemsize > 2 or dim > 128
+    block = 32 if small else 64
     block = max(16, min(block, _power_of_two(slots)))
     blocks = -(-slots // block)
     if not on_gpu(device):
@@ -101,9 +105,8 @@ def attention_tile(
     kept = kept_tiles(_name(device)).get(attention_key(pairs, shared, slots, dim, dtype.itemsize))
     if kept is not None:
         return AttentionTile(*kept)
-    wanted = 2 * multiprocessors(device) // max(pairs, 1)
-    splits = max(1, min(1 << max(wanted, 1).bit_length() - 1, 64, blocks))
-    return AttentionTile(splits, block, 4, 2)
+    few, many = (_power_of_two_below(programs * multiprocessors(device) // pairs) for programs in (2, 8))
+    return AttentionTile(min(64, max(min(few, blocks), min(many, blocks // 4))), block, 4, 2)
 
 
 @lru_cache(maxsize=8)
@@ -138,3 +141,8 @@ def _name(device: torch.device) -> str:
 def _power_of_two(number: int) -> int:
     """The smallest power of two that is at least `number`."""
     return 1 << max(number - 1, 0).bit_length()
+
+
+def _power_of_two_below(number: int) -> int:
+    """The largest power of two that is at most `number`, and at least 1."""
+    return 1 << max(number, 1).bit_length() - 1

@@ -101,7 +101,7 @@ def attention_launches(
     k = torch.randn(1, 1, heads * dim, dtype=dtype, device=device)
     places = torch.full((1,), 10 * slots, dtype=torch.int64, device=device)
     starts = torch.full((1,), min(4, slots - 1), dtype=torch.int64, device=device)
-    table = torch.ones(1, dim, device=device)
+    table = torch.ones(1, dim, dtype=torch.float32, device=device)
 
     def ours(tile: AttentionTile) -> Iterator[Any]:
         counters = torch.zeros(layers, heads, dtype=torch.int32, device=device)

@@ -15,6 +15,7 @@ pieces.
 from __future__ import annotations
 
 import importlib
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from streamllm.cache import SinkCache
-from streamllm.evaluate.predictions import new_cache, nll_of
+from streamllm.evaluate.predictions import new_cache, nll_unchecked
 from streamllm.evaluate.texts import beginning
 from streamllm.models.step import geometry_of
 from streamllm.stream import Stream
@@ -230,9 +231,10 @@ class Requests:
                 lengths = [min(max(count - start, 0), stop - start) for count in read]
                 logits = self.model(tokens[:, start:stop], cache, lengths=lengths)
                 targets = tokens[:, start + 1 : stop + 1]
-                nats.append(nll_of(logits, targets))
+                nats.append(nll_unchecked(logits, targets))
                 hits.append((logits.argmax(-1) == targets).cpu())
             all_nats, all_hits = torch.cat(nats, 1), torch.cat(hits, 1)
+            all_nats, all_hits = _finite(all_nats, all_hits)
             for row, index in enumerate(rows):
                 found[index] = all_nats[row, : read[row]], all_hits[row, : read[row]]
         return found
@@ -255,3 +257,16 @@ class Requests:
             if ids and ids[0] is not None:
                 return ids[0]
         raise ValueError("the tokenizer has neither BOS nor EOS to begin a text with")
+
+
+def _finite(nats: Tensor, hits: Tensor) -> tuple[Tensor, Tensor]:
+    """Scores that are not finite count as a probability of 0, with a warning: NaN would be shown as a result."""
+    wrong = ~nats.isfinite()
+    if not bool(wrong.any()):
+        return nats, hits
+    warnings.warn(
+        "the model's logits are not finite: in float16 take bfloat16 or float32 instead, else its weights are "
+        "damaged; the texts concerned are scored with a log-probability of -inf",
+        stacklevel=2,
+    )
+    return nats.masked_fill(wrong, torch.inf), hits & ~wrong

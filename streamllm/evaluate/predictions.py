@@ -89,7 +89,13 @@ def nll_of(logits: Tensor, targets: Tensor) -> Tensor:
 
     Raises ValueError where one is not finite: such a score is no result.
     """
+    nll = nll_unchecked(logits, targets)
+    check_finite(float(nll.sum()))
+    return nll
+
+
+def nll_unchecked(logits: Tensor, targets: Tensor) -> Tensor:
+    """As `nll_of`, also where a score is not finite."""
     wide = logits if logits.dtype == torch.float64 else logits.float()
     nll = F.cross_entropy(wide.flatten(0, -2), targets.flatten(), reduction="none")
-    check_finite(float(nll.sum(dtype=torch.float64 if nll.device.type == "cpu" else None)))
     return nll.view(targets.shape).cpu().double()

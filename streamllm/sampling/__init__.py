@@ -10,7 +10,6 @@ from streamllm.sampling.logprobs import LogProbs, TokenLogProbs, token_logprobs
 from streamllm.sampling.random_numbers import fresh_seed, uniform
 from streamllm.sampling.rows import RowSettings, check_finite, choose_rows
 from streamllm.sampling.sampler import LogitsProcessor, Sampler, sample
-from streamllm.sampling.with_generator import choose, next_token
 
 __all__ = [
     "Edits",
@@ -23,10 +22,8 @@ __all__ = [
     "apply_edits",
     "breaker_tokens",
     "check_finite",
-    "choose",
     "choose_rows",
     "fresh_seed",
-    "next_token",
     "sample",
     "token_logprobs",
     "uniform",

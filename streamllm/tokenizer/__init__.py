@@ -1,7 +1,8 @@
 """Text to token ids and back, for tokenizer.json (the tokenizers library) and tokenizer.model (sentencepiece).
 
 Neither transformers, protobuf nor torch is needed. The files are untrusted: a damaged or hostile file raises a
-TokenizerError that names it.
+TokenizerError that names it, within limits of size and growth. One danger is left: the tokenizers library ends the
+process if memory runs out within it, as it may under a limit of a few hundred megabytes.
 """
 
 from streamllm.tokenizer.decoder import IncrementalDecoder

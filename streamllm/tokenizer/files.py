@@ -81,6 +81,10 @@ def load_tokenizer_files(folder: Path) -> Tokenizer:
         if str(config.get("tokenizer_class")).removesuffix("Fast") == "GPTNeoXTokenizer":
             # transformers' class of this name does not use the post-processor.
             tokenizer.adds_bos = tokenizer.adds_eos = False
+        added_by_encode = {"add_bos_token": tokenizer.adds_bos, "add_eos_token": tokenizer.adds_eos}
+        tokenizer.ignored_flags = tuple(
+            flag for flag, is_added in added_by_encode.items() if config.get(flag) is True and not is_added
+        )
         return tokenizer
     path = _find(source, "tokenizer.model")
     if path is None:
@@ -124,7 +128,9 @@ def _read_optional_json(source: FolderSource, name: str) -> dict[str, Any]:
     return {} if path is None else _read(read_json, path)
 
 
-def _chat_template(source: Source, folder: Path, config: Mapping[str, Any]) -> str | dict[str, str] | None:
+def _chat_template(
+    source: FolderSource, folder: Path, config: Mapping[str, Any]
+) -> str | dict[str, str] | None:
     """The template, or several by name. If there are files of templates, tokenizer_config.json is ignored."""
     try:
         names = [*list_template_files(source), "chat_template.jinja"]

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+import sys
+import tempfile
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,6 +18,7 @@ import tokenizers
 from streamllm.tokenizer.backend import TokenBytes, is_encodable
 from streamllm.tokenizer.errors import TokenizerError
 from streamllm.tokenizer.json_decoder import DecoderStages
+from streamllm.tokenizer.json_limits import check_limits
 from streamllm.tokenizer.json_stages import normalizer_of_piece, pre_tokenizer_of_piece, prefix_behind_added
 from streamllm.tokenizer.special_tokens import STANDARD_NAMES, AddedToken
 from streamllm.weights.errors import shorten, show
@@ -22,6 +27,8 @@ T = TypeVar("T")
 
 # Texts that show which ids a post-processor adds: one of them has a token in any vocabulary.
 _PROBES = ("a", "0", ".", " ", "\n", "A", "the")
+# The name of an object or list with an ASCII letter written as \\u00XX. It would hide from `_without_vocabulary`.
+_ESCAPED_KEY = re.compile(r'"\w*\\u00[4-7][0-9a-fA-F](?:\w|\\u00)*"\s*:\s*[\[{]')
 
 
 class JsonBackend:
@@ -49,6 +56,20 @@ class JsonBackend:
         extra: Iterable[AddedToken],
     ) -> None:
         self._path = path
+        if _ESCAPED_KEY.search(source):
+            raise TokenizerError(f"{path} spells a key with escaped letters, which no tokenizer writes")
+        check_limits(path, _without_vocabulary(source))
+        with _quiet_panics():
+            self._load(source, added, named, extra)
+
+    def _load(
+        self,
+        source: str,
+        added: Mapping[int, AddedToken],
+        named: Mapping[str, AddedToken],
+        extra: Iterable[AddedToken],
+    ) -> None:
+        path = self._path
         self._tokenizer = _call_library(
             partial(tokenizers.Tokenizer.from_str, source),
             f"{path} is not a tokenizer.json that tokenizers {tokenizers.__version__} can load",
@@ -66,8 +87,10 @@ class JsonBackend:
         if self.vocab_size == 0:
             raise TokenizerError(f"{path}: the vocabulary is empty")
         self._added = self._tokenizer.get_added_tokens_decoder()
-        self.added_ids = self._added.keys()
-        self.special_contents = [token.content for token in self._added.values() if token.special]
+        self.added_ids: Collection[int] = self._added.keys()
+        self.special_contents: Collection[str] = [
+            token.content for token in self._added.values() if token.special
+        ]
         self.table: dict[int, TokenBytes] = {}
         self._decoder = DecoderStages(path, self._tokenizer.decoder)
         self.utf8_errors = self._decoder.utf8_errors
@@ -76,6 +99,12 @@ class JsonBackend:
         self.prefix_behind_added = prefix_behind_added(self._normalizer, self._pre_tokenizer)
         self._variants: dict[tuple[bool, bool], Any] = {}
         self.before, self.after = self._added_by_post_processor()
+        for index in (*self.before, *self.after):
+            if index >= self.vocab_size:
+                raise TokenizerError(
+                    f"{path}: its post_processor adds id {index} to every text, and the vocabulary ends at "
+                    f"{self.vocab_size - 1}"
+                )
 
     def encode(self, text: str, add_special_tokens: bool) -> list[int]:
         ids: list[int] = self._encode(self._tokenizer, text, add_special_tokens).ids
@@ -239,6 +268,45 @@ def _call_library(call: Callable[[], T], what: str) -> T:
         if type(error).__name__ != "PanicException":
             raise
         raise TokenizerError(f"{what}: {shorten(str(error))}") from None
+
+
+def _without_vocabulary(source: str) -> dict[str, Any]:
+    """The stages of a tokenizer.json, {} where they are not JSON. Its vocabulary is long and is not parsed."""
+    stages: dict[str, Any] = {}
+    decoder = json.JSONDecoder()
+    for name in ("normalizer", "pre_tokenizer", "post_processor", "decoder"):
+        for found in re.finditer(rf'"{name}"\s*:\s*(?=[\[{{])', source):
+            with contextlib.suppress(ValueError, RecursionError):
+                stages.setdefault(name, []).append(decoder.raw_decode(source, found.end())[0])
+    return stages
+
+
+@contextlib.contextmanager
+def _quiet_panics() -> Iterator[None]:
+    """Holds back what the library writes to standard error, and drops it if the library panics.
+
+    A panic prints its place in the Rust code before Python can catch it.
+    """
+    try:
+        sys.stderr.flush()
+        real = os.dup(2)
+    except (OSError, ValueError, AttributeError):  # closed
+        yield
+        return
+    with tempfile.TemporaryFile() as held:
+        os.dup2(held.fileno(), 2)
+        try:
+            yield
+        except TokenizerError:
+            held.seek(0, os.SEEK_END)
+            held.truncate(0)
+            raise
+        finally:
+            os.dup2(real, 2)
+            os.close(real)
+            held.seek(0)
+            if text := held.read():
+                os.write(2, text)
 
 
 def _added_ids(source: str) -> dict[str, int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -90,9 +90,11 @@ class SentencePieceBackend:
         if add_bos is None:
             add_bos = "bos_token" in self.special_tokens
         ordinary = [token for token in self._split_at.values() if not self._is_special(token.content)]
-        self.special_contents = [content for content in self._split_at if self._is_special(content)]
+        self.special_contents: Collection[str] = [
+            content for content in self._split_at if self._is_special(content)
+        ]
         self._any_token, self._ordinary_token = _any_of(self._split_at.values()), _any_of(ordinary)
-        self.added_ids = {self._id_of(content) for content in self._split_at}
+        self.added_ids: Collection[int] = {self._id_of(content) for content in self._split_at}
         if add_bos is None:
             add_bos = "bos_token" in self.special_tokens
         self.before = [self._required_id("bos_token")] if add_bos else []

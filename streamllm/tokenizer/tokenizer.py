@@ -18,6 +18,8 @@ class Tokenizer:
     Attributes:
         special_tokens: the named special tokens, for example `{"bos_token": "<s>", "eos_token": "</s>"}`.
         chat_template: the jinja2 template that makes a prompt from messages, or several by name, or None.
+        ignored_flags: `add_bos_token` or `add_eos_token`, where tokenizer_config.json asks for a token that `encode`
+            does not add. transformers 4 adds it for some classes, transformers 5 does not; see `adds_bos`.
         vocab_size: the largest id that it can decode, plus one. A model's vocabulary is often padded beyond
             it; larger ids decode to nothing.
     """
@@ -32,6 +34,7 @@ class Tokenizer:
         self.special_tokens = dict(special_tokens)
         self.chat_template = chat_template
         self.vocab_size = backend.vocab_size
+        self.ignored_flags: tuple[str, ...] = ()
         self._before, self._after = backend.before, backend.after
 
     def __repr__(self) -> str:

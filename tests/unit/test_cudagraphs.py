@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import streamllm
-from streamllm import generation
+from streamllm import loop
 from streamllm.cache import SinkCache
 from streamllm.compiled import api, cuda, fusion
 from tests.laws.families import CONFIGS, tiny_model
@@ -177,16 +177,16 @@ def test_places_of_keys_are_captured_only_for_alibi(monkeypatch) -> None:
 
 @pytest.mark.parametrize("config", [{}, {"temperature": 1.0, "seed": 1, "repetition_penalty": 1.2}])
 def test_running_ahead_on_graphs_generates_the_same_tokens(monkeypatch, replays, config) -> None:
-    monkeypatch.setattr(generation, "RUN_AHEAD", ("cpu",))
+    monkeypatch.setattr(loop, "RUN_AHEAD", ("cpu",))
     model, prompt = streamllm.compile(tiny_llama(), "cudagraphs"), random_tokens(12)[0]
     cache, plain = SinkCache(model, 2, 6), SinkCache(tiny_llama(), 2, 6)
     for count in (20, 1, 9):
         generated = list(streamllm.generate(model, prompt, cache, max_new_tokens=count, **config))
-        monkeypatch.setattr(generation, "RUN_AHEAD", ())
+        monkeypatch.setattr(loop, "RUN_AHEAD", ())
         assert generated == list(
             streamllm.generate(tiny_llama(), prompt, plain, max_new_tokens=count, **config)
         )
-        monkeypatch.setattr(generation, "RUN_AHEAD", ("cpu",))
+        monkeypatch.setattr(loop, "RUN_AHEAD", ("cpu",))
         assert cache.seen.tolist() == plain.seen.tolist()
         prompt = generated[-1:]
     assert replays[0] >= 27

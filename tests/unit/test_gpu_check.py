@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 SCRIPT = Path(__file__).resolve().parents[2] / "tools" / "gpu_check.py"
-PARTS = ["laws", "fast", "tiles", "decode-8b", "decode-7b", "decode-1b", "batch", "prefill", "peers"]
+PARTS = ["smoke", "laws", "fast", "tiles", "decode-8b", "decode-7b", "decode-1b", "batch", "prefill", "peers"]
 
 
 def check(folder: Path, *options: str) -> list[dict]:

@@ -9,6 +9,7 @@ import ast
 import subprocess
 import sys
 from graphlib import TopologicalSorter
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -164,6 +165,8 @@ print("unchanged")
 
 def test_everything_runs_without_transformers_and_leaves_torch_alone(checkpoint: Path) -> None:
     modules = [module_of(path) for path in FILES if path.name != "__main__.py"]
+    if find_spec("triton") is None:  # they are imported on CUDA only
+        modules = [name for name in modules if not name.startswith("streamllm.compiled.triton_")]
     command = [sys.executable, "-c", PROBE, str(checkpoint), *modules]
     result = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=checkpoint)
     assert result.stdout == "unchanged\n", result.stderr[-2000:]

@@ -204,3 +204,14 @@ def test_the_model_is_built_on_the_meta_device(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(LLAMA_31))
     model = Checkpoint(open_source(tmp_path)).build()
     assert all(parameter.device == torch.device("meta") for parameter in model.parameters())
+
+
+def test_the_tokenizer_is_described(copy):
+    config = {"bos_token": "<s>", "eos_token": "</s>", "add_bos_token": True, "add_eos_token": True}
+    (copy / "tokenizer_config.json").write_text(json.dumps(config))
+    lines = list(describe(Checkpoint(open_source(copy))))
+    index = [name for name, _ in lines].index("tokenizer")
+    assert re.match(r"\d+ ids; it adds (BOS|neither BOS nor EOS) to a text", lines[index][1])
+    assert any("add_eos_token of tokenizer_config.json has no effect" in line for _, line in lines)
+    (copy / "tokenizer.json").write_text("{}")
+    assert any("cannot be loaded" in line for _, line in describe(Checkpoint(open_source(copy))))

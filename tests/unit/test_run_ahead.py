@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import pytest
 import torch
 
-from streamllm import GenerationConfig, SinkCache, generation
-from streamllm.generation import Loop
-from streamllm.sampling import choose, next_token
+from streamllm import GenerationConfig, SinkCache
+from streamllm import loop as loop_module
+from streamllm.generation import _generated, make_sampler
+from streamllm.loop import Loop
+from streamllm.sampling import History, RowSettings, Sampler, check_finite, choose_rows, sample, uniform
 from tests.laws.scenarios import Interrupted, failing, random_tokens, tiny_llama
 
 CONFIGS = {
@@ -23,14 +25,24 @@ PROMPT = random_tokens(9)[0].tolist()
 
 @pytest.fixture(autouse=True)
 def run_ahead_on_the_cpu(monkeypatch) -> None:
-    monkeypatch.setattr(generation, "RUN_AHEAD", ("cpu",))
+    monkeypatch.setattr(loop_module, "RUN_AHEAD", ("cpu",))
 
 
 class PlainLoop(Loop):
     """The loop as it runs on devices that are not in RUN_AHEAD."""
 
-    def _choose_and_run_ahead(self, config, generator):
-        return self._choose(config, generator), None
+    def draw(self, sampler: Sampler, generated: int, run_ahead: bool = True) -> int:
+        return super().draw(sampler, generated, run_ahead=False)
+
+
+def run(
+    loop: Loop, config: GenerationConfig, count: int | None, seed: int | None, tokens: Sequence[int] = ()
+) -> Iterator[int]:
+    """The tokens of one call, as `generate` yields them, on a loop that is kept for the next call."""
+    loop.push_drawn()
+    sampler = make_sampler(loop, tokens, config, seed, None, ())
+    loop.push(tokens)
+    return _generated(loop, sampler, count)
 
 
 def pair(model=None, window: int = 6) -> list[Loop]:
@@ -39,12 +51,18 @@ def pair(model=None, window: int = 6) -> list[Loop]:
     return [kind(model, SinkCache(model, 2, window, chunk=4)) for kind in (PlainLoop, Loop)]
 
 
+def with_drawn(loop: Loop, tokens: list[int]) -> list[int]:
+    """The tokens, and behind them the token that was drawn and not pushed yet."""
+    return tokens + ([] if loop.drawn is None else [loop.drawn])
+
+
 def assert_equal_state(plain: Loop, other: Loop) -> None:
     assert plain.cache.seen.tolist() == other.cache.seen.tolist()
     assert plain.unfed == other.unfed
-    assert plain.past == other.past
-    assert (plain.seen_tokens is None) == (other.seen_tokens is None)
-    assert plain.seen_tokens is None or torch.equal(plain.seen_tokens, other.seen_tokens)
+    assert plain.drawn == other.drawn
+    assert plain.end == other.end
+    assert plain.last_tokens(10**6) == other.last_tokens(10**6)
+    assert plain.log.history.total == other.log.history.total
     assert (plain.logits is None) == (other.logits is None)
     assert plain.logits is None or torch.equal(plain.logits.nan_to_num(), other.logits.nan_to_num())
 
@@ -54,13 +72,17 @@ def run_both(loops, *arguments, count: int | None = None) -> list[int]:
 
     Each loop has its own state of the global random generator. `count`: close both after so many tokens.
     """
-    runs: list[Iterator[int]] = [loop.run(*arguments) for loop in loops]
-    random_states, generated = [torch.get_rng_state()] * 2, []
+    random_states, runs = [torch.get_rng_state()] * 2, []
+    for i, loop in enumerate(loops):
+        torch.set_rng_state(random_states[i])
+        runs.append(run(loop, *arguments))
+        random_states[i] = torch.get_rng_state()
+    generated = []
     for _ in itertools.count() if count is None else range(count):
         tokens = []
-        for i, run in enumerate(runs):
+        for i, iterator in enumerate(runs):
             torch.set_rng_state(random_states[i])
-            tokens.append(next(run, None))
+            tokens.append(next(iterator, None))
             random_states[i] = torch.get_rng_state()
         assert tokens[0] == tokens[1]
         assert_equal_state(*loops)
@@ -68,8 +90,8 @@ def run_both(loops, *arguments, count: int | None = None) -> list[int]:
         if tokens[0] is None:
             break
         generated.append(tokens[0])
-    for run in runs:
-        run.close()
+    for iterator in runs:
+        iterator.close()
     assert_equal_state(*loops)
     return generated
 
@@ -106,14 +128,14 @@ def test_one_forward_runs_for_each_token() -> None:
     loop.model.register_forward_hook(counting)
     for count in (10, 1, 5):
         calls = 0
-        generated = list(loop.run(CONFIGS["greedy"], count, None, PROMPT[:4]))
+        generated = list(run(loop, CONFIGS["greedy"], count, None, PROMPT[:4]))
         assert calls == count, "the last token must not be fed before another one is requested"
         assert len(generated) == count
     calls = 0
-    closed = loop.run(CONFIGS["greedy"], None, None)
+    closed = run(loop, CONFIGS["greedy"], None, None)
     next(closed)
     closed.close()
-    next(loop.run(CONFIGS["greedy"], 1, None))
+    next(run(loop, CONFIGS["greedy"], 1, None))
     assert calls == 2, "the next run must use the forward that ran ahead"
 
 
@@ -122,8 +144,8 @@ def test_between_two_tokens_the_cache_can_be_used(use: str) -> None:
     model = tiny_llama.__wrapped__()
     loops, tokens = pair(model), []
     for loop in loops:
-        run = loop.run(CONFIGS["greedy"], 20, None, PROMPT)
-        generated = list(itertools.islice(run, 8))
+        iterator = run(loop, CONFIGS["greedy"], 20, None, PROMPT)
+        generated = list(itertools.islice(iterator, 8))
         if use == "forward":
             model(random_tokens(3, seed=5), loop.cache)
         elif use == "failed forward":  # it leaves another token's key in the slot of the next token
@@ -136,7 +158,7 @@ def test_between_two_tokens_the_cache_can_be_used(use: str) -> None:
         else:
             model(random_tokens(1, seed=5), loop.cache)
             loop.cache.step_back()
-        tokens.append(generated + list(run))
+        tokens.append(generated + list(iterator))
     assert tokens[0] == tokens[1]
     assert_equal_state(*loops)
 
@@ -160,11 +182,15 @@ def test_an_error_is_raised_after_the_same_token_as_in_the_plain_loop(
             handle = module.register_forward_hook(hook)
             torch.manual_seed(0)
             with pytest.raises(kind):
-                generated.extend(loop.run(config, 20, None, PROMPT))
+                generated.extend(run(loop, config, 20, None, PROMPT))
             handle.remove()
-            state = loop.cache.seen.tolist(), list(loop.unfed)
+            state = (
+                loop.cache.seen.tolist(),
+                with_drawn(loop, loop.unfed),
+                with_drawn(loop, loop.last_tokens(10**6)),
+            )
             random_state = torch.get_rng_state()
-            generated.extend(loop.run(config, 20, None))
+            generated.extend(run(loop, config, 20, None))
             results.append((generated, loop, state, random_state))
         (plain_tokens, plain, plain_state, plain_random), (tokens, ahead, state, random) = results
         assert plain_tokens == tokens
@@ -184,28 +210,97 @@ def test_ctrl_c_is_raised_when_the_loop_is_closed_and_other_errors_are_not() -> 
                 raise kind
 
         handle = loop.model.head.register_forward_hook(hook)
-        run = loop.run(CONFIGS["greedy"], None, None, PROMPT[:4])
-        generated = [next(run), next(run)]
+        iterator = run(loop, CONFIGS["greedy"], None, None, PROMPT[:4])
+        generated = [next(iterator), next(iterator)]
         if raised:
             with pytest.raises(KeyboardInterrupt):
-                run.close()
+                iterator.close()
         else:  # the plain loop would not have run the forward that failed
-            run.close()
+            iterator.close()
         handle.remove()
         plain, _ = pair(tiny_llama.__wrapped__())
-        rest = list(loop.run(CONFIGS["greedy"], 5, None))
-        assert generated + rest == list(plain.run(CONFIGS["greedy"], 7, None, PROMPT[:4]))
+        rest = list(run(loop, CONFIGS["greedy"], 5, None))
+        assert generated + rest == list(run(plain, CONFIGS["greedy"], 7, None, PROMPT[:4]))
 
 
-def test_logits_that_are_not_finite_are_an_error_before_the_token_is_yielded() -> None:
+@pytest.mark.parametrize("length", [5, 8, 9])
+def test_logits_that_are_not_finite_are_an_error_before_the_token_is_yielded(length: int) -> None:
+    """The last token leaves the cache again. It stays where a token that ran ahead has overwritten its oldest key."""
     for config in CONFIGS.values():
         loops = pair(tiny_llama.__wrapped__())
         for loop in loops:
             handle = loop.model.head.register_forward_hook(lambda *call: call[2] * torch.nan)
             with pytest.raises(ValueError, match="not finite"):
-                list(loop.run(config, 5, 0, PROMPT))
+                list(run(loop, config, 5, 0, PROMPT[:length]))
             handle.remove()
-        assert_equal_state(*loops)
+        assert loops[0].seen == length - 1
+        if length < 8:
+            assert_equal_state(*loops)
+        else:
+            assert (loops[1].seen, loops[1].unfed, loops[1].drawn) == (length, [], None)
+            loops[0].feed()
+            loops[1]._logits = loops[0]._logits
+            assert_equal_state(*loops)
+
+
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, Interrupted])
+def test_draw_raises_ctrl_c_at_once_and_other_errors_when_the_token_is_fed(kind: type[BaseException]) -> None:
+    plain, _ = pair()
+    wanted = list(run(plain, CONFIGS["penalty"], 6, 1, PROMPT))
+    for part in ("layers.2", "head", ""):
+        _, ahead = pair(tiny_llama.__wrapped__())
+        generated = list(run(ahead, CONFIGS["penalty"], 2, 1, PROMPT))
+        ahead.push_drawn()
+        ahead.feed()
+        sampler = make_sampler(ahead, (), CONFIGS["penalty"], 1, None, ())
+        calls = []
+
+        def hook(*_, calls=calls) -> None:
+            calls.append(None)
+            if len(calls) == 1:
+                raise kind
+
+        handle = ahead.model.get_submodule(part).register_forward_hook(hook)
+        seen = ahead.seen
+        if kind is KeyboardInterrupt:
+            with pytest.raises(kind):
+                ahead.draw(sampler, 2)
+        else:
+            assert ahead.draw(sampler, 2) == wanted[2]
+        assert (ahead.drawn, ahead.unfed, ahead.seen) == (wanted[2], [], seen)
+        assert ahead.draw(sampler, 2) == wanted[2], "the drawn token comes first"
+        assert calls == [None]
+        ahead.push_drawn()
+        if kind is not KeyboardInterrupt:
+            with pytest.raises(kind):
+                ahead.feed()
+            assert (ahead.unfed, ahead.seen) == ([wanted[2]], seen)
+        handle.remove()
+        rest = list(run(ahead, CONFIGS["penalty"], 3, 1))
+        assert [*generated, wanted[2], *rest] == wanted
+
+
+def test_an_error_of_the_draw_behind_a_forward_that_ran_ahead_leaves_an_exact_cache() -> None:
+    """The token that ran ahead has overwritten a key that the last token needs, so that one stays fed."""
+    forbidden = torch.zeros(61)
+
+    def forbid(tokens: list[int], logits: torch.Tensor) -> torch.Tensor:
+        return logits + forbidden
+
+    model, logits = tiny_llama(), []
+    for kind in (PlainLoop, Loop):
+        loop = kind(model, SinkCache(model, 2, 6, chunk=4))
+        sampler = make_sampler(loop, PROMPT, CONFIGS["greedy"], 0, forbid, ())
+        loop.push(PROMPT)
+        iterator = _generated(loop, sampler, 30)
+        tokens = PROMPT + list(itertools.islice(iterator, 15))
+        forbidden.fill_(-torch.inf)
+        with pytest.raises(ValueError, match="every token is forbidden"):
+            next(iterator)
+        forbidden.zero_()
+        after = model(torch.tensor([[*tokens[loop.seen :], 5]]), loop.cache)[0, -1]
+        logits.append(after)
+    assert torch.allclose(logits[0], logits[1], rtol=0, atol=1e-9)
 
 
 GRID = [
@@ -218,28 +313,39 @@ GRID = [
 ]
 
 
+def penalised(logits: torch.Tensor, config: GenerationConfig, seen_tokens: torch.Tensor) -> torch.Tensor:
+    penalty = config.repetition_penalty
+    return torch.where(seen_tokens, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
+
+
 @pytest.mark.parametrize("size", [1, 40, 3000])
-def test_choose_on_the_device_gives_the_same_tokens_as_next_token(size: int) -> None:
+def test_sample_gives_the_token_of_the_penalised_logits_and_of_the_number_of_its_place(size: int) -> None:
     inputs = torch.Generator().manual_seed(size)
-    generator, other = torch.Generator().manual_seed(1), torch.Generator().manual_seed(1)
+    state = torch.get_rng_state()
     for config in GRID:
         logits = 3 * torch.randn(size, generator=inputs)
         seen_tokens = torch.rand(size, generator=inputs) < 0.5
-        for _ in range(5):
-            token, best = choose(logits, config, generator, seen_tokens)
-            assert token.tolist() == [next_token(logits, config, other, seen_tokens)]
+        history = History(size, seen_tokens.nonzero()[:, 0].tolist())
+        sampler, rows = Sampler(config, vocab_size=size, window=size, seed=1), RowSettings([config], "cpu")
+        for place in range(5):
+            token, best = sample(logits[None], [sampler], rows, [history], [place], [0])
+            scores = penalised(logits, config, seen_tokens)
+            assert token.tolist() == choose_rows(scores[None], rows, uniform(1, place))[0].tolist()
+            assert best.tolist() == [float(scores.max())]
             assert best.shape == token.shape == (1,)
-    assert torch.equal(generator.get_state(), other.get_state())
+    assert torch.equal(torch.get_rng_state(), state), "a seed leaves torch's generator alone"
 
 
 def test_choosing_and_running_ahead_read_no_values() -> None:
     """A tensor on "meta" has no values: reading one raises."""
-    logits, seen_tokens = torch.randn(50, device="meta"), torch.zeros(50, dtype=torch.bool, device="meta")
-    with pytest.raises(RuntimeError):
-        next_token(logits, GenerationConfig(), None, seen_tokens)
+    logits = torch.randn(1, 50, device="meta")
+    history = History(20, [1, 2, 1, 3])
     for config in GRID:
-        token, best = choose(logits, config, None, seen_tokens)
+        sampler, rows = Sampler(config, vocab_size=50, window=20, seed=1), RowSettings([config], "meta")
+        token, best = sample(logits, [sampler], rows, [history], [4], [0])
         assert (token.dtype, token.shape, best.shape) == (torch.int64, (1,), (1,))
+        with pytest.raises(RuntimeError):
+            check_finite(float(best))
     model = tiny_llama.__wrapped__(dtype=torch.float32).to("meta")
     cache = SinkCache(model, 2, 6)
     for _ in range(12):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from streamllm.generation_config import UNSUPPORTED_KEYS, GenerationConfig, read_generation_config
-from streamllm.sampling import RowSettings, choose_rows, next_token, rows
+from streamllm.sampling import History, RowSettings, Sampler, check_finite, choose_rows, rows, sample
 from streamllm.weights.errors import UnsupportedConfig
 
 
@@ -44,8 +44,20 @@ def _softmax(scores: list[float], kept: set[int]) -> list[float]:
     return masked.double().softmax(-1).tolist()
 
 
+def next_token(
+    logits: Tensor, config: GenerationConfig, seed: int = 0, place: int = 0, seen: tuple[int, ...] = ()
+) -> int:
+    """The token that `sample` gives for logits [V] at a place of a stream that holds the tokens `seen`."""
+    size = len(logits)
+    sampler = Sampler(config, vocab_size=size, window=size, seed=seed)
+    history = History(size, seen)
+    tokens, best = sample(logits[None], [sampler], RowSettings([config], "cpu"), [history], [place], [0])
+    check_finite(float(best))
+    return int(tokens)
+
+
 def probabilities_of(logits: Tensor, config: GenerationConfig, device: str = "cpu") -> Tensor:
-    """The probability [V] of each token, from the scores that `choose` draws from on this kind of device."""
+    """The probability [V] of each token, from the scores that `sample` draws from on this kind of device."""
     settings = RowSettings([config], "cpu")
     scores = (logits - logits.max())[None] / settings.temperature
     if not (config.top_k or config.top_p < 1 or config.min_p):
@@ -133,7 +145,7 @@ def test_ties_have_equal_probability_and_greedy_decoding_takes_the_first() -> No
     logits = torch.tensor([1.0, 4.0, 4.0, 0.0])
     found = probabilities_of(logits, GenerationConfig(temperature=1.0, min_p=1.0))
     assert torch.allclose(found, torch.tensor([0.0, 0.5, 0.5, 0.0]))
-    assert next_token(logits, GenerationConfig(), None) == 1
+    assert next_token(logits, GenerationConfig()) == 1
 
 
 def test_top_p_applies_to_the_tokens_that_top_k_keeps() -> None:
@@ -145,12 +157,11 @@ def test_top_p_applies_to_the_tokens_that_top_k_keeps() -> None:
 
 def test_the_repetition_penalty_lowers_logits_of_both_signs_before_the_temperature() -> None:
     logits = torch.tensor([2.0, -1.0, 1.5, -0.5])
-    seen_tokens = torch.tensor([True, True, False, False])
-    assert next_token(logits, GenerationConfig(repetition_penalty=1.5), None, seen_tokens) == 2
-    assert next_token(logits, GenerationConfig(repetition_penalty=1.2), None, seen_tokens) == 0
+    assert next_token(logits, GenerationConfig(repetition_penalty=1.5), seen=(0, 1)) == 2
+    assert next_token(logits, GenerationConfig(repetition_penalty=1.2), seen=(0, 1)) == 0
     config = GenerationConfig(temperature=0.7, repetition_penalty=1.5)
     wanted = expected_probabilities(logits.tolist(), config, {0, 1})
-    draws = _draws(logits, config, 4000, seen_tokens)
+    draws = _draws(logits, config, 4000, (0, 1))
     assert (draws - torch.tensor(wanted)).abs().max() < 0.03
 
 
@@ -170,9 +181,8 @@ def test_draws_have_the_expected_frequencies(config: GenerationConfig) -> None:
     assert (draws - torch.tensor(expected_probabilities(logits.tolist(), config, set()))).abs().max() < 0.03
 
 
-def _draws(logits: Tensor, config: GenerationConfig, count: int, seen_tokens: Tensor | None = None) -> Tensor:
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.tensor([next_token(logits, config, generator, seen_tokens) for _ in range(count)])
+def _draws(logits: Tensor, config: GenerationConfig, count: int, seen: tuple[int, ...] = ()) -> Tensor:
+    tokens = torch.tensor([next_token(logits, config, 0, place, seen) for place in range(count)])
     return tokens.bincount(minlength=len(logits)) / count
 
 
@@ -181,26 +191,21 @@ def test_a_seed_makes_draws_repeatable_and_bfloat16_logits_are_widened() -> None
     config = GenerationConfig(temperature=1.0, top_p=0.95)
 
     def draws(seed: int) -> list[int]:
-        generator = torch.Generator().manual_seed(seed)
-        return [next_token(logits, config, generator) for _ in range(20)]
+        return [next_token(logits, config, seed, place) for place in range(20)]
 
     assert draws(1) == draws(1) != draws(2)
-    assert draws(1) == [
-        next_token(logits.float(), config, generator)
-        for generator in [torch.Generator().manual_seed(1)]
-        for _ in range(20)
-    ]
+    assert draws(1) == [next_token(logits.float(), config, 1, place) for place in range(20)]
 
 
 def test_a_tiny_temperature_does_not_overflow() -> None:
     logits = torch.tensor([100.0, 300.0, 200.0])
-    assert next_token(logits, GenerationConfig(temperature=1e-40), torch.Generator()) == 1
+    assert next_token(logits, GenerationConfig(temperature=1e-40)) == 1
 
 
 @pytest.mark.parametrize("config", [GenerationConfig(), GenerationConfig(temperature=1.0, top_p=0.9)])
 def test_logits_that_are_not_finite_are_an_error(config: GenerationConfig) -> None:
     with pytest.raises(ValueError, match="not finite"):
-        next_token(torch.tensor([1.0, torch.nan, 0.0]), config, torch.Generator())
+        next_token(torch.tensor([1.0, torch.nan, 0.0]), config)
 
 
 @pytest.mark.parametrize(

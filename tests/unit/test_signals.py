@@ -18,6 +18,7 @@ ROOT = str(Path(streamllm.__file__).parents[1])
 ROOMS = tuple(f"{ROOT}/{room}/" for room in ("streamllm", "models"))
 TEXT = "def once(upon):\n    return"
 SETTINGS = {"temperature": 0.9, "seed": 5, "repetition_penalty": 1.2, "no_repeat_ngram_size": 3, "eos": []}
+TOKENS, BEFORE = 12, 4  # tokens of a text, and those before the interrupt; the prompt alone fills the window
 # Every so many lines. STREAMLLM_EVERY_LINE=1 strikes at each line; that takes half an hour.
 EVERY_LINE = bool(os.environ.get("STREAMLLM_EVERY_LINE"))
 STRIDE = (
@@ -65,14 +66,14 @@ def a_stream(model, tokenizer, backend: str) -> Stream:
 
 
 def test_ctrl_c_at_every_line_of_three_tokens_loses_nothing(model, tokenizer, backend: str) -> None:
-    whole = "".join(a_stream(model, tokenizer, backend).generate(TEXT, max_new_tokens=24, **SETTINGS))
+    whole = "".join(a_stream(model, tokenizer, backend).generate(TEXT, max_new_tokens=TOKENS, **SETTINGS))
     stream = a_stream(model, tokenizer, backend)
     tokens = tokenizer.encode(TEXT)
     at = 1
     struck = True
     while struck:
         stream.reset()
-        pieces = list(stream.generate(TEXT, max_new_tokens=12, **SETTINGS))
+        pieces = list(stream.generate(TEXT, max_new_tokens=BEFORE, **SETTINGS))
         struck = False
         with Strike(at):
             try:
@@ -80,10 +81,10 @@ def test_ctrl_c_at_every_line_of_three_tokens_loses_nothing(model, tokenizer, ba
                     pieces.append(piece)
             except KeyboardInterrupt:
                 struck = True
-        pieces += stream.generate(max_new_tokens=24 - stream.said + stream._view.unsaid, **SETTINGS)
+        pieces += stream.generate(max_new_tokens=TOKENS - stream.said + stream._view.unsaid, **SETTINGS)
         assert "".join(pieces) == whole, f"at line event {at}"
-        assert stream.said == 24
-        assert stream.seen == len(tokens) + 23, f"at line event {at}"
+        assert stream.said == TOKENS
+        assert stream.seen == len(tokens) + TOKENS - 1, f"at line event {at}"
         at += STRIDE[backend]
     assert at > 300
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import re
+import time
 
 import pytest
 
@@ -106,3 +107,25 @@ def test_quiet_writes_nothing(stream) -> None:
     with Status(stream, out := Terminal(), Terminal(), quiet=True) as status:
         run(stream, status, max_new_tokens=2)
     assert out.getvalue() == ""
+
+
+def test_the_reading_of_a_long_prompt_is_shown_from_a_second_on(stream, monkeypatch) -> None:
+    monkeypatch.setattr("streamllm.status.READING_AFTER", 0.05)
+    monkeypatch.setattr("streamllm.status.INTERVAL", 0.01)
+    terminal = Terminal()
+    with Status(stream, terminal, io.StringIO()) as status:
+        with status.reading(lambda: 7_000):
+            stream.feed("one two")
+            time.sleep(0.3)
+        shown = terminal.getvalue()
+        seen = stream.seen
+        run(stream, status, max_new_tokens=2)
+    assert f"reading the prompt: {seen:,} of 7,000 tokens" in shown
+    assert terminal.getvalue().count("reading") == shown.count("reading")
+
+
+def test_a_short_prompt_and_a_file_show_no_reading(stream) -> None:
+    for out in (Terminal(), io.StringIO()):
+        with Status(stream, out, io.StringIO()) as status, status.reading(lambda: 1 / 0):
+            stream.feed("one")
+        assert "reading" not in out.getvalue()

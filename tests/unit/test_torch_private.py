@@ -42,22 +42,22 @@ FORWARD = (
     + """
 import streamllm
 from streamllm.models import linear, torch_private
-from tests.laws.scenarios import text, tiny
+from tests.laws.scenarios import random_tokens, tiny_llama
 
 hidden = [name for name in torch_private.__all__ if getattr(torch_private, name) is None]
 results = []
 for dtype, quantize in ((torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True)):
-    model = tiny.__wrapped__(dtype=dtype, windows=(9, 9, 9))
+    model = tiny_llama.__wrapped__(dtype=dtype, windows=(9, 9, 9))
     linear.arrange(model)
     if quantize:
         linear.quantize(model)
     cache = streamllm.SinkCache(model, 2, 6)
     for length in (30, 1, 1):
-        logits = model(text(length), cache)
+        logits = model(random_tokens(length), cache)
     results.append(logits[0, -1].tolist())
-    results.append(model(text(30))[0, -1].tolist())
+    results.append(model(random_tokens(30))[0, -1].tolist())
 try:
-    streamllm.compile(tiny(), "inductor")
+    streamllm.compile(tiny_llama(), "inductor")
     compiles = True
 except streamllm.CompileError as error:
     compiles = "flat" in str(error) and False

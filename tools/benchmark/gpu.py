@@ -8,7 +8,9 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+import traceback
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,11 +19,12 @@ import torch
 from torch import nn
 
 import streamllm
-from benchmark.gpu_laws import check_fused, check_laws
+from benchmark.gpu_laws import check_family, check_fused, check_long
 from benchmark.ours import random_llama
 from benchmark.spec import SINKS, SIZES, Spec
 from streamllm.cache import SinkCache
 from streamllm.compiled import triton_support
+from tests.laws.families import CONFIGS
 
 WORKERS = 12  # processes that compile kernels side by side
 FAMILIES = ("llama", "gpt_neox", "falcon 7b", "falcon rw", "mpt storywriter", "qwen2, three windows", "qwen3")
@@ -60,36 +63,47 @@ class Log:
         try:
             work()
         except Exception as error:
-            self.add(what=what, failed=f"{what}: {type(error).__name__}: {str(error)[:400]}")
+            where = traceback.format_exc(limit=-3)[:600]
+            self.add(what=what, failed=f"{what}: {type(error).__name__}: {str(error)[:400]}", traceback=where)
 
 
 def run(part: str, device: str, path: Path, arguments: str) -> None:
     log = Log(path, part, device)
     torch.backends.cuda.matmul.allow_tf32 = False
+    warnings.showwarning = lambda message, *_: log.add(warning=str(message)[:600])
     torch.set_num_threads(1 if device == "cpu" or arguments else 8)
     with torch.no_grad():
         PARTS[part](log, arguments)
 
 
-def laws(log: Log, arguments: str) -> None:
+def smoke(log: Log, arguments: str) -> None:
+    """The first minute on a GPU: do the kernels run, are they right, are they fast?"""
     log.add(machine=machine(log.device))
-    check_laws(log)
+    check_fused(log, "llama", full=False)
+    log.attempt("fused, long", lambda: check_long(log))
+    decode(log, "1B", first=True)
+
+
+def laws(log: Log, arguments: str) -> None:
+    shared(log, arguments, ["llama", *CONFIGS], lambda name: check_family(log, name))
 
 
 def fast(log: Log, arguments: str) -> None:
-    """Every family, in processes side by side: compiling the kernels takes a second each."""
-    from tests.laws.families import CONFIGS
-
+    """In processes side by side, because compiling the kernels takes a second each."""
     names = [*FAMILIES, *(name for name in CONFIGS if name not in FAMILIES)]
+    shared(log, arguments, names, lambda name: check_fused(log, name, full=name in FAMILIES))
+
+
+def shared(log: Log, arguments: str, names: Sequence[str], check: Callable[[str], None]) -> None:
+    """Check every family, on CUDA in processes side by side, each with its share of the names."""
     if log.device == "cpu":
-        names = names[:2]
-    if arguments:
-        worker, count = map(int, arguments.split("/"))
-        for name in names[worker::count]:
-            log.attempt(f"fused {name}", lambda name=name: check_fused(log, name, full=name in FAMILIES))
+        names, arguments = names[:2], "0/1"
+    if not arguments:
+        spread(log, WORKERS)
         return
-    count = min(WORKERS, len(names)) if log.device == "cuda" else 1
-    spread(log, count)
+    worker, count = map(int, arguments.split("/"))
+    for name in names[worker::count]:
+        log.attempt(f"{log.part} {name}", lambda name=name: check(name))
 
 
 def spread(log: Log, count: int) -> None:
@@ -113,7 +127,8 @@ def spread(log: Log, count: int) -> None:
             log.add(failed=f"a process of this part ended with exit code {child.returncode}")
 
 
-def decode(log: Log, size: str) -> None:
+def decode(log: Log, size: str, first: bool = False) -> None:
+    """first: only the limit and the fused kernels."""
     window = FULL[size] if log.device == "cuda" else 60
     model = random_model(size, log.device)
     place = f"{size}, S+W {SINKS + window}, bfloat16, batch 1"
@@ -122,6 +137,8 @@ def decode(log: Log, size: str) -> None:
     fused = streamllm.compile(model, backend(log.device))
     at_start = step_ms(fused, cache)
     log.time(place, "fused kernels", at_start, 1)
+    if first:
+        return
 
     def torch_kernels() -> None:
         devices, triton_support.DEVICES = triton_support.DEVICES, ()
@@ -164,8 +181,9 @@ def decode(log: Log, size: str) -> None:
     def kernels() -> None:
         profile(log, model, window, 1)
 
-    more = {"8B": (kernels, int8_cache, int8_weights), "7B": (int8_weights,), "1B": ()}
-    for work in (filling, torch_kernels, far, *more[size]):
+    # `torch_kernels` moves weights, so that the fused step would be recorded again behind it.
+    more = {"8B": (kernels, int8_cache, torch_kernels, int8_weights), "7B": (torch_kernels, int8_weights)}
+    for work in (filling, far, *more.get(size, (torch_kernels,))):
         log.attempt(f"{size} {work.__name__}", work)
 
 
@@ -291,6 +309,7 @@ def tiles(log: Log, arguments: str) -> None:
 
 
 PARTS: dict[str, Callable[[Log, str], None]] = {
+    "smoke": smoke,
     "laws": laws,
     "fast": fast,
     "tiles": tiles,

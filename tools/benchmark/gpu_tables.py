@@ -17,6 +17,9 @@ def summary(rows: Sequence[dict[str, Any]]) -> str:
     lines += ["", f"{len(checks)} checks, {len(wrong)} wrong", ""]
     lines += [f"- WRONG {row['what']}: {row['value']:.3g} (allowed {row['allowed']:.3g})" for row in wrong]
     lines += [f"- {row['part']}: {row['failed']}" for row in rows if row.get("failed")]
+    lines += [
+        f"- warning: {text}" for text in dict.fromkeys(row["warning"] for row in rows if "warning" in row)
+    ]
     times = [row for row in rows if "ms" in row]
     if times:
         limits = {row["place"]: row["ms"] for row in times if row["system"] == "limit"}

@@ -1,5 +1,6 @@
 """Files and texts that cannot be used raise a TokenizerError."""
 
+import contextlib
 import json
 import os
 import random
@@ -11,6 +12,7 @@ import pytest
 from tokenizers import Regex, pre_tokenizers
 
 from streamllm.tokenizer import TokenizerError, files, load_tokenizer_files
+from tests.unit.tokenizer import samples
 from tests.unit.tokenizer.samples import PIECES, byte_level, train, word_piece, write
 
 
@@ -236,3 +238,62 @@ def test_neither_transformers_nor_protobuf_is_imported():
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
+
+
+def bomb(part, stages):
+    state = json.loads(samples.llama().to_str())
+    kinds = {"normalizer": ("Sequence", "normalizers"), "decoder": ("Sequence", "decoders")}
+    kind, key = kinds[part]
+    state[part] = {"type": kind, key: stages}
+    return json.dumps(state)
+
+
+REPLACE = {"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 1000}
+EVERYWHERE = {"type": "Replace", "pattern": {"Regex": ""}, "content": "ab"}
+
+
+@pytest.mark.parametrize("part", ["normalizer", "decoder"])
+@pytest.mark.parametrize(
+    "stages", [[REPLACE] * 3, [EVERYWHERE] * 20, [{"type": "Sequence", "normalizers": [REPLACE] * 9}]]
+)
+def test_rules_that_multiply_the_length_of_a_text_are_refused(part, stages, tmp_path):
+    (tmp_path / "tokenizer.json").write_text(bomb(part, stages))
+    with pytest.raises(TokenizerError, match=r"times as long"):
+        load_tokenizer_files(tmp_path)
+
+
+def test_a_post_processor_that_repeats_the_text_is_refused(tmp_path):
+    state = json.loads(samples.llama().to_str())
+    state["post_processor"]["single"] *= 300
+    (tmp_path / "tokenizer.json").write_text(json.dumps(state))
+    with pytest.raises(TokenizerError, match="more than 100 pieces"):
+        load_tokenizer_files(tmp_path)
+
+
+def test_a_post_processor_that_adds_an_unknown_id_is_refused(tmp_path):
+    state = json.loads(samples.llama().to_str())
+    state["post_processor"]["special_tokens"]["<s>"]["ids"] = [9999]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(state))
+    with pytest.raises(TokenizerError, match="adds id 9999 to every text"):
+        load_tokenizer_files(tmp_path)
+
+
+def test_panics_of_the_library_are_not_printed(tmp_path, capfd):
+    changes = ({"vocab": {"a": 4294967295}}, {"vocab": {}, "unk_token": "x"}, {"merges": [["x", "y"]]})
+    for number, change in enumerate(changes):
+        state = json.loads(samples.llama().to_str())
+        state["model"] |= change
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        (folder / "tokenizer.json").write_text(json.dumps(state))
+        with contextlib.suppress(TokenizerError):
+            load_tokenizer_files(folder)
+    assert "panicked" not in capfd.readouterr().err
+
+
+def test_stages_cannot_hide_behind_escapes(tmp_path):
+    text = bomb("normalizer", [REPLACE] * 3).replace('"normalizer"', '"normali\\u007aer"')
+    assert "normalizer" in json.loads(text)
+    (tmp_path / "tokenizer.json").write_text(text)
+    with pytest.raises(TokenizerError, match="escaped letters"):
+        load_tokenizer_files(tmp_path)

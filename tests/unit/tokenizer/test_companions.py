@@ -117,3 +117,14 @@ def test_without_a_prefix_space_no_space_is_lost(legacy, folders, tmp_path):
     tokenizer = load_tokenizer_files(tmp_path)
     for text in ("hello", " hello", "  hello", "</s> hello", ""):
         assert tokenizer.decode(tokenizer.encode(text), skip_special_tokens=False).removeprefix("<s>") == text
+
+
+def test_flags_that_transformers_5_ignores_are_listed(tmp_path):
+    """DeepSeek-V3 and Phi-3 ask for BOS beside a tokenizer.json that does not add it."""
+    samples.byte_level().save(str(tmp_path / "tokenizer.json"))
+    write(tmp_path, tokenizer_config={"bos_token": "<s>", "add_bos_token": True, "add_eos_token": False})
+    tokenizer = load_tokenizer_files(tmp_path)
+    assert tokenizer.ignored_flags == ("add_bos_token",)
+    hello = tokenizer.encode("hello")
+    tokenizer.adds_bos = True
+    assert tokenizer.encode("hello") == [tokenizer.bos_token_id, *hello]
