@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import signal
@@ -21,6 +22,7 @@ from streamllm.chat import ChatTemplateError
 from streamllm.session import SessionError
 from tests.unit.chat.samples import STYLES
 from tests.unit.conftest import write_llama, write_tokenizer
+from tests.unit.test_signals import Strike
 
 SAMPLED = {"temperature": 1.0, "seed": 5}
 # Answers as these models give them: behind a template that opens an answer without a space, they begin with one.
@@ -258,6 +260,34 @@ def test_the_oldest_whole_turn_leaves_and_the_system_prompt_stays(pair) -> None:
     assert rest
 
 
+def test_eviction_by_turn_equals_a_list_that_is_fed_token_by_token(pair) -> None:
+    model, tokenizer = pair
+    stream = Stream(model.double(), tokenizer, sinks=4, window=56, evict="turn", chunk=5)
+    every, push = list[int](), stream._loop.push
+
+    def record(tokens: list[int], on_device: torch.Tensor | None = None) -> None:
+        every.extend(tokens)
+        push(tokens, on_device)
+
+    stream._loop.push = record
+    for number in range(6):
+        list(stream.chat(f"tell me more {number}", max_new_tokens=7))
+    stream._feed()
+    turns = stream.turns
+    assert stream.seen == len(every)  # each token was fed once
+    cache, held = streamllm.SinkCache(model, sinks=4, window=56), list[int]()
+    for number, token in enumerate(every):
+        if len(held) == 60:
+            later = [turn.start for turn in turns if held[4] < turn.start <= number]
+            count = sum(old < min(later, default=held[4] + 1) for old in held[4:])
+            cache.evict_range(4, 4 + count)
+            held = held[:4] + held[4 + count :]
+        logits = model(torch.tensor([[token]]), cache)[0, -1]
+        held.append(number)
+    assert stream._loop.logits is not None
+    assert (stream._loop.logits - logits).abs().max() < 1e-9 * logits.std()
+
+
 def test_a_pinned_text_becomes_the_sinks(pair) -> None:
     model, tokenizer = pair
     stream = Stream(model, tokenizer, pin="def once(upon):", window=30)
@@ -320,3 +350,25 @@ def test_the_code_of_the_readme_runs(pair, tmp_path: Path, monkeypatch) -> None:
     for block in blocks:
         exec(block, {"streamllm": streamllm, "model": pair[0], "tokenizer": pair[1]})
     assert (tmp_path / "talk.session").exists()
+
+
+def test_ctrl_c_at_any_line_of_a_chat_leaves_a_conversation_that_goes_on(pair) -> None:
+    def begun() -> Stream:
+        stream = Stream(*pair, window=100)
+        list(stream.chat("one", max_new_tokens=5))
+        return stream
+
+    plain = begun()
+    list(plain.chat("second", max_new_tokens=6))
+    wanted = "".join(plain.chat("third", max_new_tokens=6))
+    texts = [turn.text for turn in plain.turns]
+    for at in range(1, 13_000, 1_031):
+        stream = begun()
+        with Strike(at), contextlib.suppress(KeyboardInterrupt):
+            list(stream.chat("second", max_new_tokens=6))
+        if len(stream.turns) == 2:  # it fell before the message was pushed
+            list(stream.chat("second", max_new_tokens=6))
+        else:
+            list(stream.generate("", max_new_tokens=11 - stream.said + stream._view.unsaid))
+        assert "".join(stream.chat("third", max_new_tokens=6)) == wanted, f"at line event {at}"
+        assert [turn.text for turn in stream.turns] == texts, f"at line event {at}"
