@@ -93,7 +93,7 @@ class CausalLM(nn.Module):
 
 def check_tokens(model: CausalLM, tokens: Tensor, logits_to_keep: int | None) -> int | None:
     """`logits_to_keep`, at most T. Raises ValueError, see `CausalLM.forward`."""
-    vocab_size, device = model.geometry.vocab_size, model.embed.weight.device
+    vocab_size, device = model.geometry.vocab_size, next(model.parameters()).device
     if not isinstance(tokens, Tensor):
         raise ValueError(f"tokens must be a tensor of token ids, not {type(tokens).__name__}")
     if tokens.dim() != 2 or 0 in tokens.shape or tokens.dtype not in (torch.int64, torch.int32):

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from streamllm.models.torch_private import reorder_linear_weight
+from streamllm.models.torch_private import no_torch_function, reorder_linear_weight
 
 # Attributes and methods that a packed tensor answers itself; those that return a tensor are not among them.
 _PLAIN_COPY_ATTRIBUTES = frozenset(("T", "mT", "H", "mH", "real", "imag"))
@@ -41,7 +41,7 @@ class PackedWeight(nn.Parameter):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        with torch._C.DisableTorchFunctionSubclass():
+        with no_torch_function():
             name = function.__name__
             if name in ("__get__", "__set__", "__delete__"):
                 return cls._attribute(function, name, args)

@@ -43,6 +43,9 @@ def _find(path: str) -> Callable[..., Any] | None:
     return found  # type: ignore[no-any-return]
 
 
+# Torch's guide to subclasses of tensors ("Extending PyTorch") tells to use it, so it is there in every version.
+no_torch_function = torch._C.DisableTorchFunctionSubclass
+
 flash_attention_cpu = _find("ops.aten._scaled_dot_product_flash_attention_for_cpu.default")
 flash_attention_cuda = (
     _find("ops.aten._flash_attention_forward.default")

@@ -231,10 +231,16 @@ class TextStream:
                 continue
             count += 1
             reason = "eos" if last in sampler.config.eos else "length" if count == limit else None
-            piece, held = view.held.release(stops if reason is None else ())
+            piece, held = view.held.release(stops)
             piece = view.owed + piece
+            rest = held.shown(len(held.text)) if reason is not None else ""
+            now = None if rest else reason
+            held = Held() if now is not None else held
             after = self._record(piece, replace(view, held=held, owed="", unsaid=0))
-            self._view, self.finish_reason = after, reason; yield piece  # noqa: E702  # fmt: skip
+            self._view, self.finish_reason = after, now; yield piece  # noqa: E702  # fmt: skip
+            if rest:  # no stop string comes any more
+                after = self._record(rest, replace(self._view, held=Held()))
+                self._view, self.finish_reason = after, reason; yield rest  # noqa: E702  # fmt: skip
             self._save_if_due(reason is not None)
             if reason is not None:
                 return

@@ -176,7 +176,9 @@ def _samples(model: nn.Module) -> dict[str, Any]:
 def _sample(weight: Tensor, scale: Tensor | None) -> dict[str, Any]:
     weight = weight.to_dense() if weight.is_mkldnn else weight
     count = weight.numel()
-    places = torch.tensor([count * step // SAMPLES for step in range(min(count, SAMPLES))], dtype=torch.int64)
+    places = torch.tensor(
+        [count * step // SAMPLES for step in range(min(count, SAMPLES))], dtype=torch.int64, device="cpu"
+    )
     index = torch.unravel_index(places.to(weight.device), weight.shape)
     values = weight[index].double()
     if weight.dtype == torch.int8 and scale is not None:

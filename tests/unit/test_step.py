@@ -138,7 +138,7 @@ def test_wrong_tokens_are_refused(tokens, message, cached):
         (2, {"lengths": torch.tensor([1.0, 2.0])}, r"not \[1.0, 2.0\]"),
         (2, {"lengths": torch.tensor(3)}, "2 whole numbers in 0 … 5, one per row, not 3"),
         (2, {"lengths": torch.ones(2, 1).long()}, r"not \[\[1\], \[1\]\]"),
-        (2, {"logits_to_keep": 0}, r"logits_to_keep must be at least 1 \(None: all\), not 0"),
+        (2, {"logits_to_keep": 0}, r"logits_to_keep must be a whole number of at least 1, not 0"),
     ],
 )
 def test_arguments_that_do_not_fit_the_cache_are_refused(rows, options, message):

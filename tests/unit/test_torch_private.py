@@ -93,7 +93,8 @@ def with_all() -> tuple[list[str], bool, list[list[float]]]:
 @pytest.mark.parametrize("path", paths())
 def test_a_forward_without_it_gives_the_same_logits(with_all, path: str) -> None:
     hidden, compiles, results = forward_without(path)
-    assert len(hidden) == len(with_all[0]) + 1
+    is_for_cuda = path.endswith("_flash_attention_forward.default") and "flash_attention_cuda" in with_all[0]
+    assert len(hidden) == len(with_all[0]) + (not is_for_cuda)  # without CUDA, that one is hidden already
     if path.endswith(("AOTIModelContainerRunnerCpu", "FakeTensorMode")):
         assert compiles is False
     for got, wanted, allowed in zip(results, with_all[2], [1e-4] * 2 + [0.1] * 4, strict=True):
