@@ -7,6 +7,7 @@ The object stays the same, so that an optimizer that holds it goes on. Other fun
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -89,7 +90,10 @@ class PackedWeight(nn.Parameter):
 
 
 def pack(weight: Tensor) -> None:
-    """Pack a bfloat16 weight [out, in] on the CPU, in place; not while a graph of gradients needs it."""
+    """Pack a bfloat16 weight [out, in] on the CPU, in place.
+
+    Warns, and leaves it plain, while a graph of gradients refers to it: a loss that the caller still holds.
+    """
     assert reorder_linear_weight is not None
     with torch.inference_mode(False), torch.no_grad():
         packed = reorder_linear_weight(weight.detach().contiguous(), 1)
@@ -98,8 +102,12 @@ def pack(weight: Tensor) -> None:
     swapped.packed, swapped.trains, swapped.gradient = packed, weight.requires_grad, weight.grad
     try:
         torch.utils.swap_tensors(weight, swapped)  # type: ignore[no-untyped-call]
-    except RuntimeError:  # something else still refers to its memory
-        return
+    except RuntimeError:
+        warnings.warn(
+            "the weights stay in the layout for training, which is slower to read: something still refers to them, "
+            "such as a loss; delete it and call model.eval() again",
+            stacklevel=2,
+        )
 
 
 def unpack(weight: Tensor) -> None:

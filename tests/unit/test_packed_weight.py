@@ -152,7 +152,8 @@ def test_a_graph_that_needs_the_weight_keeps_it_plain():
     linear, _ = packed_linear()
     linear.requires_grad_(True).train()
     y = linear(torch.randn(5, 48).bfloat16().requires_grad_())
-    linear.eval()
+    with pytest.warns(UserWarning, match="such as a loss"):
+        linear.eval()
     y.sum().backward()
     assert linear.weight.grad is not None
 
@@ -230,3 +231,17 @@ def test_a_strided_bias_is_read_as_it_is(monkeypatch):
     wanted = nn.functional.linear(x, linear.weight, linear.bias)
     arrange(linear)
     torch.testing.assert_close(linear(x), wanted)
+
+
+def test_a_loss_that_is_kept_stops_packing_with_a_warning():
+    linear, _ = packed_linear()
+    linear.requires_grad_(True).train()
+    loss = linear(torch.randn(2, 48).bfloat16()).sum()
+    loss.backward()
+    linear.requires_grad_(False)
+    with pytest.warns(UserWarning, match="delete it and call model.eval"):
+        linear.eval()
+    assert not linear.weight.is_mkldnn
+    del loss
+    linear.eval()
+    assert linear.weight.is_mkldnn
