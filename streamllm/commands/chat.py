@@ -8,7 +8,13 @@ import click
 
 from streamllm.commands.loading import ModelChoice
 from streamllm.commands.memory import check_cache_fits
-from streamllm.commands.options import chunk_option, model_options, quantize_cache_option, window_option
+from streamllm.commands.options import (
+    OUTPUT_FILE,
+    chunk_option,
+    model_options,
+    quantize_cache_option,
+    window_option,
+)
 from streamllm.commands.types import ForeverParamType, NumberParamType, SeedParamType, TemperatureParamType
 
 FILE = click.Path(dir_okay=False, path_type=Path)
@@ -65,7 +71,7 @@ class SinksParamType(click.ParamType):  # type: ignore[type-arg]
     "--prompts", type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help="Answer a JSON-lines file: `turns` or `prompt` in each line.",
 )  # fmt: skip
-@click.option("--session", type=FILE, help="Save the session to this file after each turn.")
+@click.option("--session", type=OUTPUT_FILE, help="Save the session to this file after each turn.")
 @click.option("--resume", is_flag=True, help="Go on with the session in --session.")
 def chat(
     chosen: ModelChoice, sinks: int | str, window: int | None, start_size: int | None,

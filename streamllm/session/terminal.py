@@ -21,7 +21,7 @@ HELP = """\
 /load FILE      go on with another      /retry        answer the last message again
 /fork FILE      save a copy             /drop N       take turn N out of the window
 /visible        what the model sees     /system TEXT  start again with this system prompt
-/stats          tokens, cache, speed    /help         this list
+/stats          tokens, cache, speed    /quit, /help  end; this list
 Ctrl-C interrupts an answer, Ctrl-D ends; Alt-Enter begins a new line (with prompt_toolkit)."""
 
 
@@ -51,7 +51,10 @@ class Chat:
                 self._tell("")
                 return
             if line.strip():
-                self.take(line)
+                try:
+                    self.take(line)
+                except EOFError:  # /quit
+                    return
 
     def take(self, line: str) -> None:
         """A message or a command. What a user can cause is told in one sentence, and the session goes on."""
@@ -104,6 +107,11 @@ class Chat:
         sys.stderr.write("\r\x1b[2K")
 
     # Commands
+
+    def command_quit(self, rest: str) -> None:
+        raise EOFError
+
+    command_exit = command_quit
 
     def command_help(self, rest: str) -> None:
         self._tell(HELP)

@@ -81,3 +81,11 @@ def test_wrong_options(arguments: list[str], match: str) -> None:
     result = CliRunner().invoke(cli, ["chat", *arguments])
     assert result.exit_code == 2
     assert match in result.output
+
+
+def test_quit_ends_the_chat_and_a_session_in_a_missing_folder_is_refused_at_once(tmp_path) -> None:
+    assert "never read" not in run(lines="/quit\nnever read\n/stats\n")
+    assert "tokens seen" not in run(lines="/exit\n/stats\n")
+    done = CliRunner().invoke(cli, ["chat", "--session", str(tmp_path / "missing" / "file")])
+    assert done.exit_code == 2
+    assert "there is no folder" in done.output
