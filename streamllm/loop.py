@@ -80,7 +80,7 @@ class Loop:
     @property
     def seen(self) -> int:
         """How many tokens the cache has taken in."""
-        return int(self.cache.seen[0])
+        return self.cache.seen_counts[0]
 
     @property
     def end(self) -> int:
@@ -277,9 +277,8 @@ class Loop:
         left = left[: max(0, len(left) - (log.end - start))]
         held, fed = int(cache.held[0]), max(0, self.seen - start)
         if self._leaving is None or self._leaving[0] != log.cuts:  # else it was interrupted
-            again = (
-                fed > 0 and not then and bool(left)
-            )  # the last token that stays is fed again, for its logits
+            # The last token that stays is fed again, for its logits.
+            again = fed > 0 and not then and bool(left)
             self._leaving = log.cuts, held - fed - again, fed > 0, again
         _, kept, was_fed, again = self._leaving
         if kept < cache.sinks and held - kept <= int(cache.rewindable[0]):

@@ -310,8 +310,10 @@ class Stream(TextStream):
             window.make_room(self, self.turns)
 
     def _may_run_ahead(self) -> bool:
+        if self.evict == "token":
+            return True
         held = int(self.cache.held[0]) + len(self._loop.unfed)
-        return self.evict == "token" or held < self.cache.sinks + self.cache.window
+        return held < self.cache.sinks + self.cache.window
 
     def _record(self, piece: str, view: View) -> View:
         """The view after a piece was shown that belongs to an answer in a conversation."""

@@ -131,7 +131,7 @@ class SinkCache(Streams):
         self._written = self._rows.starts  # what `starts` holds
 
     def __repr__(self) -> str:
-        counts = self.seen.tolist()
+        counts = self.seen_counts
         seen = counts[0] if len(set(counts)) == 1 else counts
         return (
             f"SinkCache(sinks={self.sinks}, window={self.window}, batch_size={self.batch_size}, "

@@ -18,6 +18,7 @@ from streamllm.generation_config import SamplingSettings
 
 # Members of SinkCache for models and compiled steps. They are not part of the public interface.
 INTERNAL_MEMBERS = {
+    "seen_counts",
     "plan",
     "commit",
     "finish_commit",
