@@ -7,11 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, TypedDict
 
-from torch import nn
-
 from streamllm.generation_checks import CHECKS
 from streamllm.weights.config_reader import ConfigReader
 from streamllm.weights.errors import UnsupportedConfig
+
+if TYPE_CHECKING:
+    from torch import nn
 
 # Keys of generation_config.json that would change the text and are not supported, with their values that have no
 # effect; None: no value has one, because the key acts on beams only.

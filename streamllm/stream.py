@@ -122,7 +122,7 @@ class Stream(TextStream):
         new = without_known(check_messages(text_or_messages), self._messages())
         variables = self._template_variables(tools, template_variables)
         if options.get("eos") is None and options.get("generation_config") is None:
-            options["eos"] = chatting.default_eos(self)
+            options["eos"] = self.tokenizer.eos_token_ids(self.model)
         eos = options.get("eos")
         config = resolve(self.model, options.get("generation_config"), {"eos": eos})
         ids, dialogue = chatting.begin(

@@ -37,7 +37,7 @@ COMPILE_BACKENDS = ("flat", "inductor", "cudagraphs")  # streamllm.compiled.BACK
 @quantize_cache_option
 @click.option(
     "--compile", "backend", type=click.Choice(COMPILE_BACKENDS),
-    help="Compile the step that computes the next token; used once the window is full. "
+    help="Compile the step that computes the next token. "
     "inductor is the fastest, and compiles for half a minute the first time.",
 )  # fmt: skip
 @chunk_option(None)

@@ -24,7 +24,7 @@ TOKENS = click.IntRange(1, MAX_TOKENS)
 
 
 class SeedParamType(click.ParamType):  # type: ignore[type-arg]  # generic in newer versions only
-    """A seed that torch.Generator takes."""
+    """A whole number of at most 64 bits, with or without a sign."""
 
     name = "integer"
 

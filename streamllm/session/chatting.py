@@ -7,7 +7,6 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from streamllm.chat import ChatTemplateError
-from streamllm.generation_config import attached
 from streamllm.session.dialogue import (
     Addition,
     Answer,
@@ -82,7 +81,7 @@ def begin(
     eos_text = tokenizer.special_text(last) if ended and last is not None else None
     spelled = Spelled(tokenizer, [*dialogue.messages, *new, {"role": "assistant", "content": text or ""}])
     addition = next_text(
-        _renderer(stream, variables, spelled),
+        _renderer(stream, variables),
         spelled.hide(dialogue.messages),
         None if text is None else spelled.hide(text),
         eos_text,
@@ -139,20 +138,14 @@ def waits(stream: Stream, role: str, variables: Mapping[str, Any] | None, messag
     if stream.tokenizer.chat_template is None:
         return False  # the error about it comes now
     messages = [*dialogue.waiting, message]
-    render = _renderer(stream, dict(dialogue.variables if variables is None else variables), None)
+    render = _renderer(stream, dict(dialogue.variables if variables is None else variables))
     try:
         return not render([*messages, PROBE], True).startswith(render(messages, False))
     except ChatTemplateError:
         return True
 
 
-def default_eos(stream: Stream) -> list[int]:
-    """The ids that end an answer: those of the model's files and of the tokenizer."""
-    ids = [*attached(stream.model).eos, stream.tokenizer.eos_token_id]
-    return list(dict.fromkeys(index for index in ids if index is not None))
-
-
-def _renderer(stream: Stream, variables: Mapping[str, Any], spelled: Spelled | None) -> Render:
+def _renderer(stream: Stream, variables: Mapping[str, Any]) -> Render:
     def render(messages: Sequence[Message], opens_answer: bool) -> str:
         return stream.tokenizer.render_chat_template(
             messages, add_generation_prompt=opens_answer, **variables

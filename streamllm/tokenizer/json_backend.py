@@ -171,7 +171,7 @@ class JsonBackend:
             tokens = [token for _, token in sorted(self._added.items())]
             if not special_tokens:
                 # `encode_special_tokens` does not act on special tokens that are normalised.
-                tokens = [_not_normalized(token) if token.special else token for token in tokens]
+                tokens = [_added_token(token, False, True) if token.special else token for token in tokens]
                 variant.encode_special_tokens = True
             variant.add_tokens(tokens)
             assert variant.get_added_tokens_decoder().keys() == self._added.keys()
@@ -199,14 +199,15 @@ def _restore(empty: Any, state: dict[str, Any]) -> Any:
     return empty
 
 
-def _not_normalized(token: Any) -> Any:
+def _added_token(token: Any, normalized: bool, special: bool) -> Any:
+    """The library's token like `token`, of ours or of the library."""
     return tokenizers.AddedToken(
         token.content,
         single_word=token.single_word,
         lstrip=token.lstrip,
         rstrip=token.rstrip,
-        normalized=False,
-        special=True,
+        normalized=normalized,
+        special=special,
     )
 
 
@@ -245,14 +246,8 @@ def _new_tokens(
 
 
 def _for_library(token: AddedToken) -> Any:
-    return tokenizers.AddedToken(
-        token.content,
-        single_word=token.single_word,
-        lstrip=token.lstrip,
-        rstrip=token.rstrip,
-        normalized=not token.special if token.normalized is None else token.normalized,
-        special=token.special,
-    )
+    normalized = not token.special if token.normalized is None else token.normalized
+    return _added_token(token, normalized, token.special)
 
 
 def _call_library(call: Callable[[], T], what: str) -> T:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from streamllm.chat import Message, render
+from streamllm.generation_config import attached
 from streamllm.tokenizer.backend import Backend
 from streamllm.tokenizer.decoder import IncrementalDecoder
 from streamllm.tokenizer.errors import TokenizerError
@@ -74,7 +75,7 @@ class Tokenizer:
         Some checkpoints name different ones: the model's files the end of a document, the tokenizer's that of an
         answer. Generation stops at the model's alone, unless it is given others.
         """
-        ids = [*model.generation_config.eos, self.eos_token_id]
+        ids = [*attached(model).eos, self.eos_token_id]
         return list(dict.fromkeys(index for index in ids if index is not None))
 
     def _named_id(self, name: str) -> int | None:
