@@ -207,6 +207,7 @@ class TextStream:
         while limit is None or count < limit:
             self._finish_cut()
             self._decode_pushed()
+            self._save_if_due(False)  # what was pushed may be more tokens than an interval
             if self._view.stopped:
                 piece = self._view.owed
                 after = self._record(piece, replace(self._view, owed="", stopped=False))
