@@ -11,11 +11,15 @@ from streamllm.commands.memory import check_cache_fits
 from streamllm.commands.options import (
     OUTPUT_FILE,
     chunk_option,
+    max_new_tokens_option,
     model_options,
     quantize_cache_option,
+    repetition_penalty_option,
+    sampling_seed_option,
+    temperature_option,
+    top_p_option,
     window_option,
 )
-from streamllm.commands.types import ForeverParamType, NumberParamType, SeedParamType, TemperatureParamType
 
 FILE = click.Path(dir_okay=False, path_type=Path)
 
@@ -57,16 +61,11 @@ class SinksParamType(click.ParamType):  # type: ignore[type-arg]
 @quantize_cache_option
 @chunk_option(512)
 @click.option("--system", help="The system prompt.")
-@click.option(
-    "--max-new-tokens", "-n", type=ForeverParamType(), metavar="N|forever", default="1000", show_default=True,
-    help="The longest answer.",
-)  # fmt: skip
-@click.option(
-    "--temperature", "-t", type=TemperatureParamType(), help="0 is greedy.  [default: the checkpoint's]"
-)
-@click.option("--top-p", type=NumberParamType(0, 1, min_open=True), help="Sample from the likeliest tokens.")
-@click.option("--repetition-penalty", type=NumberParamType(0, min_open=True), help="Above 1: repeat less.")
-@click.option("--seed", type=SeedParamType(), help="The same seed gives the same answers.")
+@max_new_tokens_option(1000, "The longest answer.")
+@temperature_option
+@top_p_option
+@repetition_penalty_option
+@sampling_seed_option
 @click.option(
     "--prompts", type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help="Answer a JSON-lines file: `turns` or `prompt` in each line.",

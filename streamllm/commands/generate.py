@@ -14,13 +14,18 @@ from streamllm.commands.loading import ModelChoice
 from streamllm.commands.memory import check_cache_fits
 from streamllm.commands.options import (
     chunk_option,
+    max_new_tokens_option,
     model_options,
     quantize_cache_option,
+    repetition_penalty_option,
+    sampling_seed_option,
     sinks_option,
+    temperature_option,
     tensor_parallel_option,
+    top_p_option,
     window_option,
 )
-from streamllm.commands.types import ForeverParamType, NumberParamType, SeedParamType, TemperatureParamType
+from streamllm.commands.types import NumberParamType
 
 COMPILE_BACKENDS = ("flat", "inductor", "cudagraphs")  # streamllm.compiled.BACKENDS, which imports torch
 
@@ -41,29 +46,18 @@ COMPILE_BACKENDS = ("flat", "inductor", "cudagraphs")  # streamllm.compiled.BACK
     "inductor is the fastest, and compiles for half a minute the first time.",
 )  # fmt: skip
 @chunk_option(None)
-@click.option(
-    "--max-new-tokens", "-n", type=ForeverParamType(), metavar="N|forever", default="200", show_default=True,
-    help="Stop after so many tokens.",
-)  # fmt: skip
-@click.option(
-    "--temperature", "-t", type=TemperatureParamType(), help="0 is greedy.  [default: the checkpoint's]"
-)
+@max_new_tokens_option(200, "Stop after so many tokens.")
+@temperature_option
 @click.option(
     "--top-k", type=click.IntRange(0, 2**31 - 1), help="Sample from the k most likely tokens; 0: from all."
 )
-@click.option(
-    "--top-p", type=NumberParamType(0, 1, min_open=True),
-    help="Sample from the most likely tokens that together have this probability.",
-)  # fmt: skip
+@top_p_option
 @click.option(
     "--min-p", type=NumberParamType(0, 1),
     help="Sample from tokens with at least this share of the highest probability.",
 )  # fmt: skip
-@click.option(
-    "--repetition-penalty", type=NumberParamType(0, min_open=True),
-    help="Above 1, tokens that were seen become less likely.",
-)  # fmt: skip
-@click.option("--seed", type=SeedParamType(), help="The same seed gives the same text.")
+@repetition_penalty_option
+@sampling_seed_option
 @click.option("--stop", multiple=True, help="Stop before this text; may be given several times.")
 @click.option("--ignore-eos", is_flag=True, help="Continue after the model's end-of-text token.")
 @click.option("--tokenizer-eos", is_flag=True, help="End at the tokenizer's end-of-text token, too.")

@@ -15,8 +15,11 @@ from streamllm.commands.types import (
     TOKENS,
     DeviceParamType,
     DtypeParamType,
+    ForeverParamType,
+    NumberParamType,
     OutputFileParamType,
     SeedParamType,
+    TemperatureParamType,
 )
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -99,6 +102,30 @@ def chunk_option(default: int | None) -> Callable[[Command], Command]:
     text = "Tokens read at once: more are faster and take more memory."
     text += "" if default else "  [default: 512; on CUDA 2048]"
     return click.option("--chunk", type=TOKENS, default=default, show_default=True, help=text)
+
+
+# Which token comes next
+
+temperature_option = click.option(
+    "--temperature", "-t", type=TemperatureParamType(), help="0 is greedy.  [default: the checkpoint's]"
+)
+top_p_option = click.option(
+    "--top-p", type=NumberParamType(0, 1, min_open=True),
+    help="Sample from the most likely tokens that together have this probability.",
+)  # fmt: skip
+repetition_penalty_option = click.option(
+    "--repetition-penalty", type=NumberParamType(0, min_open=True),
+    help="Above 1, tokens that were seen become less likely.",
+)  # fmt: skip
+sampling_seed_option = click.option("--seed", type=SeedParamType(), help="The same seed gives the same text.")
+
+
+def max_new_tokens_option(default: int, help: str) -> Callable[[Command], Command]:
+    """--max-new-tokens, with the default of one command."""
+    return click.option(
+        "--max-new-tokens", "-n", type=ForeverParamType(), metavar="N|forever", default=str(default),
+        show_default=True, help=help,
+    )  # fmt: skip
 
 
 # For the commands that evaluate a model
