@@ -29,6 +29,8 @@ INT8_DEQUANTIZE_ROWS = 64
 FLOAT16_WIDEN_ROWS = 4  # from here on, float16 products run in float32
 INT8_MATMUL_INPUTS = 16  # torch's int8 kernel reads so many inputs at a time
 BLOCK_COST_ROWS = 12  # what one more block costs, in rows: it reads the weight again
+BLOCK_ROWS = (4, 8, 12, 16, 24, 32, 40, 48, 64)  # and powers of two from 128 on
+MKL_COST = 1.15  # MKL's time for 8 to 128 rows of float32, oneDNN's being 1; on Intel's processors it is less
 
 
 class Linear(nn.Linear):
@@ -186,6 +188,10 @@ def float32_kernel(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         2 < rows < 128 and weight.numel() > 1 << 20
     ):  # MKL takes 0.5 to 1 times as long there
         return F.linear(x, weight, bias)
+    if _blocks_cost(rows) > MKL_COST * (
+        rows + BLOCK_COST_ROWS
+    ):  # MKL takes any size, and keeps nothing for it
+        return F.linear(x, weight, bias)
     if by_columns and weight.stride(1) != weight.shape[0]:  # a view of fused weights, slow in oneDNN
         if rows < 16:
             return F.linear(x, weight, bias)
@@ -223,18 +229,29 @@ def in_row_blocks(product: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 
 @lru_cache(maxsize=1024)
 def row_blocks(rows: int) -> tuple[int, ...]:
-    """Sizes that together hold so many rows: 1 or powers of two from 4 on, the last one perhaps padded.
+    """Sizes out of `BLOCK_ROWS` that together hold so many rows, the last one perhaps padded; or one row.
 
     The cheaper of two ways: one block that holds all, or the largest full block and then the rest.
     """
     if rows <= 1:
         return (rows,)
-    padded = max(4, 1 << (rows - 1).bit_length())
-    if padded == rows or rows < 4:
+    power = 1 << (rows - 1).bit_length()
+    padded = power if power > 128 else next((size for size in BLOCK_ROWS if size >= rows), 128)
+    if padded == rows or rows < BLOCK_ROWS[0]:
         return (padded,)
-    largest = padded // 2
+    largest = power // 2 if rows >= 128 else max(size for size in BLOCK_ROWS if size <= rows)
     split = (largest, *row_blocks(rows - largest))
-    return min((padded,), split, key=lambda blocks: sum(blocks) + len(blocks) * BLOCK_COST_ROWS)
+    return min((padded,), split, key=_cost)
+
+
+def _cost(blocks: tuple[int, ...]) -> int:
+    """The time that blocks take, in rows."""
+    return sum(blocks) + len(blocks) * BLOCK_COST_ROWS
+
+
+@lru_cache(maxsize=1024)
+def _blocks_cost(rows: int) -> int:
+    return _cost(row_blocks(rows))
 
 
 def _needs_torch(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:

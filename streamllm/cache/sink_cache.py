@@ -183,9 +183,10 @@ class SinkCache(Streams):
             return self.plan_token(self._places(), self.token_kinds())
         origin, t, device = self.origin, self._t, self.device
         lists = zip(self._layouts.items(), self._rows.starts, strict=True)
+        sinks_differ = self.quantize is not None
         if lengths is None and self._in_lockstep:
             planned = {
-                own: plan_chunk(layout, origin, t[0], starts[0], length, device)
+                own: plan_chunk(layout, origin, t[0], starts[0], length, device, sinks_differ)
                 for (own, layout), starts in lists
             }
         else:
