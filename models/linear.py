@@ -204,6 +204,8 @@ def onednn_kernel(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     assert linear_pointwise is not None
     if bias is not None and bias.stride(0) != 1:  # it would read the numbers between, too
         bias = bias.contiguous()
+    if x.dim() < 2 or x.shape[-2] == 1:  # one token of each stream of a batch is one size, whatever the batch
+        return linear_pointwise(x, weight, bias, "none", [], "")
     return in_row_blocks(lambda part: linear_pointwise(part, weight, bias, "none", [], ""), x)
 
 
@@ -211,10 +213,8 @@ def in_row_blocks(product: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """The product of x [..., T, in], computed in blocks of few sizes, without gradients.
 
     oneDNN prepares a kernel for each number of rows that it meets, in a millisecond and 0.6 MB, and keeps it in
-    the process (tools/variety.py). One token of each stream of a batch is one size, whatever the batch.
+    the process (tools/variety.py).
     """
-    if x.dim() < 2 or x.shape[-2] == 1:
-        return product(x)
     rows = x.numel() // x.shape[-1]
     blocks = row_blocks(rows)
     if blocks == (rows,):
@@ -281,6 +281,8 @@ def bfloat16_kernel(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def torch_kernel(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """F.linear; in blocks where torch hands it to oneDNN, for half types on a CPU, and no gradients are wanted."""
     if x.device.type != "cpu" or x.dtype not in HALF or _needs_torch(x, weight, bias):
+        return F.linear(x, weight, bias)
+    if x.dim() < 2 or x.shape[-2] == 1:
         return F.linear(x, weight, bias)
     return in_row_blocks(lambda part: F.linear(part, weight, bias), x)
 

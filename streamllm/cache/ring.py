@@ -364,12 +364,8 @@ class LayerStore:
     def write(self, k: Tensor, v: Tensor) -> None:
         """Take new keys and values, without a look at what is stored."""
         ring, writes = self.ring, self.writes
-        for name, given in (("keys", k), ("values", v)):
-            if given.dtype != ring.dtype:
-                raise ValueError(
-                    f"the cache was made for {ring.dtype}, and the model's {name} are {given.dtype}: make a "
-                    f"SinkCache for the model as it is"
-                )
+        if not k.dtype == v.dtype == ring.dtype:
+            raise _wrong_type(ring.dtype, k, v)
         if writes.now is not None:
             ring.write_now(writes.now, k, v)
         if writes.on_commit is not None:
@@ -379,3 +375,11 @@ class LayerStore:
         """Store the chunk. To do it again changes nothing."""
         if self._chunk is not None and self.writes.on_commit is not None:
             self.ring.write(self.writes.on_commit, *self._chunk)
+
+
+def _wrong_type(dtype: torch.dtype, k: Tensor, v: Tensor) -> ValueError:
+    name, given = ("keys", k) if k.dtype != dtype else ("values", v)
+    return ValueError(
+        f"the cache was made for {dtype}, and the model's {name} are {given.dtype}: make a SinkCache for the "
+        f"model as it is"
+    )

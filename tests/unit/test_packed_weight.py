@@ -219,7 +219,8 @@ def test_products_in_row_blocks(dtype, rows, monkeypatch):
     assert sum(blocks) >= rows
     assert sum(blocks) <= max(4, 2 * rows)
     few = {1, *linear_module.BLOCK_ROWS, *(2**power for power in range(7, 11))}
-    assert set(blocks) <= few and len(few) <= 15
+    assert set(blocks) <= few
+    assert len(few) <= 15
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
