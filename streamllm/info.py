@@ -10,6 +10,8 @@ from typing import Any
 import torch
 
 from streamllm.cache import SinkCache
+from streamllm.loading import QUANTIZED_DTYPE, check_quantize
+from streamllm.models import linear
 from streamllm.models.alibi import Alibi
 from streamllm.models.rotary import Rope
 from streamllm.models.step import Geometry
@@ -27,17 +29,21 @@ def describe(
     window: int | None = None,
     dtype: torch.dtype | str = "auto",
     processes: int = 1,
+    quantize: str | None = None,
 ) -> Iterator[tuple[str, str]]:
     """Lines about a checkpoint, as (name, value). A line that continues the one before has the name "".
 
-    processes: how many hold the model together; lines say what each holds.
+    processes: how many hold the model together; lines say what each holds. quantize: as for `load`.
 
-    Raises ValueError for an unknown dtype, for sinks or a window out of range and where the model cannot be divided
+    Raises ValueError for an unknown dtype or `quantize`, for sinks or a window out of range and where the model cannot be divided
     among so many processes; CheckpointError for a broken index.
     """
     source, config = checkpoint.source, checkpoint.config
+    check_quantize(quantize)
     files, dtypes = _files(checkpoint)
     chosen, why = _dtype(checkpoint, dtype, dtypes)
+    if quantize and dtype == "auto":
+        chosen, why = QUANTIZED_DTYPE, "the default with rounded weights"
     model = checkpoint.build().to(chosen)
     geometry: Any = model.geometry
     assert isinstance(geometry, Geometry)
@@ -51,7 +57,10 @@ def describe(
         f"MLP {config.mlp_width:,}, vocabulary {config.vocab_size:,}",
     )
     yield "", f"the head {'is the embedding (tied)' if config.tied else 'has its own weights (not tied)'}"
-    yield "parameters", f"{count:,}: {_bytes(count * chosen.itemsize)} in {_name(chosen)} ({why})"
+    yield (
+        "parameters",
+        f"{count:,}: {_bytes(_nbytes(model, chosen, quantize))} in {_types(chosen, quantize)} ({why})",
+    )
     yield (
         "heads",
         f"{config.heads} for queries, {geometry.kv_heads} for keys and values, of {geometry.head_dim} dimensions",
@@ -77,14 +86,14 @@ def describe(
         f"{sinks} sinks and {cache.window:,} recent tokens: {_bytes(cache.nbytes)}, however long the stream",
     )
     if processes > 1:
-        yield from _shares(checkpoint, sinks, cache.window, chosen, processes)
+        yield from _shares(checkpoint, sinks, cache.window, chosen, processes, quantize)
     for key in KEYS_USED_OUTSIDE_MODEL:
         checkpoint.config_reader.get(key)
     yield "no effect", ", ".join(checkpoint.config_reader.unread()) or "every key of config.json has one"
 
 
 def _shares(
-    checkpoint: Checkpoint, sinks: int, window: int, dtype: torch.dtype, processes: int
+    checkpoint: Checkpoint, sinks: int, window: int, dtype: torch.dtype, processes: int, quantize: str | None
 ) -> Iterator[tuple[str, str]]:
     """What each process of a tensor-parallel job holds. Processes that hold equally much share a line."""
     ranks_by_line: dict[str, list[int]] = {}
@@ -97,12 +106,23 @@ def _shares(
             cache = SinkCache(model, sinks=sinks, window=window)
         line = (
             f"heads: {len(share.heads)} for queries, {len(share.kv_heads)} for keys and values; parameters: "
-            f"{count:,}, {_bytes(count * dtype.itemsize)}; cache: {_bytes(cache.nbytes)}"
+            f"{count:,}, {_bytes(_nbytes(model, dtype, quantize))}; cache: {_bytes(cache.nbytes)}"
         )
         ranks_by_line.setdefault(line, []).append(rank)
     for number, (line, ranks) in enumerate(ranks_by_line.items()):
         which = f"rank {ranks[0]}" if len(ranks) == 1 else f"each of ranks {list_numbers(ranks, 'and')}"
         yield "divided" if number == 0 else "", f"{which}: {line}"
+
+
+def _nbytes(model: nn.Module, dtype: torch.dtype, quantize: str | None) -> int:
+    """Bytes of the parameters of a model."""
+    if quantize is not None:
+        return linear.rounded_nbytes(model, quantize, dtype.itemsize)
+    return sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
+
+
+def _types(dtype: torch.dtype, quantize: str | None) -> str:
+    return _name(dtype) if quantize is None else f"{quantize}, the rest in {_name(dtype)}"
 
 
 def _positions(config: Any, head_dim: int) -> Iterator[tuple[str, str]]:
