@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch import nn
 
 from streamllm.cache import SinkCache
 from streamllm.loading import QUANTIZED_DTYPE, check_quantize
@@ -35,8 +36,8 @@ def describe(
 
     processes: how many hold the model together; lines say what each holds. quantize: as for `load`.
 
-    Raises ValueError for an unknown dtype or `quantize`, for sinks or a window out of range and where the model cannot be divided
-    among so many processes; CheckpointError for a broken index.
+    Raises ValueError for an unknown dtype or `quantize`, for sinks or a window out of range and where the model
+    cannot be divided among so many processes; CheckpointError for a broken index.
     """
     source, config = checkpoint.source, checkpoint.config
     check_quantize(quantize)
