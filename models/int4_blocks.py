@@ -28,7 +28,7 @@ def are_readable(outputs: int) -> bool:
 
 def to_blocks(numbers: Tensor) -> Tensor:
     """Numbers 0 … 15, uint8 [out, in] -> uint8 [out, in / 2]."""
-    return torch.cat([_convert(part) for part in numbers.split(CONVERTED_OUTPUTS)])
+    return torch.cat([_convert(part) for part in torch.split(numbers, CONVERTED_OUTPUTS)])
 
 
 def from_blocks(blocks: Tensor) -> Tensor:
@@ -64,7 +64,7 @@ def _block_outputs() -> int:
     probe = torch.randint(16, (2 * CHUNK_OUTPUTS, 4), generator=generator, dtype=torch.uint8, device="cpu")
     whole = _convert(probe)
     for size in (16, 32, CHUNK_OUTPUTS):
-        if torch.equal(torch.cat([_convert(part) for part in probe.split(size)]), whole):
+        if torch.equal(torch.cat([_convert(part) for part in torch.split(probe, size)]), whole):
             return size
     return 0
 

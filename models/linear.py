@@ -145,7 +145,7 @@ class Linear(nn.Linear):
         self._choose_kernel(arranged)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[no-untyped-call]
+        super()._save_to_state_dict(destination, prefix, keep_vars)
         rounded = self._rounded_by_rows()
         if rounded is not None:
             destination[prefix + "weight"], destination[prefix + "scale"] = rounded
@@ -376,19 +376,16 @@ def rounded_nbytes(model: nn.Module, name: str, itemsize: int) -> int:
 
     itemsize: bytes of a number that is not rounded.
     """
-    rounded = {
-        module: format_for(model, module, name) for module in model.modules() if isinstance(module, Linear)
-    }
     total = 0
-    for module, format in rounded.items():
-        if format == INT4.name and not has_whole_groups(module.in_features):
-            format = INT8.name
-        total += FORMATS[format].nbytes(module.out_features, module.in_features, itemsize)
     for module in model.modules():
-        own = [(name, value) for name, value in module.named_parameters(recurse=False)]
-        total += sum(
-            value.numel() * itemsize for name, value in own if module not in rounded or name != "weight"
-        )
+        is_linear = isinstance(module, Linear)
+        own = module.named_parameters(recurse=False)
+        total += sum(itemsize * value.numel() for key, value in own if not (is_linear and key == "weight"))
+        if isinstance(module, Linear):
+            format = FORMATS[format_for(model, module, name)]
+            if format is INT4 and not has_whole_groups(module.in_features):
+                format = INT8
+            total += format.nbytes(module.out_features, module.in_features, itemsize)
     return total
 
 

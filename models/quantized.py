@@ -169,7 +169,7 @@ class _Int4(Format):
 def dequantized_rows(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """int4 numbers and scales by rows -> [out, in] in `dtype`. One call of a recording."""
     if has_torch_function((weight, scale)):
-        return handle_torch_function(dequantized_rows, (weight, scale), weight, scale, dtype)  # type: ignore[no-any-return]
+        return handle_torch_function(dequantized_rows, (weight, scale), weight, scale, dtype)
     numbers = _unpaired(weight, scale.shape[1]).to(dtype) - 8
     return (numbers * scale.to(dtype)[:, :, None]).flatten(1)
 

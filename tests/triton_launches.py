@@ -17,7 +17,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from streamllm.compiled import triton_attention_kernel as attention_kernel
-from streamllm.compiled import triton_int4 as int4_kernels
+from streamllm.compiled import triton_int4_kernels as int4_kernels
 from streamllm.compiled import triton_kernels as kernels
 from streamllm.compiled import triton_launch as launch
 from streamllm.compiled import triton_tiles as tiles

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from streamllm.compiled import triton_attention_kernel, triton_int4, triton_tiles
+from streamllm.compiled import triton_attention_kernel, triton_int4_kernels, triton_tiles
 from streamllm.compiled import triton_kernels as kernels
 
 FUSED_ADDS: dict[str, Any] = {"enable_fp_fusion": True}  # the default until Triton 3.9
@@ -35,7 +35,7 @@ def product(
 ) -> Tensor:
     """residual + activation(norm(x) @ weight.T + bias) · (norm(x) @ up.T + its bias): x [B, 1, K] -> [B, 1, N].
 
-    weight [N, K], in the type of x, or int8 with a `scale` [N]; int4 as in triton_int4.py.
+    weight [N, K], in the type of x, or int8 with a `scale` [N]; int4 as in triton_int4_kernels.py.
     """
     x = x.contiguous()
     rows, outputs, inputs = x.numel() // x.shape[-1], len(weight), x.shape[-1]
@@ -74,7 +74,7 @@ def launch_product(
     )  # fmt: skip
     module: Any = kernels
     if scale is not None and scale.dim() == 2:  # int4: BK counts bytes of a row
-        module, group = triton_int4, inputs // scale.shape[1]
+        module, group = triton_int4_kernels, inputs // scale.shape[1]
         shared |= {"GROUP": group, **({"BG": max(1, 2 * BK // group)} if rows == 1 else {"BK": BK})}
     else:
         shared |= {"INT8": scale is not None, "BK": BK}

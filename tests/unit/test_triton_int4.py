@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from streamllm.compiled import triton_int4
+from streamllm.compiled import triton_int4_kernels
 from streamllm.models.linear import quantize
 from streamllm.models.quantized import INT4
 from tests.laws.families import CONFIGS
@@ -87,21 +87,21 @@ MUTATIONS = {
 
 @pytest.mark.parametrize("fault", MUTATIONS)
 def test_a_fault_in_a_kernel_is_seen(fault, monkeypatch, tmp_path) -> None:
-    faulty = mutant(tmp_path, triton_int4, *MUTATIONS[fault])
+    faulty = mutant(tmp_path, triton_int4_kernels, *MUTATIONS[fault])
     assert faulty is not None
-    monkeypatch.setattr(triton_launch, "triton_int4", faulty)
+    monkeypatch.setattr(triton_launch, "triton_int4_kernels", faulty)
     assert product_error(inputs=352) > 100 * TOLERANCE
 
 
 @pytest.mark.parametrize("rows", [1, 3])
 def test_a_step_reads_its_weights_by_these_kernels(rows, monkeypatch, tmp_path) -> None:
-    faulty = mutant(tmp_path, triton_int4, "(pairs & 15) - 8", "(pairs & 15) - 7")
-    monkeypatch.setattr(triton_launch, "triton_int4", faulty)
+    faulty = mutant(tmp_path, triton_int4_kernels, "(pairs & 15) - 8", "(pairs & 15) - 7")
+    monkeypatch.setattr(triton_launch, "triton_int4_kernels", faulty)
     assert worst_error(int4_model("llama"), 2, 5, rows) > 100 * TOLERANCE
 
 
 def test_a_fault_of_many_rows_is_seen(monkeypatch, tmp_path) -> None:
-    faulty = mutant(tmp_path, triton_int4, "(at // (GROUP // 2))[None, :]", "0 * at[None, :]")
+    faulty = mutant(tmp_path, triton_int4_kernels, "(at // (GROUP // 2))[None, :]", "0 * at[None, :]")
     assert faulty is not None
-    monkeypatch.setattr(triton_launch, "triton_int4", faulty)
+    monkeypatch.setattr(triton_launch, "triton_int4_kernels", faulty)
     assert product_error(rows=3) > 100 * TOLERANCE
