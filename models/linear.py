@@ -371,24 +371,6 @@ def quantize(model: nn.Module, name: str = "int8") -> None:
             module.quantize(format_for(model, module, name))
 
 
-def rounded_nbytes(model: nn.Module, name: str, itemsize: int) -> int:
-    """Bytes of the parameters of a model, perhaps without values, when its weights are rounded to `name`.
-
-    itemsize: bytes of a number that is not rounded.
-    """
-    total = 0
-    for module in model.modules():
-        is_linear = isinstance(module, Linear)
-        own = module.named_parameters(recurse=False)
-        total += sum(itemsize * value.numel() for key, value in own if not (is_linear and key == "weight"))
-        if isinstance(module, Linear):
-            format = FORMATS[format_for(model, module, name)]
-            if format is INT4 and not has_whole_groups(module.in_features):
-                format = INT8
-            total += format.nbytes(module.out_features, module.in_features, itemsize)
-    return total
-
-
 def format_for(model: nn.Module, module: Linear, name: str) -> str:
     """The format of one Linear where the model is rounded to `name`: an int4 model keeps its head in int8.
 

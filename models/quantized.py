@@ -68,8 +68,8 @@ class _Int8(Format):
         return numbers.clamp_(-127, 127).to(torch.int8), scale
 
     def product(self, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor | None:
-        """torch's kernel does not check what it is given: of rows whose length is no multiple of 16 it reads beyond
-        the end, and rows of x that do not begin at a multiple of 32 bytes, or of a weight at one of 16, end the process.
+        """torch's kernel does not check its input: of rows whose length is no multiple of 16 it reads beyond the
+        end, and rows of x that do not begin at a multiple of 32 bytes, or of a weight at one of 16, end the process.
         """
         if (
             int8_matmul is None

@@ -14,6 +14,7 @@ from streamllm.cache import SinkCache
 from streamllm.loading import QUANTIZED_DTYPE, check_quantize
 from streamllm.models import linear
 from streamllm.models.alibi import Alibi
+from streamllm.models.quantized import FORMATS, INT4, INT8, has_whole_groups
 from streamllm.models.rotary import Rope
 from streamllm.models.step import Geometry
 from streamllm.tensor_parallel import Share, list_numbers
@@ -116,10 +117,22 @@ def _shares(
 
 
 def _nbytes(model: nn.Module, dtype: torch.dtype, quantize: str | None) -> int:
-    """Bytes of the parameters of a model."""
-    if quantize is not None:
-        return linear.rounded_nbytes(model, quantize, dtype.itemsize)
-    return sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
+    """Bytes of the parameters of a model, which has no values yet, with Linear weights rounded."""
+    if quantize is None:
+        return sum(value.numel() for value in model.parameters()) * dtype.itemsize
+    total = 0
+    for module in model.modules():
+        is_rounded = isinstance(module, linear.Linear)
+        own = module.named_parameters(recurse=False)
+        total += sum(
+            value.numel() * dtype.itemsize for name, value in own if not (is_rounded and name == "weight")
+        )
+        if isinstance(module, linear.Linear):
+            format = FORMATS[linear.format_for(model, module, quantize)]
+            if format is INT4 and not has_whole_groups(module.in_features):
+                format = INT8
+            total += format.nbytes(module.out_features, module.in_features, dtype.itemsize)
+    return total
 
 
 def _types(dtype: torch.dtype, quantize: str | None) -> str:
