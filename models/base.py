@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from streamllm.models.checks import whole_number, wrong_tokens
-from streamllm.models.linear import HALF, Linear
+from streamllm.models.linear import Linear
+from streamllm.models.quantized import HALF
 from streamllm.models.step import Cache, Geometry, Plan
 
 

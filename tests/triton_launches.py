@@ -17,15 +17,17 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from streamllm.compiled import triton_attention_kernel as attention_kernel
+from streamllm.compiled import triton_int4_kernels as int4_kernels
 from streamllm.compiled import triton_kernels as kernels
 from streamllm.compiled import triton_launch as launch
 from streamllm.compiled import triton_tiles as tiles
 
 TYPES = {
     torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.float64: "fp64",
-    torch.int8: "i8", torch.int32: "i32", torch.int64: "i64",
+    torch.int8: "i8", torch.uint8: "u8", torch.int32: "i32", torch.int64: "i64",
 }  # fmt: skip
 OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
+INT4_KERNELS = ("matvec", "matmul_rows")
 KERNELS = ("matvec", "matmul_rows", "norm_rows", "gate_rows", "rope_tables", "attention")
 
 
@@ -66,9 +68,11 @@ def launched() -> list[tuple[str, Any, dict[str, Any]]]:
     tiles.multiprocessors = lambda device: 132
     tiles.kept_tiles = lambda name: {}
     modules = {name: attention_kernel if name == "attention" else kernels for name in KERNELS}
-    collected = {name: Launches(getattr(module, name)) for name, module in modules.items()}
-    for name, launches in collected.items():
-        setattr(modules[name], name, launches)
+    replaced = [(modules[name], name, name) for name in KERNELS]
+    replaced += [(int4_kernels, name, f"int4 {name}") for name in INT4_KERNELS]
+    collected = {shown: Launches(getattr(module, name)) for module, name, shown in replaced}
+    for module, name, shown in replaced:
+        setattr(module, name, collected[shown])
     for _ in calls():
         pass
     return [
@@ -101,6 +105,17 @@ def calls() -> Iterator[Any]:
         norm = (kernels.LAYER_NORM, empty(1000, dtype=dtype), empty(1000, dtype=dtype), 1e-5)
         yield launch.product(
             empty(rows, 1, 1000, dtype=dtype), weight, None, bias, norm, activation=activation
+        )
+    for outputs, inputs, gated, rows in (  # int4
+        (6144, 4096, False, 1), (14336, 4096, True, 1), (4096, 14336, False, 1), (4096, 4096, False, 8),
+        (14336, 4096, True, 64), (1000, 352, True, 1),
+    ):  # fmt: skip
+        weight = empty(outputs, inputs // 2, dtype=torch.uint8)
+        scale = empty(outputs, inputs // 32)
+        norm = (kernels.RMS_NORM, empty(inputs), None, 1e-5) if outputs != inputs and rows == 1 else None
+        up = (weight, scale, None) if gated else None
+        yield launch.product(
+            empty(rows, 1, inputs), weight, scale, None, norm, up, empty(rows, 1, outputs), int(gated)
         )
     x = empty(64, 1, 4096)
     yield launch.added_and_normalised(x, x, kernels.RMS_NORM, empty(4096), None, 1e-5)

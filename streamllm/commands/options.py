@@ -24,7 +24,8 @@ from streamllm.commands.types import (
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
-QUANTIZATIONS = ("int8",)
+WEIGHT_FORMATS = ("int8", "int4")  # the keys of streamllm.models.quantized.FORMATS, which imports torch
+CACHE_FORMATS = ("int8",)
 OUTPUT_FILE = OutputFileParamType()
 
 
@@ -50,7 +51,7 @@ device_option = click.option(
     "--device", type=DeviceParamType(), help="cpu, cuda, mps.  [default: the best available]"
 )
 quantize_option = click.option(
-    "--quantize", type=click.Choice(QUANTIZATIONS), help="Round the weights to 8 bits."
+    "--quantize", type=click.Choice(WEIGHT_FORMATS), help="Round the weights to 8 or 4 bits."
 )
 tensor_parallel_option = click.option(
     "--tensor-parallel", is_flag=True,
@@ -93,7 +94,7 @@ sinks_option = click.option(
 WINDOW_HELP = "Recent tokens that are kept.  [default: 1020, or what the model was trained for]"
 window_option = click.option("--window", type=TOKENS, help=WINDOW_HELP)
 quantize_cache_option = click.option(
-    "--quantize-cache", type=click.Choice(QUANTIZATIONS), help="Store recent keys and values in 8 bits."
+    "--quantize-cache", type=click.Choice(CACHE_FORMATS), help="Store recent keys and values in 8 bits."
 )
 
 
