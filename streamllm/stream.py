@@ -201,7 +201,8 @@ class Stream(TextStream):
             raise ValueError("there is no turn to undo")
         call = dialogue.calls[-1]
         if call.snapshot is not None:
-            restore(self, call.snapshot)
+            state = call.snapshot
+            restore(self, replace(state, dialogue=replace(state.dialogue, calls=dialogue.calls[:-1])))
         else:
             chatting.undo_without_snapshot(self, dialogue, call)
         return [turn for turn in turns if turn.start >= call.start]
@@ -302,12 +303,13 @@ class Stream(TextStream):
             if self._loop.end < dialogue.pushed_to:
                 self._dialogue = before
             raise
+        self._dialogue = replace(dialogue, before=None)  # which holds a snapshot
         if dialogue.answer is not None or self._view.owed:
             self._view = replace(self._view, owed="")  # it belongs to the answer before
 
     def _make_room(self) -> None:
         if self.evict == "turn":
-            window.make_room(self, self.turns)
+            window.make_room(self)
 
     def _may_run_ahead(self) -> bool:
         if self.evict == "token":

@@ -16,9 +16,10 @@ from streamllm.session.dialogue import (
     Render,
     Turn,
     next_text,
+    rendered_messages,
 )
 from streamllm.session.prompt import Spelled
-from streamllm.session.state import capture
+from streamllm.session.state import State, capture
 from streamllm.session.view import AnswerText
 
 if TYPE_CHECKING:
@@ -79,10 +80,12 @@ def begin(
     last = loop.drawn if loop.drawn is not None else loop.log.tokens[-1] if loop.log.tokens else None
     ended = answer is not None and last is not None and stream._end > answer.begins and last in answer.eos
     eos_text = tokenizer.special_text(last) if ended and last is not None else None
-    spelled = Spelled(tokenizer, [*dialogue.messages, *new, {"role": "assistant", "content": text or ""}])
+    answered = [] if text is None else [{"role": "assistant", "content": text}]
+    rendered = rendered_messages([*dialogue.messages, *answered, *new])
+    spelled = Spelled(tokenizer, rendered)
     addition = next_text(
         _renderer(stream, variables),
-        spelled.hide(dialogue.messages),
+        spelled.hide(rendered[: len(rendered) - len(answered) - len(new)]),
         None if text is None else spelled.hide(text),
         eos_text,
         spelled.hide(new),
@@ -115,10 +118,11 @@ def begin(
     pushed_to = number + len(ids)
     messages = [*dialogue.messages, *(new[:-1] if continued else new)]
     prefix = str(new[-1].get("content", "")) if continued else ""
-    kept = stream.snapshots - 1
-    calls = [replace(old, snapshot=None) for old in dialogue.calls]
-    if kept > 0:
-        calls[-kept:] = dialogue.calls[-kept:]
+    calls = list(dialogue.calls)
+    for index in reversed(range(len(calls) - max(0, stream.snapshots - 1))):
+        if calls[index].snapshot is None:
+            break
+        calls[index] = replace(calls[index], snapshot=None)
     return ids, Dialogue(
         tuple(messages),
         tuple(turns),
@@ -174,8 +178,12 @@ def _encode(
     return ids, ends
 
 
-def _snapshot(stream: Stream) -> Any:
-    return capture(stream) if stream.snapshots else None
+def _snapshot(stream: Stream) -> State | None:
+    """The state before a call. The calls in it have no snapshots, or each snapshot would keep the one before it."""
+    if not stream.snapshots:
+        return None
+    state = capture(stream)
+    return replace(state, dialogue=replace(state.dialogue, calls=()))
 
 
 def undo_without_snapshot(stream: Stream, dialogue: Dialogue, call: Call) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -10,7 +11,6 @@ import torch
 
 from streamllm.loop import Log
 from streamllm.sampling import History
-from streamllm.session.dialogue import Turn
 from streamllm.session.view import Removed
 
 if TYPE_CHECKING:
@@ -66,22 +66,40 @@ def _text_goes_on(stream: Stream, start: int, stop: int) -> bool:
     )
 
 
-def oldest_turn(stream: Stream, turns: Sequence[Turn]) -> tuple[int, int] | None:
+def _oldest_number(stream: Stream, count: int) -> int:
+    """The number of the first of the last `count` tokens that the cache holds. As `numbers`, without a list."""
+    number = stream.seen
+    for part in reversed(stream._view.removed):
+        if part.start >= number:
+            continue
+        behind = max(0, number - part.stop)
+        if behind >= count:
+            break
+        count -= behind
+        number = part.start
+    return number - count
+
+
+def oldest_turn(stream: Stream) -> tuple[int, int] | None:
     """The entries of the oldest whole turn behind the sinks. None where they are all of one turn."""
-    held = numbers(stream)
-    sinks = stream.cache.sinks
-    recent = held[sinks:]
-    if not recent:
+    cache, dialogue = stream.cache, stream._now
+    count = int(cache.held[0]) - cache.sinks
+    if count <= 0:
         return None
-    first = recent[0]
-    later = [turn.start for turn in turns if turn.start > first]
-    if not later:
+    first = _oldest_number(stream, count)
+    later = bisect_right(dialogue.turns, first, key=lambda turn: turn.start)
+    if later < len(dialogue.turns):
+        stop = dialogue.turns[later].start
+    elif dialogue.answer is not None and dialogue.answer.start > first:
+        stop = dialogue.answer.start
+    else:
         return None
-    count = sum(number < min(later) for number in recent)
-    return (sinks, sinks + count) if count < len(recent) else None
+    gone = sum(max(0, min(part.stop, stop) - max(part.start, first)) for part in stream._view.removed)
+    leave = stop - first - gone
+    return (cache.sinks, cache.sinks + leave) if leave < count else None
 
 
-def make_room(stream: Stream, turns: Sequence[Turn]) -> None:
+def make_room(stream: Stream) -> None:
     """Take the oldest whole turn out each time that the window is full and a token waits.
 
     Tokens that wait are fed as far as there is room, so the result is that of feeding them one by one.
@@ -98,7 +116,7 @@ def make_room(stream: Stream, turns: Sequence[Turn]) -> None:
         if room > 0:
             read(stream, loop.unfed[:room])
             continue
-        entries = oldest_turn(stream, turns)
+        entries = oldest_turn(stream)
         if entries is None:
             return
         cache.evict_range(*entries)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import itertools
 import os
+import random
 import signal
 import subprocess
 import sys
 import time
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +22,7 @@ from tokenizers import Tokenizer as Library
 import streamllm
 from streamllm import Stream
 from streamllm.chat import ChatTemplateError
-from streamllm.session import SessionError
+from streamllm.session import SessionError, window
 from tests.unit.chat.samples import STYLES
 from tests.unit.conftest import write_llama, write_tokenizer
 from tests.unit.test_signals import Strike
@@ -286,6 +289,59 @@ def test_eviction_by_turn_equals_a_list_that_is_fed_token_by_token(pair) -> None
         held.append(number)
     assert stream._loop.logits is not None
     assert (stream._loop.logits - logits).abs().max() < 1e-9 * logits.std()
+
+
+def plain_oldest_turn(stream: Stream) -> tuple[int, int] | None:
+    """By the numbers of all entries."""
+    sinks = stream.cache.sinks
+    recent = window.numbers(stream)[sinks:]
+    later = [turn.start for turn in stream.turns if recent and turn.start > recent[0]]
+    count = sum(number < min(later, default=0) for number in recent)
+    return (sinks, sinks + count) if 0 < count < len(recent) else None
+
+
+@pytest.mark.parametrize("evict", ["turn", "token"])
+def test_the_oldest_turn_is_found_without_a_list_of_the_entries(pair, evict: str) -> None:
+    draw = random.Random(3)
+    found = 0
+    for size in (40, 90, 200):
+        stream = Stream(*pair, window=size, evict=evict)
+        for number in range(12):
+            list(stream.chat(f"tell me more {number}", max_new_tokens=draw.choice([0, 3, 30]), seed=number))
+            if draw.random() < 0.6:
+                stream.drop(draw.randrange(len(stream.turns)))
+            if draw.random() < 0.2:
+                stream.undo()
+            stream._feed()
+            recent = window.numbers(stream)[stream.cache.sinks :]
+            assert not recent or window._oldest_number(stream, len(recent)) == recent[0]
+            assert window.oldest_turn(stream) == plain_oldest_turn(stream)
+            found += window.oldest_turn(stream) is not None
+    assert found > 10
+
+
+def test_a_stream_keeps_the_snapshots_that_it_was_asked_for(pair) -> None:
+    for asked in (0, 1, 3):
+        stream = Stream(*pair, window=40, snapshots=asked)
+        states = []
+        for number in range(6):
+            list(stream.chat(f"turn {number}", max_new_tokens=4))
+            states += [weakref.ref(call.snapshot) for call in stream._dialogue.calls[-1:] if call.snapshot]
+        gc.collect()
+        assert sum(state() is not None for state in states) == asked
+        assert sum(call.snapshot is not None for call in stream._dialogue.calls) == asked
+
+
+def test_undo_is_exact_as_often_as_there_are_snapshots(pair) -> None:
+    stream, plain = Stream(*pair, window=40, snapshots=2), Stream(*pair, window=40)
+    for each in (stream, plain):
+        list(each.chat("one", max_new_tokens=20))
+    for number in range(2):
+        list(stream.chat(f"more {number}", max_new_tokens=30))
+    for _ in range(2):
+        stream.undo()
+    assert go_on(stream, **SAMPLED) == go_on(plain, **SAMPLED)
+    assert stream.turns == plain.turns
 
 
 def test_a_pinned_text_becomes_the_sinks(pair) -> None:
