@@ -1,4 +1,4 @@
-"""A long scripted conversation: is each token fed once, is memory flat, and does the last turn begin as fast as the first?
+"""A long scripted conversation: is each token fed once, is memory flat, and is the last turn as fast as the first?
 
     python tools/conversation.py                            # the embedded checkpoint: 500 turns, 200,000 tokens
     python tools/conversation.py --model FOLDER --turns 60 --window 1020 --answer 64      # a chat model

@@ -15,6 +15,7 @@ from streamllm.session.dialogue import (
     Message,
     Render,
     Turn,
+    content_of,
     next_text,
     rendered_messages,
 )
@@ -25,6 +26,7 @@ from streamllm.session.view import AnswerText
 if TYPE_CHECKING:
     from streamllm.stream import Stream
 
+DEFAULT_SINKS = 4  # the paper's; a system prompt may be shorter
 PROBE = {"role": "user", "content": "Hello"}  # a message that could follow a system prompt
 
 
@@ -103,9 +105,9 @@ def begin(
         and not stream._end
         and addition.parts[0].role in ("system", "developer")
     ):
-        stream._make_cache(ends[0])
+        stream._make_cache(max(ends[0], DEFAULT_SINKS), dialogue)
     number = stream._end
-    call = Call(number, len(dialogue.messages), answer, _snapshot(stream))
+    call = Call(number, len(dialogue.messages), answer, _snapshot(stream), dialogue.waiting)
     before, dialogue = dialogue, closed(stream, dialogue, addition.strips_answer)
     turns = list(dialogue.turns)
     start = number
@@ -144,7 +146,9 @@ def waits(stream: Stream, role: str, variables: Mapping[str, Any] | None, messag
     messages = [*dialogue.waiting, message]
     render = _renderer(stream, dict(dialogue.variables if variables is None else variables))
     try:
-        return not render([*messages, PROBE], True).startswith(render(messages, False))
+        alone = render(messages, False)
+        is_written = content_of(message).strip() in alone
+        return not (is_written and render([*messages, PROBE], True).startswith(alone))
     except ChatTemplateError:
         return True
 
@@ -191,12 +195,10 @@ def undo_without_snapshot(stream: Stream, dialogue: Dialogue, call: Call) -> Non
     messages, text = dialogue.messages, ""
     if call.answer is not None:  # it is the last answer again
         text = next((turn.text for turn in dialogue.turns if turn.start == call.answer.start), "")
-    stream._take_back(call.start)
     shown = None
     if call.answer is not None:
         shown = AnswerText(call.answer.begins, [text[len(call.answer.prefix) :]], 1)
-    stream._view = replace(stream._view, answer=shown)
-    stream._dialogue = replace(
+    before = replace(
         dialogue,
         messages=messages[: call.messages],
         turns=tuple(
@@ -206,6 +208,8 @@ def undo_without_snapshot(stream: Stream, dialogue: Dialogue, call: Call) -> Non
         ),
         answer=call.answer,
         calls=dialogue.calls[:-1],
+        waiting=call.waiting,
         pushed_to=0,
         before=None,
     )
+    stream._take_back(call.start, before, shown)

@@ -52,6 +52,7 @@ class Call:
     messages: int
     answer: Answer | None  # the answer that the call completed
     snapshot: Any = None  # the `State` before it, if it is kept
+    waiting: tuple[Message, ...] = ()  # messages that it fed with its own
 
 
 @dataclass(frozen=True)
@@ -247,7 +248,7 @@ def _end_of_prefix(render: Render, kept: Sequence[Message], count: int, whole: s
         text = render(kept[:count], False)
     except ChatTemplateError:
         text = None
-    if text is not None and whole.startswith(text):
+    if text is not None and whole.startswith(text) and content_of(kept[count - 1]).strip() in text:
         return len(text)
     if count == len(kept):
         return len(whole)

@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from streamllm.loop import Log
-from streamllm.sampling import History
-from streamllm.session.view import Removed
+from streamllm.session.dialogue import Dialogue, Turn
+from streamllm.session.view import Drop, Removed
 
 if TYPE_CHECKING:
     from streamllm.stream import Stream
@@ -129,15 +128,15 @@ def read(stream: Stream, tokens: Sequence[int]) -> None:
         stream.model(ids, stream.cache, logits_to_keep=1)
 
 
-def drop(stream: Stream, start: int, stop: int) -> None:
-    """Take the tokens with the numbers start … stop - 1 out of the window; those of the sinks stay."""
-    stream._settle()
+def drop(stream: Stream, turn: Turn, dialogue: Dialogue) -> None:
+    """Take a turn out of the window; its tokens among the sinks stay. dialogue: the conversation without it."""
     loop, cache = stream._loop, stream.cache
-    start = max(start, cache.sinks)
+    start, stop = max(turn.start, cache.sinks), turn.stop
     if start >= stop:
+        stream._dialogue = dialogue
         return
     if stop >= stream._end:
-        stream._take_back(start)
+        stream._take_back(start, dialogue)
         return
     loop.push_drawn()
     stream._feed()
@@ -151,11 +150,22 @@ def drop(stream: Stream, start: int, stop: int) -> None:
         token for number, token in zip(recent, history[early:], strict=True) if not start <= number < stop
     ]
     ranks = [rank for rank, number in enumerate(held) if start <= number < stop and rank >= cache.sinks]
-    if ranks:
-        cache.evict_range(ranks[0], ranks[-1] + 1)
-    shorter = History(log.history.size, left)
-    loop.log = Log(log.first, log.tokens, shorter, log.end - shorter.total, log.cuts)
-    loop._logits = None
-    view = stream._view
+    entries = (ranks[0], ranks[-1] + 1) if ranks else (cache.sinks, cache.sinks)
     oldest = recent[0] if recent else log.end
-    stream._view = replace(view, removed=Removed.add(view.removed, Removed(start, stop, True), oldest))
+    stream._dropping = Drop(start, stop, entries, len(held), tuple(left), oldest, dialogue)
+    finish_drop(stream)
+
+
+def finish_drop(stream: Stream) -> None:
+    """Complete a `drop`, if one was begun. Each step can be done twice."""
+    dropping, cache = stream._dropping, stream.cache
+    if dropping is None:
+        return
+    first, last = dropping.entries
+    if first < last and int(cache.held[0]) == dropping.held:
+        cache.evict_range(first, last)
+    stream._loop.forget(dropping.left)
+    view, gone = stream._view, Removed(dropping.start, dropping.stop, True)
+    stream._view = replace(view, removed=Removed.add(view.removed, gone, dropping.oldest))
+    stream._dialogue = dropping.dialogue
+    stream._dropping = None

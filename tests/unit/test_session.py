@@ -344,6 +344,32 @@ def test_undo_is_exact_as_often_as_there_are_snapshots(pair) -> None:
     assert stream.turns == plain.turns
 
 
+def test_a_new_conversation_pins_its_own_system_prompt(pair, tmp_path: Path) -> None:
+    stream = Stream(*pair, sinks="system", window=60)
+    stream.say("system", "Be very brief, please.")
+    long = stream.cache.sinks
+    stream.save(tmp_path / "session")
+    for other in (stream, stream.fork(), Stream.load(tmp_path / "session", *pair)):
+        assert other.cache.sinks == long > 10
+        other.reset()
+        assert other.cache.sinks == 4
+        other.say("system", "Hi")
+        assert other.cache.sinks == other.turns[0].stop < long
+
+
+def test_a_system_prompt_that_waits_is_there_after_undo(pair) -> None:
+    model, tokenizer = pair
+    tokenizer.chat_template = STYLES["llama_2"]
+    for snapshots in (0, 1):
+        stream = Stream(model, tokenizer, sinks="system", window=100, snapshots=snapshots)
+        stream.say("system", "Be brief.")
+        assert not stream.seen  # it is fed with the first message of the user
+        for _ in range(2):
+            list(stream.chat("Hello", max_new_tokens=3))
+            assert "Be brief." in stream.visible()
+            stream.undo()
+
+
 def test_a_pinned_text_becomes_the_sinks(pair) -> None:
     model, tokenizer = pair
     stream = Stream(model, tokenizer, pin="def once(upon):", window=30)
