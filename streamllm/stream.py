@@ -336,7 +336,7 @@ class Stream(TextStream):
         if self.evict == "token":
             return True
         held = int(self.cache.held[0]) + len(self._loop.unfed)
-        return held < self.cache.sinks + self.cache.window
+        return held < window.capacity(self.cache)
 
     def _record(self, piece: str, view: View) -> View:
         """The view after a piece was shown that belongs to an answer in a conversation."""

@@ -8,7 +8,9 @@ it here, and the messages are pieces of Python source that it was not trained on
 of `chat` to the first piece of the answer is measured, beside two others that get the same tokens:
 
 * re-feeding: one forward of the same model over the tokens that the window holds, without a cache;
-* transformers, which keeps its cache and evicts nothing, in a process of its own (--no-transformers leaves it out).
+* transformers, which keeps its cache and evicts nothing, in a process of its own (--no-transformers leaves it out). Its
+  time depends on how many keys the cache has, not on their values: they are random numbers, as many as the conversation
+  has tokens.
 
 A time in the table is the median of the turn and of two turns before and after it.
 """
@@ -109,13 +111,15 @@ class Conversation:
             asked = len(self.pushed)
             next(pieces)
             self.seconds["stream"].append(time.perf_counter() - started)
+            if turn % 20 == 0:
+                print(f"turn {turn}: {len(self.pushed):,} tokens", flush=True)
             near = any(abs(turn - shown) <= AROUND for shown in self.shown)
             self.seconds["re-feeding"].append(self._read_again() if near else None)
             for _ in pieces:
                 pass
-            if self.peer is not None:
-                took = self.peer.turn(list(self.pushed[before:asked]), list(self.pushed[asked:]))
-                self.seconds["transformers"].append(took)
+            peer = self.peer if near else None
+            took = None if peer is None else peer.turn(before, list(self.pushed[before:asked]))
+            self.seconds["transformers"].append(took)
             self.resident.append(resident_bytes() or 0)
             self.tokens.append(len(self.pushed))
 
@@ -198,9 +202,9 @@ class Peer:
         self._process.start()
         self.resident = 0
 
-    def turn(self, message: list[int], answer: list[int]) -> float:
-        """Seconds from the message to the first token; then the answer is read, too."""
-        self._pipe.send((message, answer))
+    def turn(self, before: int, message: list[int]) -> float:
+        """Seconds from a message to the first token, in a conversation that had so many tokens before."""
+        self._pipe.send((before, message))
         seconds, self.resident = self._pipe.recv()
         return float(seconds)
 
@@ -215,16 +219,17 @@ def _peer(pipe: Connection, folder: str, dtype: str, threads: int) -> None:
 
     torch.set_num_threads(threads)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
-    cache = DynamicCache(config=model.config)
+    config = model.config
     while (turn := pipe.recv()) is not None:
-        message, answer = turn
+        before, message = turn
+        cache = DynamicCache(config=config)
+        for layer in range(config.num_hidden_layers):
+            keys = torch.randn(1, config.num_key_value_heads, before, config.head_dim, dtype=model.dtype)
+            cache.update(keys, keys.clone(), layer)
         started = time.perf_counter()
         out = model(torch.tensor([message]), past_key_values=cache, use_cache=True, logits_to_keep=1)
         out.logits[0, -1].argmax().item()
-        seconds = time.perf_counter() - started
-        if answer:
-            model(torch.tensor([answer]), past_key_values=cache, use_cache=True, logits_to_keep=1)
-        pipe.send((seconds, resident_bytes() or 0))
+        pipe.send((time.perf_counter() - started, resident_bytes() or 0))
 
 
 if __name__ == "__main__":

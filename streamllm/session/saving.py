@@ -12,7 +12,14 @@ from torch import Tensor, nn
 
 from streamllm.loop import LoopState
 from streamllm.session.dialogue import Answer, Call, Dialogue, Turn
-from streamllm.session.files import SessionError, check_fingerprint, fingerprint, read, write
+from streamllm.session.files import (
+    SessionError,
+    check_fingerprint,
+    fingerprint,
+    read,
+    remove_leftovers,
+    write,
+)
 from streamllm.session.state import State, capture
 from streamllm.session.view import AnswerText, Cut, Removed, View
 from streamllm.stop_strings import Held, Segment
@@ -37,6 +44,7 @@ def autosave(path: str | os.PathLike[str] | None, every: int | str) -> Autosave 
     """The settings of `Stream.autosave`. Raises ValueError."""
     if path is None:
         return None
+    remove_leftovers(Path(path))
     if every == "turn":
         return Autosave(Path(path), None)
     if isinstance(every, bool) or not isinstance(every, int) or every < 1:

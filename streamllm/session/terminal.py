@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from streamllm.chat import ChatTemplateError
+from streamllm.session.window import capacity
 from streamllm.stream import Stream
 
 PROMPT = "> "
@@ -167,7 +168,7 @@ class Chat:
         share = self.stream._loop.log.history.loop_share()
         self._tell(
             f"{self.stream.seen:,} tokens seen, {self.stream.said:,} generated, {speed}, {int(cache.held[0]):,} of "
-            f"{cache.sinks + cache.window:,} entries held, cache {cache.nbytes / 1e6:.1f} MB, "
+            f"{capacity(cache):,} entries held, cache {cache.nbytes / 1e6:.1f} MB, "
             f"{len(self.stream.turns)} turns, {share:.0%} of the last text repeats itself"
         )
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from streamllm.cache import SinkCache
 from streamllm.session.dialogue import Dialogue, Turn
 from streamllm.session.view import Drop, Removed
 
@@ -79,19 +80,29 @@ def _oldest_number(stream: Stream, count: int) -> int:
     return number - count
 
 
+def capacity(cache: SinkCache) -> int:
+    """How many entries the cache can hold: the sinks, and the longest window of a layer."""
+    return cache.sinks + max(min(cache.window, own or cache.window) for own in cache.geometry.windows)
+
+
+def _next_turn(dialogue: Dialogue, number: int) -> int | None:
+    """Where the first turn behind a token begins."""
+    later = bisect_right(dialogue.turns, number, key=lambda turn: turn.start)
+    if later < len(dialogue.turns):
+        return dialogue.turns[later].start
+    answer = dialogue.answer
+    return answer.start if answer is not None and answer.start > number else None
+
+
 def oldest_turn(stream: Stream) -> tuple[int, int] | None:
     """The entries of the oldest whole turn behind the sinks. None where they are all of one turn."""
-    cache, dialogue = stream.cache, stream._now
+    cache = stream.cache
     count = int(cache.held[0]) - cache.sinks
     if count <= 0:
         return None
     first = _oldest_number(stream, count)
-    later = bisect_right(dialogue.turns, first, key=lambda turn: turn.start)
-    if later < len(dialogue.turns):
-        stop = dialogue.turns[later].start
-    elif dialogue.answer is not None and dialogue.answer.start > first:
-        stop = dialogue.answer.start
-    else:
+    stop = _next_turn(stream._now, first)
+    if stop is None:
         return None
     gone = sum(max(0, min(part.stop, stop) - max(part.start, first)) for part in stream._view.removed)
     leave = stop - first - gone
@@ -104,7 +115,7 @@ def make_room(stream: Stream) -> None:
     Tokens that wait are fed as far as there is room, so the result is that of feeding them one by one.
     """
     loop, cache = stream._loop, stream.cache
-    size = cache.sinks + cache.window
+    size = capacity(cache)
     while True:
         waiting = len(loop.unfed)
         if not waiting or loop.logits is not None:
@@ -116,9 +127,14 @@ def make_room(stream: Stream) -> None:
             read(stream, loop.unfed[:room])
             continue
         entries = oldest_turn(stream)
-        if entries is None:
+        if entries is not None:
+            cache.evict_range(*entries)
+            continue
+        # One turn fills the window: its oldest tokens leave, until the next turn begins.
+        start = _next_turn(stream._now, stream.seen - 1)
+        if start is None or start + 1 - stream.seen >= waiting:
             return
-        cache.evict_range(*entries)
+        read(stream, loop.unfed[: start + 1 - stream.seen])
 
 
 def read(stream: Stream, tokens: Sequence[int]) -> None:

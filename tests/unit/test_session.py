@@ -10,6 +10,7 @@ import random
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import weakref
 from dataclasses import replace
@@ -25,7 +26,7 @@ from streamllm.chat import ChatTemplateError
 from streamllm.session import SessionError, window
 from tests.unit.chat.samples import STYLES
 from tests.unit.conftest import write_llama, write_tokenizer
-from tests.unit.test_signals import Strike
+from tests.unit.test_signals import EVERY_LINE, Strike
 
 SAMPLED = {"temperature": 1.0, "seed": 5}
 # Answers as these models give them: behind a template that opens an answer without a space, they begin with one.
@@ -203,6 +204,56 @@ def test_an_error_of_writing_keeps_the_old_file(pair, tmp_path: Path, monkeypatc
         stream.save(path)
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
+
+
+SAVES = """
+import os, resource, signal, sys, streamllm
+model, tokenizer = streamllm.load(sys.argv[1], device="cpu")
+stream = streamllm.Stream.load(sys.argv[2], model, tokenizer)
+list(stream.generate("", max_new_tokens=3))
+if sys.argv[3] == "full":
+    resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000))  # as a disk with so much room
+elif not os.geteuid():
+    os.setuid(65534)  # root may write to a folder that is read-only
+try:
+    stream.save(sys.argv[2])
+except OSError as error:
+    print(error)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="limits and users of POSIX")
+@pytest.mark.parametrize("kind", ["full", "read-only"])
+def test_a_full_disk_and_a_read_only_folder_keep_the_old_file(folder: Path, pair, kind: str) -> None:
+    with tempfile.TemporaryDirectory() as name:  # its parents are open to all users
+        path = Path(name) / "session"
+        talked(*pair).save(path)
+        before = path.read_bytes()
+        os.chmod(name, 0o555)
+        told = subprocess.run(
+            [sys.executable, "-c", SAVES, str(folder), str(path), kind], capture_output=True, text=True
+        )
+        os.chmod(name, 0o755)
+        assert "the session was not saved" in told.stdout, told.stderr
+        assert "the file stays as it was" in told.stdout
+        assert str(path) in told.stdout
+        assert path.read_bytes() == before
+        assert list(Path(name).iterdir()) == [path]
+
+
+def test_what_a_killed_process_left_is_removed_after_an_hour(pair, tmp_path: Path) -> None:
+    path = tmp_path / "talk [1].session"
+    parts = [tmp_path / f".{path.name}.{name}.partial" for name in ("old", "new")]
+    others = [tmp_path / ".other.old.partial", tmp_path / f"{path.name}.partial"]
+    for part in (*parts, *others):
+        part.write_bytes(b"")
+        os.utime(part, (0, 0))
+    os.utime(parts[1])
+    stream = Stream(*pair)
+    stream.autosave(path)
+    assert set(tmp_path.iterdir()) == {parts[1], *others}
+    stream.autosave(tmp_path / "missing" / "file")  # the error comes when it is saved
+    stream.autosave(None)
 
 
 @pytest.mark.parametrize("window", [40, 240])
@@ -454,3 +505,45 @@ def test_ctrl_c_at_any_line_of_a_chat_leaves_a_conversation_that_goes_on(pair) -
             list(stream.generate("", max_new_tokens=11 - stream.said + stream._view.unsaid))
         assert "".join(stream.chat("third", max_new_tokens=6)) == wanted, f"at line event {at}"
         assert [turn.text for turn in stream.turns] == texts, f"at line event {at}"
+
+
+@pytest.mark.parametrize("change", ["drop", "drop the answer", "undo", "undo without a snapshot"])
+def test_ctrl_c_at_any_line_of_drop_and_undo_does_all_of_it_or_nothing(pair, change: str) -> None:
+    def begun() -> Stream:
+        stream = Stream(*pair, window=100, snapshots=0 if "without" in change else 1)
+        for text in ("one", "second", "third"):
+            list(stream.chat(text, max_new_tokens=7))
+        return stream
+
+    def do(stream: Stream) -> None:
+        if "undo" in change:
+            stream.undo()
+        else:
+            stream.drop(-1 if "answer" in change else 2)
+
+    def goes_on(stream: Stream) -> tuple[object, ...]:
+        stream._feed()
+        assert stream._loop.logits is not None
+        logits = stream._loop.logits.clone()
+        return logits, "".join(stream.chat("and then?", max_new_tokens=5)), stream.turns, stream.visible()
+
+    plain = begun()
+    untouched = plain.turns
+    do(plain)
+    changed = plain.turns
+    wanted = goes_on(plain)
+    base = begun()
+    at, done, moments = 1, False, 0
+    while not done:
+        stream = base.fork()
+        with Strike(at), contextlib.suppress(KeyboardInterrupt):
+            do(stream)
+            done = True
+        if stream.turns == untouched:
+            do(stream)
+        assert stream.turns == changed, f"at line event {at}"
+        got = goes_on(stream)
+        assert got[1:] == wanted[1:], f"at line event {at}"
+        assert (got[0] - wanted[0]).abs().max() < 1e-5 * wanted[0].std(), f"at line event {at}"
+        at, moments = at + (1 if EVERY_LINE else 37), moments + 1
+    assert moments > 8
