@@ -128,6 +128,11 @@ class Loop:
         return self._read_log().history.last(count)
 
     @property
+    def repeated(self) -> float:
+        """See `History.loop_share`."""
+        return self._read_log().history.loop_share()
+
+    @property
     def logits(self) -> Tensor | None:
         """The model's logits [V] for the next token, if nothing waits and they are known."""
         known = self._logits

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -229,7 +230,8 @@ class Stream(TextStream):
         it cannot be written.
         """
         saving.save(self, path)
-        self._saved_at = self._end
+        if self._autosave is not None and self._autosave.path == Path(path):
+            self._saved_at = self._end
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], model: nn.Module, tokenizer: Tokenizer) -> Stream:

@@ -61,6 +61,14 @@ class TextStream:
         """How many tokens the model has generated."""
         return self._view.generated
 
+    @property
+    def repeated(self) -> float:
+        """Which share of the last text repeats itself: 0 … 1, from the 4-grams of its last 512 tokens at most.
+
+        Above 0.5, the text is in a loop; `dry_multiplier=0.8` prevents most of them.
+        """
+        return self._loop.repeated
+
     def feed(
         self, text: str | Sequence[int] | Tensor, *, bos: bool | None = None, special_tokens: bool = True
     ) -> int:
