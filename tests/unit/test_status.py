@@ -131,7 +131,8 @@ def test_a_short_prompt_and_a_file_show_no_reading(stream) -> None:
         assert "reading" not in out.getvalue()
 
 
-def test_the_line_tells_that_the_text_repeats_itself(stream) -> None:
+def test_the_line_tells_that_the_text_repeats_itself(model, tokenizer) -> None:
+    stream = Stream(model, tokenizer, window=240)
     status = Status(stream, io.StringIO(), io.StringIO())
     stream.feed("one two three " * 3)
     assert "repeats" not in status.line()
