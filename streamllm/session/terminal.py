@@ -53,7 +53,11 @@ class Chat:
                 self._save()
 
     def _read_lines(self, read: Callable[[str], str]) -> None:
-        self._tell(f"{self.stream!r}. /help lists the commands.")
+        cache = self.stream.cache
+        self._tell(
+            f"{len(self.stream.turns)} turns; sinks={cache.sinks}, window={cache.window}, {cache.nbytes / 1e6:.1f} MB. "
+            f"/help lists the commands."
+        )
         if not self.has_template:
             self._tell("The model has no chat template: it continues the text that you type.")
         while True:
@@ -232,9 +236,11 @@ def line_reader() -> Callable[[str], str]:
         from prompt_toolkit.history import FileHistory
         from prompt_toolkit.key_binding import KeyBindings
     except ImportError:
-        # It has a history, and takes lines that are longer than the 4,095 characters of a terminal, and pasted ones.
+        # A terminal alone cuts a line at 4,095 characters, and sends each line of a pasted text as a message.
         with suppress(ImportError):
-            import readline  # noqa: F401
+            import readline
+
+            readline.parse_and_bind("set enable-bracketed-paste on")
         return _plain
     keys: Any = KeyBindings()
 
