@@ -98,6 +98,14 @@ quantize_cache_option = click.option(
 )
 
 
+COMPILE_BACKENDS = ("flat", "inductor", "cudagraphs")  # streamllm.compiled.BACKENDS, which imports torch
+compile_option = click.option(
+    "--compile", "backend", type=click.Choice(COMPILE_BACKENDS),
+    help="Compile the step that computes the next token. "
+    "inductor is the fastest, and compiles for half a minute the first time.",
+)  # fmt: skip
+
+
 def chunk_option(default: int | None) -> Callable[[Command], Command]:
     """--chunk, with the default of one command. None: the cache's."""
     text = "Tokens read at once: more are faster and take more memory."
@@ -117,6 +125,10 @@ top_p_option = click.option(
 repetition_penalty_option = click.option(
     "--repetition-penalty", type=NumberParamType(0, min_open=True),
     help="Above 1, tokens that were seen become less likely.",
+)  # fmt: skip
+dry_option = click.option(
+    "--dry", type=NumberParamType(0),
+    help="Above 0, a token that continues a repeated phrase becomes less likely (DRY); 0.8 is usual.",
 )  # fmt: skip
 sampling_seed_option = click.option("--seed", type=SeedParamType(), help="The same seed gives the same text.")
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import tempfile
+import time
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, is_dataclass
@@ -22,6 +23,8 @@ from streamllm.weights.errors import shorten
 
 FORMAT = "streamllm session"
 VERSION = 1
+PARTIAL = ".partial"  # ends the name of a file that is being written
+LEFT_AFTER = 3600  # seconds after which nobody writes such a file any more
 SAMPLES = 16  # values of each tensor in the fingerprint
 TOLERANCE = 0.02  # relative; a value in bfloat16 is off by at most 0.004, twice rounded by 0.008
 TOKENS = 512  # of a vocabulary in the fingerprint
@@ -47,7 +50,19 @@ def write(path: Path, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -
         "checksum": checksum(text, on_cpu),
     }
     data = save(on_cpu, metadata=metadata)
-    number, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
+    try:
+        _write_whole(path, data)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise OSError(
+            error.errno, f"the session was not saved, and the file stays as it was: {reason}", str(path)
+        ) from error
+    _sync_folder(path.parent)
+
+
+def _write_whole(path: Path, data: bytes) -> None:
+    """Write beside `path`, and rename."""
+    number, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=PARTIAL, dir=path.parent)
     try:
         with os.fdopen(number, "wb") as file:
             file.write(data)
@@ -58,7 +73,16 @@ def write(path: Path, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -
         with suppress(OSError):
             os.unlink(name)
         raise
-    _sync_folder(path.parent)
+
+
+def remove_leftovers(path: Path) -> None:
+    """Remove what processes that were killed while they saved to `path` have left beside it."""
+    with suppress(OSError), os.scandir(path.parent) as entries:
+        for entry in entries:
+            if entry.name.startswith(f".{path.name}.") and entry.name.endswith(PARTIAL):
+                with suppress(OSError):
+                    if time.time() - entry.stat().st_mtime > LEFT_AFTER:
+                        os.unlink(entry.path)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -183,7 +183,7 @@ class Tokenizer:
 
     def _encode_special_as_text(self, text: str, prefix: bool) -> list[int]:
         """Cuts special tokens in the text in two, where the vocabulary finds them in ordinary text, too."""
-        special = "|".join(map(re.escape, self._backend.special_contents))
+        special = "|".join(map(re.escape, self.special_spellings))
         cuts = [found.start() + 1 for found in re.finditer(f"(?={special})", text)]
         parts = [text[start:end] for start, end in zip([0, *cuts], [*cuts, len(text)], strict=True)]
         first, *rest = (
@@ -194,6 +194,11 @@ class Tokenizer:
     def special_text(self, token: int) -> str | None:
         """A special token as a text spells it, None for an ordinary token."""
         return self._backend.id_to_token(token) if self._is_special(token) else None
+
+    @property
+    def special_spellings(self) -> list[str]:
+        """All special tokens as a text spells them, also those without a name in `special_tokens`."""
+        return list(filter(None, self._backend.special_contents))
 
     def _is_special(self, token: int) -> bool:
         found = self._backend.token_bytes(token)
