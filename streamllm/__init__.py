@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from streamllm.cache import SinkCache
     from streamllm.compiled import CompileError, compile
+    from streamllm.engine import Engine
     from streamllm.generation import generate
     from streamllm.generation_config import GenerationConfig
     from streamllm.loading import load, load_model, load_tokenizer
@@ -27,6 +28,7 @@ __all__ = [
     "CheckpointError",
     "CheckpointNotFound",
     "CompileError",
+    "Engine",
     "GenerationConfig",
     "SinkCache",
     "Stream",
@@ -45,6 +47,7 @@ _MODULE_OF = {
     "CheckpointError": "streamllm.weights.errors",
     "CheckpointNotFound": "streamllm.weights.errors",
     "CompileError": "streamllm.compiled",
+    "Engine": "streamllm.engine",
     "GenerationConfig": "streamllm.generation_config",
     "SinkCache": "streamllm.cache",
     "Stream": "streamllm.stream",

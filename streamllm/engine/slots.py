@@ -1,0 +1,116 @@
+"""Slots: the memory of all streams, and the forward that takes one token of each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from streamllm.cache import SinkCache
+from streamllm.cache.shared import first_rows, move_row, place_row, ring_copies, rings_of, row_without_memory
+
+DUMMY_TOKEN = 0  # is fed to rows that do not advance, whose logits nobody reads
+
+
+class Slots:
+    """One memory for `count` streams. Each stream is a `SinkCache` of batch 1, which lies in a slot while it runs.
+
+    A forward takes the first n slots, with n a number of few: half of the slots, a quarter and so on, so that few
+    streams do not pay for all slots. Streams move to lower slots where that makes n smaller. `one_size`: always
+    take all slots, so that a step which takes long to compile is compiled once.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        count: int,
+        sinks: int = 4,
+        window: int | None = None,
+        chunk: int | None = None,
+        quantize: str | None = None,
+        one_size: bool = False,
+    ) -> None:
+        self._model = model
+        self.memory = SinkCache(model, sinks, window, count, chunk, quantize=quantize)
+        sizes = [count]
+        while sizes[-1] > 1 and not one_size:
+            sizes.append((sizes[-1] + 1) // 2)
+        self._batches = {size: first_rows(self.memory, size) for size in reversed(sizes)}
+        self._rows: list[SinkCache | None] = [None] * count
+        self._homes: dict[SinkCache, Any] = {}  # where streams lay before, if anywhere
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @property
+    def free(self) -> int:
+        """How many slots hold no stream."""
+        return self._rows.count(None)
+
+    def new_cache(self) -> SinkCache:
+        """The cache of a new stream, which needs no memory until it is placed."""
+        return row_without_memory(self.memory)
+
+    def check(self, cache: SinkCache) -> None:
+        """Raises ValueError where a cache that was made elsewhere cannot lie in a slot."""
+        own = self.memory
+        names = ("sinks", "window", "quantize", "dtype", "device", "origin")
+        for name in names:
+            given, here = getattr(cache, name), getattr(own, name)
+            if given != here:
+                raise ValueError(
+                    f"the stream has {name}={given}, and the slots of this engine have {name}={here}: make an engine "
+                    f"with the stream's settings"
+                )
+        if cache.geometry is not own.geometry or cache.batch_size != 1:
+            raise ValueError("the stream belongs to another model: make an engine for that model")
+
+    def place(self, cache: SinkCache) -> None:
+        """Give a stream the lowest free slot."""
+        number = self._rows.index(None)
+        self._homes[cache] = rings_of(cache)
+        place_row(cache, self.memory, number)
+        self._rows[number] = cache
+
+    def release(self, cache: SinkCache, keep: bool = False) -> None:
+        """Free the slot of a stream. It goes back to its own memory; one without any gets some if `keep`, or ends."""
+        number = self._rows.index(cache)
+        home = self._homes.pop(cache)
+        if home or keep:
+            move_row(cache, home or ring_copies(cache))
+        else:
+            rings_of(cache).clear()
+        self._rows[number] = None
+
+    def step(self, tokens: Mapping[SinkCache, int]) -> tuple[Tensor, list[int]]:
+        """Feed a token to each of some streams. The logits [n, V], and the row of each stream in them.
+
+        The other streams stay where they are.
+        """
+        size = self._tighten()
+        batch = self._batches[size]
+        rows = self._rows[:size]
+        fed = [DUMMY_TOKEN if row is None else tokens.get(row, DUMMY_TOKEN) for row in rows]
+        on_cuda = batch.device.type == "cuda"
+        ids = torch.tensor(fed, dtype=torch.int64, device="cpu", pin_memory=on_cuda)[:, None]
+        batch.gather(rows)
+        with torch.inference_mode():
+            logits = self._model(ids.to(batch.device, non_blocking=True), batch)[:, -1]
+        for row in tokens:
+            row.commit_token()
+        at = {row: number for number, row in enumerate(rows)}
+        return logits, [at[row] for row in tokens]
+
+    def _tighten(self) -> int:
+        """The number of rows for the next forward, after streams have moved to lower slots where that makes it smaller."""
+        taken = [number for number, row in enumerate(self._rows) if row is not None]
+        size = next(size for size in self._batches if size >= len(taken))
+        for number in taken:
+            if number >= size:
+                row, to = self._rows[number], self._rows.index(None)
+                assert row is not None
+                place_row(row, self.memory, to)
+                self._rows[to], self._rows[number] = row, None
+        return size
