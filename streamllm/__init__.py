@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from streamllm.cache import SinkCache
     from streamllm.compiled import CompileError, compile
-    from streamllm.engine import Engine
+    from streamllm.engine import Engine, complete, generate_batch
+    from streamllm.evaluate.scores import score
     from streamllm.generation import generate
     from streamllm.generation_config import GenerationConfig
     from streamllm.loading import load, load_model, load_tokenizer
@@ -36,10 +37,13 @@ __all__ = [
     "TokenizerError",
     "UnsupportedConfig",
     "compile",
+    "complete",
     "generate",
+    "generate_batch",
     "load",
     "load_model",
     "load_tokenizer",
+    "score",
 ]
 
 # Public name -> the module that defines it. The imports for type checkers above say the same.
@@ -55,10 +59,13 @@ _MODULE_OF = {
     "TokenizerError": "streamllm.tokenizer",
     "UnsupportedConfig": "streamllm.weights.errors",
     "compile": "streamllm.compiled",
+    "complete": "streamllm.engine",
     "generate": "streamllm.generation",
+    "generate_batch": "streamllm.engine",
     "load": "streamllm.loading",
     "load_model": "streamllm.loading",
     "load_tokenizer": "streamllm.loading",
+    "score": "streamllm.evaluate.scores",
 }
 
 if not TYPE_CHECKING:  # a type checker that sees __getattr__ accepts every misspelled name

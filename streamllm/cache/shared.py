@@ -113,9 +113,7 @@ def _without_memory(kind: type[Cache], memory: SinkCache, rows: int) -> Cache:
     made._state = [0] * rows, (), Rows.fresh(rows, layouts)
     made._written = made._rows.starts
     with torch.inference_mode(False):
-        made._starts = torch.full(
-            (len(layouts), rows), memory.sinks, dtype=torch.int64, device=memory.device
-        )
+        made._starts = torch.full((len(layouts), rows), memory.sinks, dtype=torch.int64, device=memory.device)
     return made
 
 

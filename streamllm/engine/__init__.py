@@ -7,10 +7,11 @@ row.py       what a batch needs to know of one stream
 batch.py     one step: prompts are read in chunks, running streams get a token each
 request.py   the text of one stream on its way to its reader, a thread or asyncio
 engine.py    Engine: a thread that steps a batch, and takes requests
-offline.py   lists of prompts, without a thread: generate_batch, complete, score
+offline.py   lists of prompts, without a thread: generate_batch, complete
 """
 
 from streamllm.engine.engine import Engine
+from streamllm.engine.offline import Completion, complete, completions, generate_batch
 from streamllm.engine.request import Request
 
-__all__ = ["Engine", "Request"]
+__all__ = ["Completion", "Engine", "Request", "complete", "completions", "generate_batch"]

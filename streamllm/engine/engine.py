@@ -134,7 +134,9 @@ class Engine:
         **options: Any,
     ) -> Request:
         """Answer a user's text, or messages, as `Stream.chat(text_or_messages, **options)` does; else as `submit`."""
-        return self._submit(stream, ahead, on_piece, options, lambda own: own.chat(text_or_messages, **options))
+        return self._submit(
+            stream, ahead, on_piece, options, lambda own: own.chat(text_or_messages, **options)
+        )
 
     def _submit(
         self,
@@ -164,10 +166,13 @@ class Engine:
             raise ValueError("the stream is in this engine already: wait until its request has ended")
         pieces = begin(stream)
         self._in_use.add(key)
-        in_use = self._in_use
+        in_use, batch = (
+            self._in_use,
+            self._batch,
+        )  # the thread must not hold the engine, which ends it when dropped
         mailbox = Mailbox(ahead, on_piece, self._worker.wake, lambda: in_use.discard(key))
         row = TextRow(stream, pieces, mailbox)
-        self._worker.run_soon(lambda: self._worker.batch.add(row))
+        self._worker.run_soon(lambda: batch.add(row))
         return Request(stream, mailbox, lambda: self._detach(row), on_piece is not None)
 
     def _detach(self, row: TextRow) -> None:
@@ -179,7 +184,9 @@ class Engine:
             return known
 
         if not self._worker.call(detach):
-            raise RuntimeError("the stream has ended, and its slot is free: detach it before, or submit a stream")
+            raise RuntimeError(
+                "the stream has ended, and its slot is free: detach it before, or submit a stream"
+            )
 
 
 class _Worker:
@@ -210,7 +217,9 @@ class _Worker:
     def call(self, function: Callable[[], Result]) -> Result:
         """What `function` returns, called before the next step. Raises RuntimeError where the engine is closed."""
         if threading.current_thread() is self._thread:
-            raise RuntimeError("call this from another thread: the thread of the engine would wait for itself")
+            raise RuntimeError(
+                "call this from another thread: the thread of the engine would wait for itself"
+            )
         answer: Future[Result] = Future()
 
         def job() -> None:
@@ -241,17 +250,18 @@ class _Worker:
                 self._awake = False
                 jobs, self._jobs = self._jobs, deque()
                 closing = self._closing
-            for job in jobs:
-                job()
+            while jobs:
+                jobs.popleft()()  # not kept: a job holds the stream that it is about
             if closing:
                 for row in self.batch.rows():
-                    row.cancel()
                     self.batch.remove(row)
                 return
             try:
                 worked = self.batch.step()
             except BaseException as error:  # of no row in particular: none of them can go on
-                failure = error if isinstance(error, Exception) else RuntimeError(f"the engine failed: {error!r}")
+                failure = (
+                    error if isinstance(error, Exception) else RuntimeError(f"the engine failed: {error!r}")
+                )
                 for row in self.batch.rows():
                     self.batch.remove(row, failure)
                 worked = False

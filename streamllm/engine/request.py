@@ -37,7 +37,8 @@ class Mailbox:
         self._readers: list[Callable[[], None]] = []  # of asyncio, to be called once when something changes
         self.is_cancelled = False
         self.has_ended = False
-        self.error: BaseException | None = None  # raised by the next `take` after the last piece
+        self.has_failed = False
+        self._error: Exception | None = None  # raised by the next `take` after the last piece
 
     # For the engine's thread
 
@@ -56,7 +57,7 @@ class Mailbox:
     def end(self, error: Exception | None) -> None:
         self._on_end()
         with self._changed:
-            self.has_ended, self.error = True, error
+            self.has_ended, self.has_failed, self._error = True, error is not None, error
             self._notify()
 
     def _notify(self) -> None:
@@ -75,7 +76,7 @@ class Mailbox:
         with self._changed:
             while not self._pieces:
                 if self.has_ended:
-                    error, self.error = self.error, None
+                    error, self._error = self._error, None
                     if error is not None:
                         raise error
                     return None
@@ -115,16 +116,20 @@ class Request:
 
     def __init__(self, stream: Stream, mailbox: Mailbox, detach: Callable[[], None], keep: bool) -> None:
         self._stream, self._mailbox, self._detach = stream, mailbox, detach
+        self._is_detached = False
         if not keep:
             weakref.finalize(self, mailbox.cancel).atexit = False
 
     @property
     def finish_reason(self) -> str | None:
-        """Why the stream ended: as `Stream.finish_reason`, or "cancelled"; None before, or after an error."""
-        if not self._mailbox.has_ended:
+        """Why the text has ended: as `Stream.finish_reason`, or "cancelled", also by the engine's `close`.
+
+        None before the end, after an error, and for a detached stream.
+        """
+        mailbox = self._mailbox
+        if not mailbox.has_ended or mailbox.has_failed or self._is_detached:
             return None
-        reason = self._stream.finish_reason
-        return CANCELLED if reason is None and self._mailbox.is_cancelled else reason
+        return self._stream.finish_reason or CANCELLED
 
     @property
     def has_ended(self) -> bool:
@@ -183,9 +188,11 @@ class Request:
         self._mailbox.cancel()
 
     def detach(self) -> Stream:
-        """Take the stream out of the engine between two tokens. It goes on by itself: it can be saved, or submitted again.
+        """Take the stream out of the engine, between two tokens. It can then go on by itself, be saved or submitted.
 
-        Pieces that wait can still be read here. Raises RuntimeError where the stream has ended or the engine was closed.
+        Pieces that wait can still be read here. Raises RuntimeError where the stream has ended, or the engine is
+        closed.
         """
         self._detach()
+        self._is_detached = True
         return self._stream

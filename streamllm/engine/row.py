@@ -37,9 +37,6 @@ class Row(ABC):
     def is_cancelled(self) -> bool:
         return False
 
-    def cancel(self) -> None:
-        """Let it leave before the next step."""
-
     @property
     def is_paused(self) -> bool:
         """Whether its reader is too far behind."""
@@ -107,7 +104,6 @@ class Receiver(Protocol):
 
     @property
     def is_cancelled(self) -> bool: ...
-    def cancel(self) -> None: ...
     @property
     def is_full(self) -> bool: ...
     def give(self, piece: str) -> None: ...
@@ -139,9 +135,6 @@ class TextRow(Row):
     @property
     def is_cancelled(self) -> bool:
         return self._receiver.is_cancelled
-
-    def cancel(self) -> None:
-        self._receiver.cancel()
 
     @property
     def is_paused(self) -> bool:

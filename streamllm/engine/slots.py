@@ -104,7 +104,7 @@ class Slots:
         return logits, [at[row] for row in tokens]
 
     def _tighten(self) -> int:
-        """The number of rows for the next forward, after streams have moved to lower slots where that makes it smaller."""
+        """Move streams to lower slots where the next forward can then be smaller. Returns its number of rows."""
         taken = [number for number, row in enumerate(self._rows) if row is not None]
         size = next(size for size in self._batches if size >= len(taken))
         for number in taken:
