@@ -15,9 +15,9 @@ from streamllm.cache.int8_ring import Int8Ring
 from streamllm.cache.ring import Ring
 from streamllm.cache.sink_cache import SinkCache
 
-AnyRing = TypeVar("AnyRing", Ring, Int8Ring)
+AnyRing = Ring | Int8Ring
 Cache = TypeVar("Cache", bound=SinkCache)
-Rings = list[tuple["int | None", "Ring | Int8Ring"]]  # of each layer: its own window, and its ring
+Rings = list[tuple["int | None", AnyRing]]  # of each layer: its own window, and its ring
 BATCH_AXIS = -4  # of every tensor of a ring: [(2,) B, G, slots, …]
 
 
