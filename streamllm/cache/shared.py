@@ -18,7 +18,7 @@ from streamllm.cache.sink_cache import SinkCache
 AnyRing = Ring | Int8Ring
 Cache = TypeVar("Cache", bound=SinkCache)
 Rings = list[tuple["int | None", AnyRing]]  # of each layer: its own window, and its ring
-BATCH_AXIS = -4  # of every tensor of a ring: [(2,) B, G, slots, …]
+BATCH_AXIS, SLOT_AXIS = -4, -2  # of every tensor of a ring: [(2,) B, G, slots, D or 1]
 
 
 class RowsApart(SinkCache):
@@ -71,26 +71,35 @@ def row_without_memory(memory: SinkCache) -> SinkCache:
     return _without_memory(SinkCache, memory, 1)
 
 
-def place_row(row: SinkCache, memory: SinkCache, number: int) -> None:
-    """Let the stream of `row` lie in row `number` of the memory from now on; copies what it holds."""
-    row.finish_commit()
+def place_row(row: SinkCache, memory: SinkCache, number: int, used: int) -> None:
+    """Let the stream of `row` lie in row `number` of the memory from now on; copies what it holds.
+
+    used: in how many slots of the row other streams have written. A stream that holds nothing finds zeros there.
+    """
     rings = [(own, _part(ring, number, number + 1)) for own, ring in memory._rings]
-    move_row(row, rings)
+    if row._rings:
+        move_row(row, rings)
+        return
+    with torch.inference_mode():  # numbers that are not finite must not stay: a hidden key is multiplied by 0
+        for _, ring in rings:
+            for tensor in ring.tensors.values():
+                tensor.narrow(SLOT_AXIS, 0, min(used, tensor.shape[SLOT_AXIS])).zero_()
+    row._rings = rings
 
 
 def move_row(row: SinkCache, rings: Rings) -> None:
     """Let the stream of `row` lie in other rings from now on; copies what it holds."""
     row.finish_commit()
     with torch.inference_mode():
-        if row._rings:
-            for (_, new), (_, old) in zip(rings, row._rings, strict=True):
-                for target, source in zip(new.tensors.values(), old.tensors.values(), strict=True):
-                    target.copy_(source)
-        else:  # numbers that are not finite must not stay: a hidden key is multiplied by 0
-            for _, new in rings:
-                for target in new.tensors.values():
-                    target.zero_()
+        for (_, new), (_, old) in zip(rings, row._rings, strict=True):
+            for target, source in zip(new.tensors.values(), old.tensors.values(), strict=True):
+                target.copy_(source)
     row._rings = rings
+
+
+def slots_used(row: SinkCache) -> int:
+    """In how many slots of its memory the stream may have written."""
+    return min(row._t[0] + 1, row.sinks + row.window)
 
 
 def rings_of(row: SinkCache) -> Rings:

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+BEGINNING = b'{"line": '  # of a result
 # What a line may hold besides the settings of generation.
 COPIED = ("id", "metadata")  # into the result
 PROMPTS = ("prompt", "messages")
@@ -91,14 +92,15 @@ class Results:
         keys = {line.number: line.key for line in lines}
         kept, self.done, self.failed = list[bytes](), set[int](), set[int]()
         whole = path.read_bytes() if path.exists() else b""
-        for text in whole[: whole.rfind(b"\n") + 1].splitlines():
+        *texts, unfinished = whole.split(b"\n")
+        if unfinished[: len(BEGINNING)] != BEGINNING[: len(unfinished)]:
+            raise _not_results(path)
+        for text in texts:
             try:
                 result = json.loads(text)
                 number, key = result["line"], result["key"]
             except (ValueError, TypeError, KeyError):
-                raise ValueError(
-                    f"{path} is not a file of results of this command: give another --output"
-                ) from None
+                raise _not_results(path) from None
             if keys.get(number) != key:
                 raise ValueError(
                     f"{path} belongs to another run: line {number} had other text or settings; give the same again, "
@@ -134,3 +136,7 @@ class Results:
         self.done.add(number)
         if "error" in result:
             self.failed.add(number)
+
+
+def _not_results(path: Path) -> ValueError:
+    return ValueError(f"{path} is not a file of results of this command: give another --output")

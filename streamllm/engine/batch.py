@@ -47,7 +47,7 @@ class Batch:
         if prefill_tokens is None:
             on_cuda = self.slots.memory.device.type == "cuda"
             prefill_tokens = CUDA_PREFILL if on_cuda else max(LEAST_PREFILL, 2 * count)
-        self._prefill_tokens = whole_number("prefill_tokens", prefill_tokens, 1)
+        self.prefill_tokens = whole_number("prefill_tokens", prefill_tokens, 1)
         self._rows: dict[Row, None] = {}  # in the order in which they joined
         self._queue: dict[Row, None] = {}
         self._steps = 0
@@ -119,7 +119,7 @@ class Batch:
     def _read_prompts(self, waiting: dict[Row, list[int]]) -> None:
         """Read prompts up to their last token, which is fed with those of the running streams."""
         reading = [row for row, tokens in waiting.items() if len(tokens) > 1]
-        room = self._prefill_tokens if len(reading) < len(waiting) else self.slots.memory.chunk
+        room = self.prefill_tokens if len(reading) < len(waiting) else self.slots.memory.chunk
         for row in sorted(
             reading, key=lambda row: row.served
         ):  # in turns: a long prompt does not block a short one

@@ -9,7 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from streamllm.cache import SinkCache
-from streamllm.cache.shared import first_rows, move_row, place_row, ring_copies, rings_of, row_without_memory
+from streamllm.cache.shared import (
+    first_rows,
+    move_row,
+    place_row,
+    ring_copies,
+    rings_of,
+    row_without_memory,
+    slots_used,
+)
 
 DUMMY_TOKEN = 0  # is fed to rows that do not advance, whose logits nobody reads
 
@@ -40,6 +48,7 @@ class Slots:
         self._batches = {size: first_rows(self.memory, size) for size in reversed(sizes)}
         self._rows: list[SinkCache | None] = [None] * count
         self._homes: dict[SinkCache, Any] = {}  # where streams lay before, if anywhere
+        self._used = [0] * count  # in how many places of each slot streams have written
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -71,18 +80,17 @@ class Slots:
         """Give a stream the lowest free slot."""
         number = self._rows.index(None)
         self._homes[cache] = rings_of(cache)
-        place_row(cache, self.memory, number)
-        self._rows[number] = cache
+        self._move(cache, number)
 
     def release(self, cache: SinkCache, keep: bool = False) -> None:
         """Free the slot of a stream. It goes back to its own memory; one without any gets some if `keep`, or ends."""
         number = self._rows.index(cache)
         home = self._homes.pop(cache)
+        self._leave(number)
         if home or keep:
             move_row(cache, home or ring_copies(cache))
         else:
             rings_of(cache).clear()
-        self._rows[number] = None
 
     def step(self, tokens: Mapping[SinkCache, int]) -> tuple[Tensor, list[int]]:
         """Feed a token to each of some streams. The logits [n, V], and the row of each stream in them.
@@ -100,6 +108,8 @@ class Slots:
             logits = self._model(ids.to(batch.device, non_blocking=True), batch)[:, -1]
         for row in tokens:
             row.commit_token()
+        for number in range(size):
+            self._note_use(number)
         at = {row: number for number, row in enumerate(rows)}
         return logits, [at[row] for row in tokens]
 
@@ -111,6 +121,22 @@ class Slots:
             if number >= size:
                 row, to = self._rows[number], self._rows.index(None)
                 assert row is not None
-                place_row(row, self.memory, to)
-                self._rows[to], self._rows[number] = row, None
+                self._leave(number)
+                self._move(row, to)
         return size
+
+    def _move(self, row: SinkCache, number: int) -> None:
+        if rings_of(row):  # what it holds is copied, whatever that is
+            self._used[number] = row.sinks + row.window
+        place_row(row, self.memory, number, self._used[number])
+        self._rows[number] = row
+
+    def _leave(self, number: int) -> None:
+        self._note_use(number)
+        self._rows[number] = None
+
+    def _note_use(self, number: int) -> None:
+        """Remember how far a stream has written in its slot: later it may go back, when tokens are taken out."""
+        row = self._rows[number]
+        if row is not None:
+            self._used[number] = max(self._used[number], slots_used(row))

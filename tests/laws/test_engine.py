@@ -224,3 +224,22 @@ def test_a_fault_breaks_the_law(monkeypatch, mutation):
             streams = run(batch, 12, 150, 0)
         worst = max(stream.difference(batch.plain, 3, 11) for stream in streams)
     assert worst > 1e-6
+
+
+def test_a_stream_does_not_meet_what_another_left_in_its_slot():
+    """Keys that are hidden count 0 times; 0 times a number that is not finite is not 0."""
+    model = tiny_llama()
+    batch = Batch(model, 2, sinks=3, window=11)
+    dice = random.Random(0)
+    first = Stream(batch, 0, dice)
+    batch.add(first)
+    for _ in range(40):
+        batch.step()
+    for tensor in batch.slots.memory.tensors():
+        tensor[..., 0, :, : min(14, tensor.shape[-2]), :] = torch.nan
+    batch.remove(first)
+    second = Stream(batch, 1, dice)
+    batch.add(second)
+    for _ in range(40):
+        batch.step()
+    assert second.difference(model, 3, 11) <= TOLERANCE
