@@ -88,8 +88,11 @@ def place_row(row: SinkCache, memory: SinkCache, number: int, used: int) -> None
 
 
 def move_row(row: SinkCache, rings: Rings) -> None:
-    """Let the stream of `row` lie in other rings from now on; copies what it holds."""
+    """Let the stream of `row` lie in other rings from now on; copies what it holds, if it lay anywhere."""
     row.finish_commit()
+    if not row._rings:
+        row._rings = rings
+        return
     with torch.inference_mode():
         for (_, new), (_, old) in zip(rings, row._rings, strict=True):
             for target, source in zip(new.tensors.values(), old.tensors.values(), strict=True):
@@ -107,10 +110,10 @@ def rings_of(row: SinkCache) -> Rings:
     return row._rings
 
 
-def ring_copies(row: SinkCache) -> Rings:
-    """New memory of the same size, for `move_row`."""
+def new_rings(memory: SinkCache) -> Rings:
+    """Memory for one stream by itself, filled with zeros."""
     with torch.inference_mode(False):
-        return [(own, _changed(ring, torch.empty_like)) for own, ring in row._rings]
+        return [(own, _changed(_part(ring, 0, 1), torch.zeros_like)) for own, ring in memory._rings]
 
 
 def _without_memory(kind: type[Cache], memory: SinkCache, rows: int) -> Cache:

@@ -75,6 +75,8 @@ class Batch:
         """Take a row out, between two steps. keep: its cache gets memory of its own, if it has none."""
         if row in self._queue:
             del self._queue[row]
+            if keep:
+                self.slots.give_memory(row.loop.cache)
         elif row in self._rows:
             del self._rows[row]
             self.slots.release(row.loop.cache, keep)

@@ -12,8 +12,8 @@ from streamllm.cache import SinkCache
 from streamllm.cache.shared import (
     first_rows,
     move_row,
+    new_rings,
     place_row,
-    ring_copies,
     rings_of,
     row_without_memory,
     slots_used,
@@ -88,9 +88,14 @@ class Slots:
         home = self._homes.pop(cache)
         self._leave(number)
         if home or keep:
-            move_row(cache, home or ring_copies(cache))
+            move_row(cache, home or new_rings(self.memory))
         else:
             rings_of(cache).clear()
+
+    def give_memory(self, cache: SinkCache) -> None:
+        """Give a stream that was not placed memory of its own, if it has none."""
+        if not rings_of(cache):
+            move_row(cache, new_rings(self.memory))
 
     def step(self, tokens: Mapping[SinkCache, int]) -> tuple[Tensor, list[int]]:
         """Feed a token to each of some streams. The logits [n, V], and the row of each stream in them.

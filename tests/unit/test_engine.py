@@ -209,6 +209,18 @@ def test_a_detached_stream_is_saved_and_goes_on_in_an_engine(pair, engine, tmp_p
         )
 
 
+def test_a_stream_that_waits_for_a_slot_is_detached(pair, engine, tmp_path):
+    running = [engine.submit("x", eos=[], ahead=1) for _ in range(3)]
+    stream = engine.submit("Once upon", max_new_tokens=20).detach()
+    stream.save(tmp_path / "session")
+    for request in running:
+        request.cancel()
+    wanted = "".join(alone(pair, "Once upon", max_new_tokens=20))
+    loaded = Stream.load(tmp_path / "session", *pair)
+    assert engine.submit("", stream=loaded, max_new_tokens=20).text() == wanted
+    assert "".join(stream.generate("", max_new_tokens=20)) == wanted
+
+
 def test_chat(pair, engine):
     def talk(answer):
         return [
