@@ -122,9 +122,8 @@ class Batch:
         """Read prompts up to their last token, which is fed with those of the running streams."""
         reading = [row for row, tokens in waiting.items() if len(tokens) > 1]
         room = self.prefill_tokens if len(reading) < len(waiting) else self.slots.memory.chunk
-        for row in sorted(
-            reading, key=lambda row: row.served
-        ):  # in turns: a long prompt does not block a short one
+        # In turns: a long prompt does not block a short one.
+        for row in sorted(reading, key=lambda row: row.served):
             count = min(room, len(waiting[row]) - 1)
             if not count:
                 return

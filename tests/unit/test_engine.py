@@ -81,6 +81,10 @@ def test_each_stream_gets_its_text_alone(pair, engine):
     assert engine.running == engine.queued == 0
 
 
+def test_each_slot_has_the_memory_of_one_cache(pair, engine):
+    assert engine.nbytes == 3 * Stream(*pair, **SIZES).cache.nbytes
+
+
 def test_ids_and_processors(pair, engine):
     def never_a(tokens, logits):
         logits = logits.clone()
