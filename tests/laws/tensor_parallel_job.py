@@ -38,7 +38,12 @@ def results(model: nn.Module) -> dict[str, Any]:
     sampled = streamllm.generate(
         model, tokens[0], cache, max_new_tokens=4, temperature=1.0, top_p=0.9, seed=1
     )
+    prompts = [tokens[0, :9], tokens[1, :3], tokens[1]]
+    batch = streamllm.generate_batch(
+        model, prompts, slots=2, sinks=SINKS, window=WINDOW, max_new_tokens=4, temperature=1.0, seed=1
+    )
     return {
+        "batch": list(batch),
         "dense": model(tokens),
         "streamed": torch.cat(streamed, 1),
         "ragged": torch.stack((ragged[0, 0], ragged[1, 2])),

@@ -97,6 +97,7 @@ def assert_equal(got, wanted):
     for what in ("dense", "streamed", "ragged"):
         assert error(got[what], wanted[what]) <= TOLERANCE, what
     assert got["sampled"] == wanted["sampled"]
+    assert got["batch"] == wanted["batch"]
 
 
 @pytest.mark.parametrize("name", CASES)
