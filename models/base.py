@@ -29,6 +29,16 @@ class CausalLM(nn.Module):
         if config.tied:
             self.head.weight = self.embed.weight
 
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.embed.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type in which the model computes; int8 weights do not change it."""
+        return self.embed.weight.dtype
+
     def forward(
         self,
         tokens: Tensor,

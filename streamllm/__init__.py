@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from streamllm.generation import generate
     from streamllm.generation_config import GenerationConfig
     from streamllm.loading import load, load_model, load_tokenizer
+    from streamllm.pretrained import save_pretrained
     from streamllm.stream import Stream
     from streamllm.tokenizer import Tokenizer, TokenizerError
     from streamllm.weights.errors import CheckpointError, CheckpointNotFound, UnsupportedConfig
@@ -38,6 +39,7 @@ __all__ = [
     "load",
     "load_model",
     "load_tokenizer",
+    "save_pretrained",
 ]
 
 # Public name -> the module that defines it. The imports for type checkers above say the same.
@@ -56,6 +58,7 @@ _MODULE_OF = {
     "load": "streamllm.loading",
     "load_model": "streamllm.loading",
     "load_tokenizer": "streamllm.loading",
+    "save_pretrained": "streamllm.pretrained",
 }
 
 if not TYPE_CHECKING:  # a type checker that sees __getattr__ accepts every misspelled name

@@ -153,5 +153,7 @@ def fingerprint(*parts: Any) -> str:
 
     digest = hashlib.sha256(torch.__version__.encode())
     for part in parts:
-        digest.update(part.cpu().numpy().tobytes() if isinstance(part, Tensor) else repr(part).encode())
+        if isinstance(part, Tensor):
+            part = part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        digest.update(part if isinstance(part, bytes) else repr(part).encode())
     return digest.hexdigest()
