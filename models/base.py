@@ -113,7 +113,8 @@ def check_tokens(model: CausalLM, tokens: Tensor, logits_to_keep: int | None) ->
         )
     if tokens.device != device:
         raise ValueError(f"the tokens are on {tokens.device} and the model is on {device}: move one of them")
-    if device.type == "cpu":  # on another device, reading the values would wait for it
+    # On another device, reading the values would wait for it; torch.export has no values to read.
+    if device.type == "cpu" and not torch.compiler.is_exporting():
         ends = [int(end) for end in ([tokens] if tokens.numel() == 1 else torch.aminmax(tokens))]
         lowest, highest = ends[0], ends[-1]
         if lowest < 0 or highest >= vocab_size:

@@ -89,7 +89,7 @@ def written_tensors(model: nn.Module, layout: Layout) -> Iterator[tuple[str, lis
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for stored in layout.names:
-        found = []
+        found: list[Tensor] = []
         for name in stored.parameters:
             parameter = parameters.get(name)
             if parameter is None:
