@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from streamllm.tokenizer import Tokenizer, TokenizerError
     from streamllm.weights.errors import CheckpointError, CheckpointNotFound, UnsupportedConfig
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "CheckpointError",
