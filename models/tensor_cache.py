@@ -19,7 +19,7 @@ def tensor_cache(maxsize: int) -> Callable[[Callable[..., T]], Callable[..., T]]
 
         @wraps(make)
         def get(*args: object) -> T:
-            return make(*args) if torch.compiler.is_compiling() else cached(*args)  # type: ignore[arg-type]
+            return make(*args) if torch.compiler.is_compiling() else cached(*args)
 
         get.cache_clear = cached.cache_clear  # type: ignore[attr-defined]
         return get
