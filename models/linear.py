@@ -29,6 +29,8 @@ INT8_DEQUANTIZE_ROWS = 64
 FLOAT16_WIDEN_ROWS = 4  # from here on, float16 products run in float32
 INT8_MATMUL_INPUTS = 16  # torch's int8 kernel reads so many inputs at a time
 BLOCK_COST_ROWS = 12  # what one more block costs, in rows: it reads the weight again
+BLOCK_ROWS = (4, 8, 12, 16, 24, 32, 40, 48, 64)  # and powers of two from 128 on
+MKL_COST = 1.15  # MKL's time for 8 to 128 rows of float32, oneDNN's being 1; on Intel's processors it is less
 
 
 class Linear(nn.Linear):
@@ -186,6 +188,10 @@ def float32_kernel(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         2 < rows < 128 and weight.numel() > 1 << 20
     ):  # MKL takes 0.5 to 1 times as long there
         return F.linear(x, weight, bias)
+    if _blocks_cost(rows) > MKL_COST * (
+        rows + BLOCK_COST_ROWS
+    ):  # MKL takes any size, and keeps nothing for it
+        return F.linear(x, weight, bias)
     if by_columns and weight.stride(1) != weight.shape[0]:  # a view of fused weights, slow in oneDNN
         if rows < 16:
             return F.linear(x, weight, bias)
@@ -198,6 +204,8 @@ def onednn_kernel(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     assert linear_pointwise is not None
     if bias is not None and bias.stride(0) != 1:  # it would read the numbers between, too
         bias = bias.contiguous()
+    if x.dim() < 2 or x.shape[-2] == 1:  # one token of each stream of a batch is one size, whatever the batch
+        return linear_pointwise(x, weight, bias, "none", [], "")
     return in_row_blocks(lambda part: linear_pointwise(part, weight, bias, "none", [], ""), x)
 
 
@@ -205,10 +213,8 @@ def in_row_blocks(product: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """The product of x [..., T, in], computed in blocks of few sizes, without gradients.
 
     oneDNN prepares a kernel for each number of rows that it meets, in a millisecond and 0.6 MB, and keeps it in
-    the process (tools/variety.py). One token of each stream of a batch is one size, whatever the batch.
+    the process (tools/variety.py).
     """
-    if x.dim() < 2 or x.shape[-2] == 1:
-        return product(x)
     rows = x.numel() // x.shape[-1]
     blocks = row_blocks(rows)
     if blocks == (rows,):
@@ -223,18 +229,29 @@ def in_row_blocks(product: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 
 @lru_cache(maxsize=1024)
 def row_blocks(rows: int) -> tuple[int, ...]:
-    """Sizes that together hold so many rows: 1 or powers of two from 4 on, the last one perhaps padded.
+    """Sizes out of `BLOCK_ROWS` that together hold so many rows, the last one perhaps padded; or one row.
 
     The cheaper of two ways: one block that holds all, or the largest full block and then the rest.
     """
     if rows <= 1:
         return (rows,)
-    padded = max(4, 1 << (rows - 1).bit_length())
-    if padded == rows or rows < 4:
+    power = 1 << (rows - 1).bit_length()
+    padded = power if power > 128 else next((size for size in BLOCK_ROWS if size >= rows), 128)
+    if padded == rows or rows < BLOCK_ROWS[0]:
         return (padded,)
-    largest = padded // 2
+    largest = power // 2 if rows >= 128 else max(size for size in BLOCK_ROWS if size <= rows)
     split = (largest, *row_blocks(rows - largest))
-    return min((padded,), split, key=lambda blocks: sum(blocks) + len(blocks) * BLOCK_COST_ROWS)
+    return min((padded,), split, key=_cost)
+
+
+def _cost(blocks: tuple[int, ...]) -> int:
+    """The time that blocks take, in rows."""
+    return sum(blocks) + len(blocks) * BLOCK_COST_ROWS
+
+
+@lru_cache(maxsize=1024)
+def _blocks_cost(rows: int) -> int:
+    return _cost(row_blocks(rows))
 
 
 def _needs_torch(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
@@ -264,6 +281,8 @@ def bfloat16_kernel(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def torch_kernel(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """F.linear; in blocks where torch hands it to oneDNN, for half types on a CPU, and no gradients are wanted."""
     if x.device.type != "cpu" or x.dtype not in HALF or _needs_torch(x, weight, bias):
+        return F.linear(x, weight, bias)
+    if x.dim() < 2 or x.shape[-2] == 1:
         return F.linear(x, weight, bias)
     return in_row_blocks(lambda part: F.linear(part, weight, bias), x)
 

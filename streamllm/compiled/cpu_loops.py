@@ -41,13 +41,24 @@ OPTIONS = {
 
 def compiled(module: fx.GraphModule, given: Sequence[Tensor]) -> Callable[..., Tensor]:
     """The recorded function for a CPU, compiled for tensors like those given; needs a C++ compiler."""
-    as_sums(module, given)
-    constants = _constants_as_inputs(module)
-    options = {**OPTIONS, "cpp.threads": torch.get_num_threads()}
-    compiled = library.library(module, [*given, *constants], options)
+    constants = prepare(module, given)
+    return with_constants(library.library(module, [*given, *constants], options()), constants)
 
+
+def prepare(module: fx.GraphModule, given: Sequence[Tensor]) -> list[Tensor]:
+    """Rewrite the recorded function as sums. Returns the weights, which it then takes behind the given tensors."""
+    as_sums(module, given)
+    return _constants_as_inputs(module)
+
+
+def options() -> dict[str, Any]:
+    """Inductor's options, which depend on the number of threads."""
+    return {**OPTIONS, "cpp.threads": torch.get_num_threads()}
+
+
+def with_constants(made: library.Library, constants: Sequence[Tensor]) -> Callable[..., Tensor]:
     def run(*given: Tensor) -> Tensor:
-        return compiled([*given, *constants])[0]
+        return made([*given, *constants])[0]
 
     return run
 
