@@ -30,6 +30,16 @@ class CausalLM(nn.Module):
         if config.tied:
             self.head.weight = self.embed.weight
 
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.embed.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type in which the model computes; int8 weights do not change it."""
+        return self.embed.weight.dtype
+
     def forward(
         self,
         tokens: Tensor,
@@ -99,7 +109,8 @@ def check_tokens(model: CausalLM, tokens: Tensor, logits_to_keep: int | None) ->
         raise wrong_tokens(tokens, device)
     if tokens.dtype not in (torch.int64, torch.int32) or tokens.device != device:
         raise wrong_tokens(tokens, device)
-    if device.type == "cpu":  # on another device, reading the values would wait for it
+    # On another device, reading the values would wait for it; torch.export has no values to read.
+    if device.type == "cpu" and not torch.compiler.is_exporting():
         ends = [tokens.item()] if tokens.numel() == 1 else [int(end) for end in torch.aminmax(tokens)]
         if ends[0] < 0 or ends[-1] >= vocab_size:
             wrong = ends[0] if ends[0] < 0 else ends[-1]

@@ -281,12 +281,12 @@ def _blocks_cost(rows: int) -> int:
 
 
 def _needs_torch(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether torch's own F.linear must compute the product, because gradients are wanted or autocast is on."""
+    """Whether torch's own F.linear must compute the product: for gradients, autocast and torch.export."""
     if torch.is_grad_enabled():
         wanted = x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
         if wanted:
             return True
-    return torch.is_autocast_enabled("cpu")
+    return torch.is_autocast_enabled("cpu") or torch.compiler.is_exporting()
 
 
 def _arrange_bfloat16(linear: Linear) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from streamllm.models.linear import Linear, format_for, is_copied, linears_to_arrange
 from streamllm.weights.catalogue import FAMILIES
+from streamllm.weights.checkpoint.layout import Layout, attach, layout_of
 from streamllm.weights.checkpoint.part import Part, cut
 from streamllm.weights.checkpoint.placement import (
     LoadJob,
@@ -119,6 +120,13 @@ class Checkpoint:
         check_complete(name, find_parameters(model), jobs)
         return LoadPlan(jobs, config, model)
 
+    def layout(self, jobs: list[LoadJob], config: Any) -> Layout:
+        """How the files of a plan spell the model."""
+        found = self.source.find("generation_config.json")
+        generation = None if found is None else read_json(found)
+        untied = self.config.tied and not config.tied
+        return layout_of(self.family, self.config_reader.values, generation, jobs, untied)
+
     def load(
         self,
         dtype: torch.dtype | str = "auto",
@@ -138,6 +146,8 @@ class Checkpoint:
         jobs, config, model = self.plan()
         if part is not None:
             model = part.build(self.build, config)
+        else:
+            attach(model, self.layout(jobs, config))
         parameters = find_parameters(model)
         arranged = [] if quantize else linears_to_arrange(model, dtype, device)
         linears = {id(linear.weight): linear for linear in arranged}
