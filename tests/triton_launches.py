@@ -25,8 +25,9 @@ TYPES = {
     torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.float64: "fp64",
     torch.int8: "i8", torch.int32: "i32", torch.int64: "i64",
 }  # fmt: skip
-OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
+OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion", "launch_pdl")
 KERNELS = ("matvec", "matmul_rows", "norm_rows", "gate_rows", "rope_tables", "attention")
+SOURCES = {name: getattr(attention_kernel if name == "attention" else kernels, name) for name in KERNELS}
 
 
 class Launches:
@@ -60,13 +61,14 @@ class Launches:
         self.made.append((name, ASTSource(self.kernel, signature, constants, attributes), options))
 
 
-def launched() -> list[tuple[str, Any, dict[str, Any]]]:
+def launched(capability: int) -> list[tuple[str, Any, dict[str, Any]]]:
     """The source of every kernel in the variants that models use, with the tiles of a GPU."""
     tiles.on_gpu = lambda device: True
+    tiles.starts_early = lambda device: capability >= 90
     tiles.multiprocessors = lambda device: 132
     tiles.kept_tiles = lambda name: {}
     modules = {name: attention_kernel if name == "attention" else kernels for name in KERNELS}
-    collected = {name: Launches(getattr(module, name)) for name, module in modules.items()}
+    collected = {name: Launches(SOURCES[name]) for name in modules}
     for name, launches in collected.items():
         setattr(modules[name], name, launches)
     for _ in calls():
@@ -157,9 +159,8 @@ def calls() -> Iterator[Any]:
 
 def main() -> None:
     """Compiles for the compute capabilities in argv. Prints a line of JSON for each cubin."""
-    sources = launched()
     for capability in (int(given) for given in sys.argv[1:] if given.isdigit()):
-        seen = set()
+        sources, seen = launched(capability), set()
         for name, source, options in sources:
             key = name, source.hash(), str(options)
             if key in seen:

@@ -18,6 +18,15 @@ Norm = tuple[int, Tensor, "Tensor | None", float]
 Up = tuple[Tensor, "Tensor | None", "Tensor | None"]
 
 
+JOINED = 8192  # float32 numbers of the splits that attention joins at a time
+
+
+def _early(x: Tensor) -> dict[str, Any]:
+    """The options of every launch. On a Hopper GPU or later, a kernel starts beside the end of the one before."""
+    early = triton_tiles.starts_early(x.device)
+    return {**FUSED_ADDS, "EARLY": early, "launch_pdl": early}
+
+
 def power_of_two(number: int) -> int:
     """The smallest power of two that is at least `number`."""
     return 1 << max(number - 1, 0).bit_length()
@@ -70,7 +79,8 @@ def launch_product(
     BN, BK = tile.outputs, tile.inputs
     shared = dict(
         K=inputs, ACTIVATION=activation, GATED=gated, BIAS=bias is not None, RESIDUAL=residual is not None,
-        INT8=scale is not None, BN=BN, BK=BK, num_warps=tile.warps, num_stages=tile.stages, **FUSED_ADDS,
+        INT8=scale is not None, BN=BN, BK=BK, PTX=triton_tiles.on_gpu(x.device), num_warps=tile.warps,
+        num_stages=tile.stages, **_early(x),
     )  # fmt: skip
     second = up[0], _or(up[1], x), _or(up[2], x)
     blocks = -(-outputs // BN)
@@ -116,7 +126,7 @@ def _normalised(
     total = x if added is None else torch.empty_like(x)
     kernels.norm_rows[(x.numel() // inputs,)](
         x, _or(added, x), weight, _or(bias, x), total, out, eps, K=inputs, K_PADDED=power_of_two(inputs), NORM=kind,
-        BIAS=bias is not None, ADDED=added is not None, num_warps=4 if inputs <= 4096 else 8, **FUSED_ADDS,
+        BIAS=bias is not None, ADDED=added is not None, num_warps=4 if inputs <= 4096 else 8, **_early(x),
     )  # fmt: skip
     return total, out
 
@@ -137,7 +147,7 @@ def gated(x: Tensor, up: Tensor, activation: int) -> Tensor:
         ACTIVATION=activation,
         BLOCK=block,
         num_warps=4,
-        **FUSED_ADDS,
+        **_early(x),
     )
     return out
 
@@ -153,7 +163,7 @@ def rope_tables(
     out = torch.empty(kinds, 2, rows, 2 * half, dtype=torch.float32, device=places.device)
     kernels.rope_tables[(kinds, rows)](
         places, origin, starts, frequencies, out, factor, HALF=half, HALF_PADDED=power_of_two(half), SINKS=sinks,
-        SLOTS=slots, num_warps=1,
+        SLOTS=slots, num_warps=1, **_early(places),
     )  # fmt: skip
     return tuple(out[kind if sinks else 0, part] for kind in range(3) for part in range(2))
 
@@ -197,9 +207,10 @@ def attended(
     shared_padded = 1 if shared == 1 else max(16, power_of_two(shared))  # matrix units need 16 rows
     partial, log_sums = out, out
     if splits > 1:
-        sums = batch * heads * splits * shared_padded
+        sums = batch * heads * splits * shared
         partial = torch.empty(sums * dim_padded, dtype=torch.float32, device=q.device)
         log_sums = torch.empty(sums, dtype=torch.float32, device=q.device)
+    joined_heads = power_of_two(shared)
     q_norm, k_norm, q_eps, k_eps = (q, k, 0.0, 0.0) if head_norms is None else head_norms
     slopes, bias_scale = (q, 0.0) if alibi is None else alibi
     triton_attention_kernel.attention[(batch * heads, splits)](
@@ -210,7 +221,9 @@ def attended(
         SINKS=sinks, SLOTS=slots, HEADS=heads, SHARED=shared, D=dim, D_PADDED=dim_padded,
         SHARED_PADDED=shared_padded, ROTATED=tables[0].shape[-1] if tables else 0,
         HEAD_NORMS=head_norms is not None, ALIBI=alibi is not None, CLIP=clip is not None, INT8=len(ring) > 2,
-        SPLITS=splits, BLOCK=block, num_warps=warps, num_stages=stages, **FUSED_ADDS,
+        SPLITS=splits, BLOCK=block, SINK_BLOCK=block if shared == 1 else min(block, max(16, power_of_two(sinks))),
+        JOINED_HEADS=joined_heads, JOINED_SPLITS=max(1, min(power_of_two(splits), JOINED // (joined_heads * dim_padded))),
+        PTX=triton_tiles.on_gpu(q.device), num_warps=warps, num_stages=stages, **_early(q),
     )  # fmt: skip
     return out
 

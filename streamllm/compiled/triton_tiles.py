@@ -67,6 +67,12 @@ def on_gpu(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
+@lru_cache(maxsize=16)
+def starts_early(device: torch.device) -> bool:
+    """Whether a kernel may be launched before the one in front of it has ended: programmatic dependent launch."""
+    return on_gpu(device) and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
 def multiprocessors(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
@@ -75,7 +81,12 @@ def product_key(outputs: int, inputs: int, gated: bool, itemsize: int) -> str:
     return f"product {outputs} x {inputs}{' gated' if gated else ''}, {itemsize} bytes"
 
 
+def rows_key(outputs: int, inputs: int, gated: bool, itemsize: int) -> str:
+    return f"{product_key(outputs, inputs, gated, itemsize)}, 2 to {MAX_MATVEC_ROWS} rows"
+
+
 def attention_key(pairs: int, shared: int, slots: int, dim: int, itemsize: int) -> str:
+    """itemsize: bytes of a number in the cache."""
     return f"attention {pairs} x {shared} heads, {slots} slots of {dim}, {itemsize} bytes"
 
 
@@ -84,6 +95,10 @@ def tile_of(rows: int, weight: Tensor, gated: bool) -> Tile:
     outputs, inputs = weight.shape
     if not on_gpu(weight.device):
         return INTERPRETED_TILE
+    if 1 < rows <= MAX_MATVEC_ROWS:
+        kept = kept_tiles(_name(weight.device)).get(rows_key(outputs, inputs, gated, weight.itemsize))
+        if kept is not None:
+            return Tile(*kept)
     if rows > 1:
         columns = max(16, min(512 // max(2, weight.itemsize), _power_of_two(inputs)))
         return Tile(16, columns, 4, 4, 16 if rows <= 16 else 32)  # not measured
@@ -101,9 +116,9 @@ def _rule(outputs: int, inputs: int, gated: bool) -> Tile:
 
 
 def attention_tile(
-    pairs: int, shared: int, slots: int, dim: int, dtype: torch.dtype, device: torch.device
+    pairs: int, shared: int, slots: int, dim: int, dtype: torch.dtype, device: torch.device, int8: bool = False
 ) -> AttentionTile:
-    """For B · G pairs, `shared` query heads each.
+    """For B · G pairs, `shared` query heads each, and a cache in `dtype` or int8.
 
     By the rule, each multiprocessor has at least two programs; up to eight, where each still reads four blocks.
     """
@@ -113,7 +128,7 @@ def attention_tile(
     blocks = -(-slots // block)
     if not on_gpu(device):
         return AttentionTile(min(INTERPRETED_SPLITS, blocks), block, 4, 2)
-    kept = kept_tiles(_name(device)).get(attention_key(pairs, shared, slots, dim, dtype.itemsize))
+    kept = kept_tiles(_name(device)).get(attention_key(pairs, shared, slots, dim, 1 if int8 else dtype.itemsize))
     if kept is not None:
         return AttentionTile(*kept)
     few, many = (_power_of_two_below(programs * multiprocessors(device) // pairs) for programs in (2, 8))

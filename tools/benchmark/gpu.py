@@ -28,7 +28,7 @@ from tests.laws.families import CONFIGS
 
 WORKERS = 12  # processes that compile kernels side by side
 FAMILIES = ("llama", "gpt_neox", "falcon 7b", "falcon rw", "mpt storywriter", "qwen2, three windows", "qwen3")
-PROFILED_KERNELS = 14  # those that take the most time
+PROFILED_KERNELS = 24  # those that take the most time
 FULL = {"8B": 4092, "7B": 4092, "1B": 1020}
 
 
@@ -217,22 +217,29 @@ def batch(log: Log, arguments: str) -> None:
 
 def profile(log: Log, model: nn.Module, window: int, rows: int) -> None:
     """Where the time of a token goes, kernel by kernel."""
+    fused = streamllm.compile(model, backend(log.device))
+    cache, tokens = filled(model, window, rows), 8
+    step_ms(fused, cache, tokens=4, rounds=1)
+
+    def work() -> None:  # twice as many tokens, because the first round is dropped
+        step_ms(fused, cache, tokens=tokens // 2, rounds=1, warm=0)
+
+    profile_kernels(log, f"batch {rows}", work, tokens)
+
+
+def profile_kernels(log: Log, name: str, work: Callable[[], None], count: int) -> None:
+    """The kernels of `work` that take the most time, per one of `count`."""
     if log.device == "cpu":
         return
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as profiled
 
-    fused = streamllm.compile(model, backend(log.device))
-    cache, tokens = filled(model, window, rows), 8
-    step_ms(fused, cache, tokens=4, rounds=1)
     with profiled(activities=[ProfilerActivity.CUDA]) as found:
-        step_ms(
-            fused, cache, tokens=tokens // 2, rounds=1, warm=0
-        )  # twice, because the first round is dropped
+        work()
     events = sorted(found.key_averages(), key=lambda event: -event.self_device_time_total)
     for event in events[:PROFILED_KERNELS]:
-        log.add(kernel=f"batch {rows}: {event.key[:70]}", calls=event.count / tokens,
-                us=event.self_device_time_total / tokens)  # fmt: skip
+        log.add(kernel=f"{name}: {event.key[:70]}", calls=event.count / count,
+                us=event.self_device_time_total / count)  # fmt: skip
 
 
 def prefill(log: Log, arguments: str) -> None:
@@ -258,6 +265,8 @@ def prefill(log: Log, arguments: str) -> None:
             ms = event_ms(work, log.device, rounds=3)
             name = f"{size}, {'scoring' if scored else 'prefill'} of {length}"
             log.time(name, f"streamllm, chunk {cache.chunk}", ms, length)
+            if not scored:
+                profile_kernels(log, name, work, 1)
 
         log.attempt(f"prefill {length}", one)
         empty()
