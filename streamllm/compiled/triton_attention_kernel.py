@@ -6,7 +6,7 @@ See triton_kernels.py for what these kernels share.
 import triton
 import triton.language as tl
 
-from streamllm.compiled.triton_device import after_previous, int8_to
+from streamllm.compiled.triton_device import after_previous, int8_to, prefetch
 
 
 @triton.jit
@@ -55,9 +55,12 @@ def weighted(scores, value, factor, best, total, read, ONE: tl.constexpr, FACTOR
     else:
         weights = tl.exp(scores - level[:, None])
         total = total * fade + tl.sum(weights, 1)
-        if FACTORS:
-            weights = weights * factor[None, :]
-        read = read * fade[:, None] + tl.dot(weights.to(value.dtype), value, input_precision="ieee")
+        if FACTORS:  # at most 1, because values may be float16
+            most = tl.maximum(tl.max(factor), 1e-30)
+            weights = weights * (factor / most)[None, :]
+            read = read * fade[:, None] + most * tl.dot(weights.to(value.dtype), value, input_precision="ieee")
+        else:
+            read = read * fade[:, None] + tl.dot(weights.to(value.dtype), value, input_precision="ieee")
     return largest, total, read
 
 
@@ -71,8 +74,8 @@ def attention(
     SINKS: tl.constexpr, SLOTS: tl.constexpr, HEADS: tl.constexpr, SHARED: tl.constexpr, D: tl.constexpr,
     D_PADDED: tl.constexpr, SHARED_PADDED: tl.constexpr, ROTATED: tl.constexpr, HEAD_NORMS: tl.constexpr,
     ALIBI: tl.constexpr, CLIP: tl.constexpr, INT8: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
-    SINK_BLOCK: tl.constexpr, JOINED_HEADS: tl.constexpr, JOINED_SPLITS: tl.constexpr, EARLY: tl.constexpr,
-    PTX: tl.constexpr,
+    SINK_BLOCK: tl.constexpr, JOINED_HEADS: tl.constexpr, JOINED_SPLITS: tl.constexpr, LINES: tl.constexpr,
+    EARLY: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """One token: rotate q and k, store k and v in the ring, read all that is held, join the splits.
 
@@ -105,6 +108,20 @@ def attention(
     r = tl.arange(0, SHARED_PADDED)
     head = g * SHARED + r
     whole = (r < SHARED)[:, None] & real[None, :]
+    key_at = keys + b.to(tl.int64) * key_batch + g * key_head
+    value_at = values + b.to(tl.int64) * value_batch + g * value_head
+    sink_keys_at, sink_values_at = key_at, value_at
+    if not INT8:
+        key_at += SINKS * key_slot
+        value_at += SINKS * value_slot
+    recent = held - SINKS
+    share = (recent + SPLITS * BLOCK - 1) // (SPLITS * BLOCK) * BLOCK
+    begin = split * share
+    if EARLY and LINES > 0:  # the ring's slots lie one after the other
+        n = tl.arange(0, LINES) * (128 // (keys.dtype.element_ty.primitive_bitwidth // 8))
+        wanted = (n < share * D) & (begin * D + n < recent * D)
+        prefetch(key_at + begin * D + n, wanted)
+        prefetch(value_at + begin * D + n, wanted)
     after_previous(EARLY)
 
     query_at = q + b.to(tl.int64) * q_row + head[:, None] * D
@@ -148,9 +165,6 @@ def attention(
     stored_key = new_key.to(dtype).to(tl.float32)
     stored_value = new_value.to(dtype).to(tl.float32)
 
-    key_at = keys + b.to(tl.int64) * key_batch + g * key_head
-    value_at = values + b.to(tl.int64) * value_batch + g * value_head
-    sink_keys_at, sink_values_at = key_at, value_at
     sinks_at = pair.to(tl.int64) * SINKS * D
     scales_at = pair.to(tl.int64) * window
     if INT8:
@@ -178,12 +192,9 @@ def attention(
             stored_value = value_number * value_scale
     else:
         if split == 0:
-            tl.store(key_at + slot.to(tl.int64) * key_slot + d * key_dim, stored_key.to(dtype), mask=real)
-            tl.store(
-                value_at + slot.to(tl.int64) * value_slot + d * value_dim, stored_value.to(dtype), mask=real
-            )
-        key_at += SINKS * key_slot
-        value_at += SINKS * value_slot
+            place = slot.to(tl.int64)
+            tl.store(sink_keys_at + place * key_slot + d * key_dim, stored_key.to(dtype), mask=real)
+            tl.store(sink_values_at + place * value_slot + d * value_dim, stored_value.to(dtype), mask=real)
     if ALIBI:
         slope = tl.load(slopes + head, mask=r < SHARED, other=0.0) * bias_scale
         rank = tl.minimum(t - (start_place - SINKS), SLOTS - 1).to(tl.int32)
@@ -224,11 +235,14 @@ def attention(
         scores = tl.where(seen[None, :], scores, float("-inf"))
         best, total, read = weighted(scores, value, 1.0, best, total, read, ONE, False)
 
-    recent = held - SINKS
+    if INT8:
+        # Numbers become float16 in fewer instructions than bfloat16. Queries are divided by a power of two, so that
+        # they fit: exactly, but for parts that are 2^14 times smaller than the largest.
+        number_type: tl.constexpr = tl.float32 if dtype == tl.float32 else tl.float16
+        level = tl.exp2(tl.ceil(tl.log2(tl.maximum(tl.max(tl.abs(query.to(tl.float32)), 1), 1e-30))))
+        query = (query.to(tl.float32) / level[:, None]).to(number_type)
     newest = slot - SINKS
     reach = tl.minimum(t - start_place, window).to(tl.int32)  # how far back the query sees
-    share = (recent + SPLITS * BLOCK - 1) // (SPLITS * BLOCK) * BLOCK
-    begin = split * share
     for first in range(begin, tl.minimum(begin + share, recent), BLOCK):
         at = first + tl.arange(0, BLOCK)  # in the ring behind the sinks
         back = newest - at
@@ -242,13 +256,13 @@ def attention(
         value = tl.load(value_at + place * value_slot + d[None, :] * value_dim, mask=here, other=0)
         factor = 1.0
         if INT8:
-            key = int8_to(key, dtype, PTX)
-            value = int8_to(value, dtype, PTX)
-            factor = tl.load(value_scales + scales_at + at, mask=seen, other=1.0).to(tl.float32)
+            key = int8_to(key, number_type, PTX)
+            value = int8_to(value, number_type, PTX)
+            factor = tl.load(value_scales + scales_at + at, mask=seen, other=0.0).to(tl.float32)
         scores = scored(query, key, ONE) * scale
         if INT8:
             key_factor = tl.load(key_scales + scales_at + at, mask=seen, other=1.0).to(tl.float32)
-            scores = scores * key_factor[None, :]
+            scores = scores * key_factor[None, :] * level[:, None]
         if ALIBI:
             scores = scores - slope[:, None] * back.to(tl.float32)[None, :]
         scores = tl.where((seen & (back <= reach))[None, :], scores, float("-inf"))

@@ -9,7 +9,7 @@ dimension. Pointers to tensors that a variant does not read may be any tensor.
 import triton
 import triton.language as tl
 
-from streamllm.compiled.triton_device import after_previous, int8_to, to_float
+from streamllm.compiled.triton_device import after_previous, int8_to, prefetch_rows, to_float
 
 NO_NORM, RMS_NORM, LAYER_NORM = 0, 1, 2
 NONE, SILU, RELU, GELU, GELU_TANH, GELU_FAST, QUICK_GELU = range(7)
@@ -37,18 +37,35 @@ def activated(x, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
+def loaded(weight, row, k, K: tl.constexpr, BK: tl.constexpr):
+    """A tile [BN, BK] of a weight, whose rows begin at `row`."""
+    if K % BK == 0:
+        w = tl.load(weight + row + k[None, :], eviction_policy="evict_first")
+    else:
+        w = tl.load(weight + row + k[None, :], mask=(k < K)[None, :], other=0.0, eviction_policy="evict_first")
+    return w
+
+
+@triton.jit
 def weighed(
     w, u, x, norm_weight, norm_bias, k, mean, deviation, sums, up_sums, squares,
-    K: tl.constexpr, NORM: tl.constexpr, NORM_BIAS: tl.constexpr, GATED: tl.constexpr, PTX: tl.constexpr,
+    K: tl.constexpr, BK: tl.constexpr, NORM: tl.constexpr, NORM_BIAS: tl.constexpr, GATED: tl.constexpr,
+    PTX: tl.constexpr,
 ):  # fmt: skip
     """The sums of `matvec` with one tile of the weights, w and u [BN, BK], added."""
-    value = tl.load(x + k, mask=k < K, other=0.0).to(tl.float32)
+    if K % BK == 0:
+        value = tl.load(x + k).to(tl.float32)
+    else:
+        value = tl.load(x + k, mask=k < K, other=0.0).to(tl.float32)
     if NORM == _RMS:
         squares += value * value
     if NORM == _LAYER:
         value = (value - mean) * deviation
     if NORM != 0:
-        value = value * tl.load(norm_weight + k, mask=k < K, other=0.0).to(tl.float32)
+        if K % BK == 0:
+            value = value * tl.load(norm_weight + k).to(tl.float32)
+        else:
+            value = value * tl.load(norm_weight + k, mask=k < K, other=0.0).to(tl.float32)
     if NORM_BIAS:
         value += tl.load(norm_bias + k, mask=k < K, other=0.0).to(tl.float32)
     sums += to_float(w, PTX) * value[None, :]
@@ -64,7 +81,7 @@ def matvec(
     K: tl.constexpr, K_PADDED: tl.constexpr, EVEN_N: tl.constexpr,
     NORM: tl.constexpr, NORM_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, GATED: tl.constexpr,
     BIAS: tl.constexpr, RESIDUAL: tl.constexpr, INT8: tl.constexpr,
-    BN: tl.constexpr, BK: tl.constexpr, EARLY: tl.constexpr, PTX: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr, EARLY: tl.constexpr, PTX: tl.constexpr, AHEAD: tl.constexpr, LINES: tl.constexpr,
 ):  # fmt: skip
     """out [N] = residual + activation(weight @ norm(x) + bias) · (up_weight @ norm(x) + up_bias), for one row x [K].
 
@@ -75,12 +92,16 @@ def matvec(
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     row = tl.minimum(n, N - 1).to(tl.int64)[:, None] * K
     k = tl.arange(0, BK)
-    w = tl.load(weight + row + k[None, :], mask=(k < K)[None, :], other=0.0, eviction_policy="evict_first")
-    u = w
-    if GATED:
-        u = tl.load(
-            up_weight + row + k[None, :], mask=(k < K)[None, :], other=0.0, eviction_policy="evict_first"
-        )
+    if AHEAD == 1:
+        w = loaded(weight, row, k, K, BK)
+        u = w
+        if GATED:
+            u = loaded(up_weight, row, k, K, BK)
+    if AHEAD == 2:
+        if EARLY:
+            prefetch_rows(weight + row, tl.program_id(0) < 1056, K, LINES)
+            if GATED:
+                prefetch_rows(up_weight + row, tl.program_id(0) < 1056, K, LINES)
     after_previous(EARLY)
     mean = 0.0
     deviation = 1.0
@@ -93,20 +114,22 @@ def matvec(
     sums = tl.zeros((BN, BK), tl.float32)
     up_sums = tl.zeros((BN, BK), tl.float32)
     squares = tl.zeros((BK,), tl.float32)
-    sums, up_sums, squares = weighed(
-        w, u, x, norm_weight, norm_bias, k, mean, deviation, sums, up_sums, squares, K, NORM, NORM_BIAS, GATED, PTX
-    )
-    for start in range(BK, K, BK):
+    BEGIN: tl.constexpr = BK if AHEAD == 1 else 0
+    if AHEAD == 1:
+        sums, up_sums, squares = weighed(
+            w, u, x, norm_weight, norm_bias, k, mean, deviation, sums, up_sums, squares, K, BK, NORM, NORM_BIAS, GATED,
+            PTX,
+        )  # fmt: skip
+    for start in range(BEGIN, K, BK):
         k = start + tl.arange(0, BK)
-        w = tl.load(weight + row + k[None, :], mask=(k < K)[None, :], other=0.0, eviction_policy="evict_first")
+        w = loaded(weight, row, k, K, BK)
         u = w
         if GATED:
-            u = tl.load(
-                up_weight + row + k[None, :], mask=(k < K)[None, :], other=0.0, eviction_policy="evict_first"
-            )
+            u = loaded(up_weight, row, k, K, BK)
         sums, up_sums, squares = weighed(
-            w, u, x, norm_weight, norm_bias, k, mean, deviation, sums, up_sums, squares, K, NORM, NORM_BIAS, GATED, PTX
-        )
+            w, u, x, norm_weight, norm_bias, k, mean, deviation, sums, up_sums, squares, K, BK, NORM, NORM_BIAS, GATED,
+            PTX,
+        )  # fmt: skip
     result = tl.sum(sums, 1)
     up = tl.sum(up_sums, 1)
     if NORM == _RMS:
@@ -213,8 +236,8 @@ def gate_rows(
 ):
     """out [M, N] = activation(x) · up, for rows at any stride."""
     after_previous(EARLY)
-    n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    m = tl.program_id(1).to(tl.int64)
+    m = tl.program_id(0).to(tl.int64)
+    n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     value = tl.load(x + m * x_row + n, mask=n < N, other=0.0).to(tl.float32)
     other = tl.load(up + m * up_row + n, mask=n < N, other=0.0).to(tl.float32)
     tl.store(out + m * N + n, (activated(value, ACTIVATION) * other).to(out.dtype.element_ty), mask=n < N)

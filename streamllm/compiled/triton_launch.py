@@ -88,7 +88,8 @@ def launch_product(
         kernels.matvec[(blocks,)](
             x, norm_weight, _or(norm_bias, x), weight, _or(scale, x), _or(bias, x), *second, _or(residual, x), out,
             outputs, eps, K_PADDED=power_of_two(inputs), EVEN_N=outputs % BN == 0, NORM=kind,
-            NORM_BIAS=norm_bias is not None, **shared,
+            NORM_BIAS=norm_bias is not None, AHEAD=tile.ahead,
+            LINES=power_of_two(-(-inputs * weight.itemsize // 128)), **shared,
         )  # fmt: skip
         return
     kernels.matmul_rows[(blocks, -(-rows // tile.rows))](
@@ -132,12 +133,12 @@ def _normalised(
 
 
 def gated(x: Tensor, up: Tensor, activation: int) -> Tensor:
-    """activation(x) · up for [B, 1, N], each perhaps a part of a wider product."""
+    """activation(x) · up for [B, T, N], each perhaps a part of a wider product."""
     rows, outputs = x.numel() // x.shape[-1], x.shape[-1]
     out = x.new_empty(x.shape)
     x, up = _rows(x), _rows(up)
     block = 1024
-    kernels.gate_rows[(-(-outputs // block), rows)](
+    kernels.gate_rows[(rows, -(-outputs // block))](
         x,
         up,
         out,
@@ -192,7 +193,7 @@ def attended(
     `rope_tables`, or none. head_norms: weights [D] of q and k, and their eps. alibi: slopes float32 [H], and what
     they are multiplied by. tile: an AttentionTile.
     """
-    splits, block, warps, stages = tile
+    splits, block, warps, stages, ahead = tile
     q, k, v = _rows(q), _rows(k), _rows(v)
     if len(ring) == 2:
         keys, values = ring
@@ -211,6 +212,7 @@ def attended(
         partial = torch.empty(sums * dim_padded, dtype=torch.float32, device=q.device)
         log_sums = torch.empty(sums, dtype=torch.float32, device=q.device)
     joined_heads = power_of_two(shared)
+    share = -(-(slots - sinks) // (splits * block)) * block  # slots of a split
     q_norm, k_norm, q_eps, k_eps = (q, k, 0.0, 0.0) if head_norms is None else head_norms
     slopes, bias_scale = (q, 0.0) if alibi is None else alibi
     triton_attention_kernel.attention[(batch * heads, splits)](
@@ -223,14 +225,15 @@ def attended(
         HEAD_NORMS=head_norms is not None, ALIBI=alibi is not None, CLIP=clip is not None, INT8=len(ring) > 2,
         SPLITS=splits, BLOCK=block, SINK_BLOCK=block if shared == 1 else min(block, max(16, power_of_two(sinks))),
         JOINED_HEADS=joined_heads, JOINED_SPLITS=max(1, min(power_of_two(splits), JOINED // (joined_heads * dim_padded))),
+        LINES=min(4096, power_of_two(-(-share * dim * keys.itemsize // 128))) if ahead else 0,
         PTX=triton_tiles.on_gpu(q.device), num_warps=warps, num_stages=stages, **_early(q),
     )  # fmt: skip
     return out
 
 
 def _rows(x: Tensor) -> Tensor:
-    """[B, 1, N] -> [B, N] with adjacent numbers in a row; rows may be at any stride."""
-    x = x[:, 0]
+    """[B, T, N] -> [B · T, N] with adjacent numbers in a row; rows may be at any stride."""
+    x = x.reshape(-1, x.shape[-1])
     return x if x.stride(1) == 1 else x.contiguous()
 
 

@@ -26,6 +26,7 @@ class Tile(NamedTuple):
     warps: int
     stages: int = 3
     rows: int = 16  # not for one row
+    ahead: int = 0  # for one row: what is loaded before the kernel in front has ended
 
 
 class AttentionTile(NamedTuple):
@@ -35,6 +36,7 @@ class AttentionTile(NamedTuple):
     block: int  # slots per round of the loop
     warps: int
     stages: int
+    ahead: int = 0  # 1: the ring is brought near before the kernel in front has ended
 
 
 INTERPRETED_TILE = Tile(64, 32, 4)  # a program costs milliseconds there
