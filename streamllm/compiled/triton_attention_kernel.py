@@ -6,7 +6,7 @@ See triton_kernels.py for what these kernels share.
 import triton
 import triton.language as tl
 
-from streamllm.compiled.triton_device import after_previous, int8_to, prefetch
+from streamllm.compiled.triton_device import after_previous, before_next, int8_to
 
 
 @triton.jit
@@ -55,12 +55,9 @@ def weighted(scores, value, factor, best, total, read, ONE: tl.constexpr, FACTOR
     else:
         weights = tl.exp(scores - level[:, None])
         total = total * fade + tl.sum(weights, 1)
-        if FACTORS:  # at most 1, because values may be float16
-            most = tl.maximum(tl.max(factor), 1e-30)
-            weights = weights * (factor / most)[None, :]
-            read = read * fade[:, None] + most * tl.dot(weights.to(value.dtype), value, input_precision="ieee")
-        else:
-            read = read * fade[:, None] + tl.dot(weights.to(value.dtype), value, input_precision="ieee")
+        if FACTORS:
+            weights = weights * factor[None, :]
+        read = read * fade[:, None] + tl.dot(weights.to(value.dtype), value, input_precision="ieee")
     return largest, total, read
 
 
@@ -74,8 +71,7 @@ def attention(
     SINKS: tl.constexpr, SLOTS: tl.constexpr, HEADS: tl.constexpr, SHARED: tl.constexpr, D: tl.constexpr,
     D_PADDED: tl.constexpr, SHARED_PADDED: tl.constexpr, ROTATED: tl.constexpr, HEAD_NORMS: tl.constexpr,
     ALIBI: tl.constexpr, CLIP: tl.constexpr, INT8: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
-    SINK_BLOCK: tl.constexpr, JOINED_HEADS: tl.constexpr, JOINED_SPLITS: tl.constexpr, LINES: tl.constexpr,
-    EARLY: tl.constexpr, PTX: tl.constexpr,
+    SINK_BLOCK: tl.constexpr, JOINED_HEADS: tl.constexpr, JOINED_SPLITS: tl.constexpr, EARLY: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """One token: rotate q and k, store k and v in the ring, read all that is held, join the splits.
 
@@ -117,11 +113,6 @@ def attention(
     recent = held - SINKS
     share = (recent + SPLITS * BLOCK - 1) // (SPLITS * BLOCK) * BLOCK
     begin = split * share
-    if EARLY and LINES > 0:  # the ring's slots lie one after the other
-        n = tl.arange(0, LINES) * (128 // (keys.dtype.element_ty.primitive_bitwidth // 8))
-        wanted = (n < share * D) & (begin * D + n < recent * D)
-        prefetch(key_at + begin * D + n, wanted)
-        prefetch(value_at + begin * D + n, wanted)
     after_previous(EARLY)
 
     query_at = q + b.to(tl.int64) * q_row + head[:, None] * D
@@ -235,12 +226,6 @@ def attention(
         scores = tl.where(seen[None, :], scores, float("-inf"))
         best, total, read = weighted(scores, value, 1.0, best, total, read, ONE, False)
 
-    if INT8:
-        # Numbers become float16 in fewer instructions than bfloat16. Queries are divided by a power of two, so that
-        # they fit: exactly, but for parts that are 2^14 times smaller than the largest.
-        number_type: tl.constexpr = tl.float32 if dtype == tl.float32 else tl.float16
-        level = tl.exp2(tl.ceil(tl.log2(tl.maximum(tl.max(tl.abs(query.to(tl.float32)), 1), 1e-30))))
-        query = (query.to(tl.float32) / level[:, None]).to(number_type)
     newest = slot - SINKS
     reach = tl.minimum(t - start_place, window).to(tl.int32)  # how far back the query sees
     for first in range(begin, tl.minimum(begin + share, recent), BLOCK):
@@ -256,18 +241,19 @@ def attention(
         value = tl.load(value_at + place * value_slot + d[None, :] * value_dim, mask=here, other=0)
         factor = 1.0
         if INT8:
-            key = int8_to(key, number_type, PTX)
-            value = int8_to(value, number_type, PTX)
+            key = int8_to(key, dtype, PTX)
+            value = int8_to(value, dtype, PTX)
             factor = tl.load(value_scales + scales_at + at, mask=seen, other=0.0).to(tl.float32)
         scores = scored(query, key, ONE) * scale
         if INT8:
             key_factor = tl.load(key_scales + scales_at + at, mask=seen, other=1.0).to(tl.float32)
-            scores = scores * key_factor[None, :] * level[:, None]
+            scores = scores * key_factor[None, :]
         if ALIBI:
             scores = scores - slope[:, None] * back.to(tl.float32)[None, :]
         scores = tl.where((seen & (back <= reach))[None, :], scores, float("-inf"))
         best, total, read = weighted(scores, value, factor, best, total, read, ONE, INT8)
 
+    before_next(EARLY)
     if ONE:
         largest = tl.max(best, 0)
         weights = tl.exp(best - tl.where(largest == float("-inf"), 0.0, largest))

@@ -77,7 +77,7 @@ def join_sinks(
         key_at = b * key_batch + g * key_head + sink[:, None] * key_slot + d[None, :]
         value_at = b * value_batch + g * value_head + sink[:, None] * value_slot + d[None, :]
         key = tl.load(keys + key_at, mask=here, other=0.0)
-        value = tl.load(values + value_at, mask=here, other=0.0).to(tl.float32)
+        value = tl.load(values + value_at, mask=here, other=0.0)
         scores = tl.dot(q, tl.trans(key), input_precision="ieee") * scale
         seen = (sink < SINKS)[None, :] & (sink[None, :] <= (place + token)[:, None])
         scores = tl.where(seen, scores, float("-inf"))
@@ -86,7 +86,10 @@ def join_sinks(
         weights = tl.exp(scores - level[:, None])
         fade = tl.exp(best - level)
         total = total * fade + tl.sum(weights, 1)
-        read = read * fade[:, None] + tl.dot(weights, value, input_precision="ieee")
+        read = read * fade[:, None] + tl.dot(weights.to(value.dtype), value, input_precision="ieee")
+        if value.dtype != tl.float32:  # sinks weigh much: what rounding has taken from their weights is added
+            rest = weights - weights.to(value.dtype).to(tl.float32)
+            read += tl.dot(rest.to(value.dtype), value)
         best = largest
     total = tl.where(total == 0.0, 1.0, total)  # rows past the last token
     tl.store(out + at, (read / total[:, None]).to(out.dtype.element_ty), mask=whole)

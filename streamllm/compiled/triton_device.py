@@ -21,16 +21,6 @@ add.f32 $1, $1, 0fCB000080;
 add.f32 $2, $2, 0fCB000080;
 add.f32 $3, $3, 0fCB000080;
 }""")
-# The same beside the upper byte of the float16 1024, two numbers at a time.
-_TO_HALVES = tl.constexpr("""{
-.reg .b32 bytes, offset;
-xor.b32 bytes, $2, 0x80808080;
-mov.b32 offset, 0x64806480;
-prmt.b32 $0, bytes, 0x64646464, 0x4140;
-prmt.b32 $1, bytes, 0x64646464, 0x4342;
-sub.f16x2 $0, $0, offset;
-sub.f16x2 $1, $1, offset;
-}""")
 # Whole numbers up to 256 are exact in the upper half of a float, which is a bfloat16.
 _TO_BFLOATS = tl.constexpr("""{
 .reg .b32 bytes;
@@ -51,14 +41,22 @@ prmt.b32 $1, c, d, 0x7632;
 
 @triton.jit
 def after_previous(EARLY: tl.constexpr):
-    """Wait for the results of the kernel before, and let the next kernel start as soon as there is room for it.
+    """Wait for the results of the kernel in front.
 
-    EARLY: the kernel was launched with launch_pdl, so it may run beside the end of the kernel before. Until here, it
-    reads only what no kernel of the step writes. All that came before that kernel is complete then, too, because
-    the kernel has waited for it.
+    EARLY: the kernel was launched with launch_pdl, so it may run beside the end of the one in front. Until here, it
+    reads only what no kernel of the step writes. What came before the one in front is complete then, too, because
+    that one has waited for it.
     """
-    if EARLY:
+    if EARLY > 0:
         gdc_wait()
+        if EARLY == 1:
+            gdc_launch_dependents()
+
+
+@triton.jit
+def before_next(EARLY: tl.constexpr):
+    """Let the next kernel start as soon as all programs of this one are here."""
+    if EARLY == 2:
         gdc_launch_dependents()
 
 
@@ -90,36 +88,6 @@ def int8_to(x, dtype: tl.constexpr, PTX: tl.constexpr):
                 is_pure=True,
                 pack=4,
             )
-        elif dtype == tl.float16:
-            x = tl.inline_asm_elementwise(
-                asm=_TO_HALVES,
-                constraints="=r,=r,r",
-                args=[x],
-                dtype=tl.float16,
-                is_pure=True,
-                pack=4,
-            )
         else:
             x = to_float(x, PTX)
     return x.to(dtype)
-
-
-@triton.jit
-def prefetch_rows(rows, wanted, K: tl.constexpr, LINES: tl.constexpr):
-    """Bring rows [BN, 1] of K numbers into the second cache, where `wanted`. LINES: of 128 bytes, a power of two."""
-    numbers: tl.constexpr = 128 // (rows.dtype.element_ty.primitive_bitwidth // 8)
-    k = tl.arange(0, LINES) * numbers
-    prefetch(rows + k[None, :], (k < K)[None, :] & wanted)
-
-
-@triton.jit
-def prefetch(pointers, wanted):
-    """Bring the lines of the pointers into the second cache, where `wanted`."""
-    tl.inline_asm_elementwise(
-        asm="{.reg .pred p; setp.ne.s32 p, $2, 0; @p prefetch.global.L2 [$1]; mov.u32 $0, 0;}",
-        constraints="=r,l,r",
-        args=[pointers, wanted.to(tl.int32)],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )

@@ -9,7 +9,7 @@ dimension. Pointers to tensors that a variant does not read may be any tensor.
 import triton
 import triton.language as tl
 
-from streamllm.compiled.triton_device import after_previous, int8_to, prefetch_rows, to_float
+from streamllm.compiled.triton_device import after_previous, before_next, int8_to, to_float
 
 NO_NORM, RMS_NORM, LAYER_NORM = 0, 1, 2
 NONE, SILU, RELU, GELU, GELU_TANH, GELU_FAST, QUICK_GELU = range(7)
@@ -50,7 +50,7 @@ def loaded(weight, row, k, K: tl.constexpr, BK: tl.constexpr):
 def weighed(
     w, u, x, norm_weight, norm_bias, k, mean, deviation, sums, up_sums, squares,
     K: tl.constexpr, BK: tl.constexpr, NORM: tl.constexpr, NORM_BIAS: tl.constexpr, GATED: tl.constexpr,
-    PTX: tl.constexpr,
+    PTX: tl.constexpr, FOLD: tl.constexpr,
 ):  # fmt: skip
     """The sums of `matvec` with one tile of the weights, w and u [BN, BK], added."""
     if K % BK == 0:
@@ -68,9 +68,16 @@ def weighed(
             value = value * tl.load(norm_weight + k, mask=k < K, other=0.0).to(tl.float32)
     if NORM_BIAS:
         value += tl.load(norm_bias + k, mask=k < K, other=0.0).to(tl.float32)
-    sums += to_float(w, PTX) * value[None, :]
-    if GATED:
-        up_sums += to_float(u, PTX) * value[None, :]
+    BN: tl.constexpr = w.shape[0]
+    COLUMNS: tl.constexpr = BK // FOLD
+    if FOLD == 1:
+        sums += to_float(w, PTX) * value[None, :]
+        if GATED:
+            up_sums += to_float(u, PTX) * value[None, :]
+    else:
+        sums += tl.sum(tl.reshape(to_float(w, PTX) * value[None, :], (BN, COLUMNS, FOLD)), 2)
+        if GATED:
+            up_sums += tl.sum(tl.reshape(to_float(u, PTX) * value[None, :], (BN, COLUMNS, FOLD)), 2)
     return sums, up_sums, squares
 
 
@@ -81,7 +88,7 @@ def matvec(
     K: tl.constexpr, K_PADDED: tl.constexpr, EVEN_N: tl.constexpr,
     NORM: tl.constexpr, NORM_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, GATED: tl.constexpr,
     BIAS: tl.constexpr, RESIDUAL: tl.constexpr, INT8: tl.constexpr,
-    BN: tl.constexpr, BK: tl.constexpr, EARLY: tl.constexpr, PTX: tl.constexpr, AHEAD: tl.constexpr, LINES: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr, EARLY: tl.constexpr, PTX: tl.constexpr, AHEAD: tl.constexpr, FOLD: tl.constexpr,
 ):  # fmt: skip
     """out [N] = residual + activation(weight @ norm(x) + bias) · (up_weight @ norm(x) + up_bias), for one row x [K].
 
@@ -97,11 +104,6 @@ def matvec(
         u = w
         if GATED:
             u = loaded(up_weight, row, k, K, BK)
-    if AHEAD == 2:
-        if EARLY:
-            prefetch_rows(weight + row, tl.program_id(0) < 1056, K, LINES)
-            if GATED:
-                prefetch_rows(up_weight + row, tl.program_id(0) < 1056, K, LINES)
     after_previous(EARLY)
     mean = 0.0
     deviation = 1.0
@@ -111,14 +113,14 @@ def matvec(
         mean = tl.sum(whole) / K
         centred = tl.where(every < K, whole - mean, 0.0)
         deviation = tl.rsqrt(tl.sum(centred * centred) / K + eps)
-    sums = tl.zeros((BN, BK), tl.float32)
-    up_sums = tl.zeros((BN, BK), tl.float32)
+    sums = tl.zeros((BN, BK // FOLD), tl.float32)
+    up_sums = tl.zeros((BN, BK // FOLD), tl.float32)
     squares = tl.zeros((BK,), tl.float32)
     BEGIN: tl.constexpr = BK if AHEAD == 1 else 0
     if AHEAD == 1:
         sums, up_sums, squares = weighed(
             w, u, x, norm_weight, norm_bias, k, mean, deviation, sums, up_sums, squares, K, BK, NORM, NORM_BIAS, GATED,
-            PTX,
+            PTX, FOLD,
         )  # fmt: skip
     for start in range(BEGIN, K, BK):
         k = start + tl.arange(0, BK)
@@ -128,8 +130,9 @@ def matvec(
             u = loaded(up_weight, row, k, K, BK)
         sums, up_sums, squares = weighed(
             w, u, x, norm_weight, norm_bias, k, mean, deviation, sums, up_sums, squares, K, BK, NORM, NORM_BIAS, GATED,
-            PTX,
+            PTX, FOLD,
         )  # fmt: skip
+    before_next(EARLY)
     result = tl.sum(sums, 1)
     up = tl.sum(up_sums, 1)
     if NORM == _RMS:
@@ -185,6 +188,7 @@ def matmul_rows(
             if INT8:
                 u = int8_to(u, x.dtype.element_ty, PTX)
             up_sums = tl.dot(u, value, up_sums, input_precision="ieee")
+    before_next(EARLY)
     valid = n < N
     if INT8:
         sums = sums * tl.load(scale + n, mask=valid, other=0.0).to(tl.float32)[:, None]
@@ -212,6 +216,7 @@ def norm_rows(
 ):  # fmt: skip
     """out [M, K] = norm(total) and total = x + added, each program one row."""
     after_previous(EARLY)
+    before_next(EARLY)
     k = tl.arange(0, K_PADDED)
     inside = k < K
     start = tl.program_id(0).to(tl.int64) * K
@@ -236,6 +241,7 @@ def gate_rows(
 ):
     """out [M, N] = activation(x) · up, for rows at any stride."""
     after_previous(EARLY)
+    before_next(EARLY)
     m = tl.program_id(0).to(tl.int64)
     n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     value = tl.load(x + m * x_row + n, mask=n < N, other=0.0).to(tl.float32)
@@ -255,6 +261,7 @@ def rope_tables(
     theorem.
     """
     after_previous(EARLY)
+    before_next(EARLY)
     kind = tl.program_id(0)
     r = tl.program_id(1)
     t = tl.load(places + r)

@@ -21,10 +21,15 @@ Up = tuple[Tensor, "Tensor | None", "Tensor | None"]
 JOINED = 8192  # float32 numbers of the splits that attention joins at a time
 
 
-def _early(x: Tensor) -> dict[str, Any]:
-    """The options of every launch. On a Hopper GPU or later, a kernel starts beside the end of the one before."""
-    early = triton_tiles.starts_early(x.device)
-    return {**FUSED_ADDS, "EARLY": early, "launch_pdl": early}
+def _early(x: Tensor, width: int) -> dict[str, Any]:
+    """The options of every launch: on a Hopper GPU or later, a kernel starts beside the end of the one in front.
+
+    In narrow models, whose kernels last a few microseconds, the next one starts even earlier.
+    """
+    early = 0
+    if triton_tiles.starts_early(x.device):
+        early = triton_tiles.FROM_THE_START if width <= triton_tiles.NARROW else triton_tiles.AT_THE_END
+    return {**FUSED_ADDS, "EARLY": early, "launch_pdl": early > 0}
 
 
 def power_of_two(number: int) -> int:
@@ -80,7 +85,7 @@ def launch_product(
     shared = dict(
         K=inputs, ACTIVATION=activation, GATED=gated, BIAS=bias is not None, RESIDUAL=residual is not None,
         INT8=scale is not None, BN=BN, BK=BK, PTX=triton_tiles.on_gpu(x.device), num_warps=tile.warps,
-        num_stages=tile.stages, **_early(x),
+        num_stages=tile.stages, **_early(x, min(inputs, outputs)),
     )  # fmt: skip
     second = up[0], _or(up[1], x), _or(up[2], x)
     blocks = -(-outputs // BN)
@@ -88,8 +93,7 @@ def launch_product(
         kernels.matvec[(blocks,)](
             x, norm_weight, _or(norm_bias, x), weight, _or(scale, x), _or(bias, x), *second, _or(residual, x), out,
             outputs, eps, K_PADDED=power_of_two(inputs), EVEN_N=outputs % BN == 0, NORM=kind,
-            NORM_BIAS=norm_bias is not None, AHEAD=tile.ahead,
-            LINES=power_of_two(-(-inputs * weight.itemsize // 128)), **shared,
+            NORM_BIAS=norm_bias is not None, AHEAD=tile.ahead, FOLD=tile.fold, **shared,
         )  # fmt: skip
         return
     kernels.matmul_rows[(blocks, -(-rows // tile.rows))](
@@ -127,7 +131,7 @@ def _normalised(
     total = x if added is None else torch.empty_like(x)
     kernels.norm_rows[(x.numel() // inputs,)](
         x, _or(added, x), weight, _or(bias, x), total, out, eps, K=inputs, K_PADDED=power_of_two(inputs), NORM=kind,
-        BIAS=bias is not None, ADDED=added is not None, num_warps=4 if inputs <= 4096 else 8, **_early(x),
+        BIAS=bias is not None, ADDED=added is not None, num_warps=4 if inputs <= 4096 else 8, **_early(x, inputs),
     )  # fmt: skip
     return total, out
 
@@ -148,7 +152,7 @@ def gated(x: Tensor, up: Tensor, activation: int) -> Tensor:
         ACTIVATION=activation,
         BLOCK=block,
         num_warps=4,
-        **_early(x),
+        **_early(x, outputs),
     )
     return out
 
@@ -164,7 +168,7 @@ def rope_tables(
     out = torch.empty(kinds, 2, rows, 2 * half, dtype=torch.float32, device=places.device)
     kernels.rope_tables[(kinds, rows)](
         places, origin, starts, frequencies, out, factor, HALF=half, HALF_PADDED=power_of_two(half), SINKS=sinks,
-        SLOTS=slots, num_warps=1, **_early(places),
+        SLOTS=slots, num_warps=1, **_early(places, triton_tiles.NARROW + 1),
     )  # fmt: skip
     return tuple(out[kind if sinks else 0, part] for kind in range(3) for part in range(2))
 
@@ -193,7 +197,7 @@ def attended(
     `rope_tables`, or none. head_norms: weights [D] of q and k, and their eps. alibi: slopes float32 [H], and what
     they are multiplied by. tile: an AttentionTile.
     """
-    splits, block, warps, stages, ahead = tile
+    splits, block, warps, stages = tile
     q, k, v = _rows(q), _rows(k), _rows(v)
     if len(ring) == 2:
         keys, values = ring
@@ -212,7 +216,9 @@ def attended(
         partial = torch.empty(sums * dim_padded, dtype=torch.float32, device=q.device)
         log_sums = torch.empty(sums, dtype=torch.float32, device=q.device)
     joined_heads = power_of_two(shared)
-    share = -(-(slots - sinks) // (splits * block)) * block  # slots of a split
+    early = _early(q, q.shape[1])
+    if early["EARLY"] == triton_tiles.FROM_THE_START:
+        early["launch_pdl"] = False  # its few programs would crowd where the first of the kernel in front end
     q_norm, k_norm, q_eps, k_eps = (q, k, 0.0, 0.0) if head_norms is None else head_norms
     slopes, bias_scale = (q, 0.0) if alibi is None else alibi
     triton_attention_kernel.attention[(batch * heads, splits)](
@@ -225,8 +231,7 @@ def attended(
         HEAD_NORMS=head_norms is not None, ALIBI=alibi is not None, CLIP=clip is not None, INT8=len(ring) > 2,
         SPLITS=splits, BLOCK=block, SINK_BLOCK=block if shared == 1 else min(block, max(16, power_of_two(sinks))),
         JOINED_HEADS=joined_heads, JOINED_SPLITS=max(1, min(power_of_two(splits), JOINED // (joined_heads * dim_padded))),
-        LINES=min(4096, power_of_two(-(-share * dim * keys.itemsize // 128))) if ahead else 0,
-        PTX=triton_tiles.on_gpu(q.device), num_warps=warps, num_stages=stages, **_early(q),
+        PTX=triton_tiles.on_gpu(q.device), num_warps=warps, num_stages=stages, **early,
     )  # fmt: skip
     return out
 

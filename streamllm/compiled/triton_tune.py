@@ -10,20 +10,31 @@ import torch
 
 from streamllm.compiled import triton_kernels as kernels
 from streamllm.compiled import triton_launch as launch
-from streamllm.compiled.triton_tiles import AttentionTile, Tile
+from streamllm.compiled.triton_tiles import NARROW, AttentionTile, Tile
 
 BYTES_PER_ROUND = 1 << 29  # far more than any cache holds, so that each product reads from memory
+# Rows, columns and warps of a tile that was the fastest, or next to it, for some shape on an H200.
+SHAPES = {
+    2: ((1, 2048, 8), (2, 2048, 8), (4, 2048, 8), (1, 512, 2), (2, 512, 4), (1, 1024, 2), (2, 1024, 2), (2, 1024, 4),
+        (4, 1024, 4), (2, 2048, 4), (4, 2048, 4), (8, 512, 8), (8, 1024, 8)),
+    1: ((4, 512, 2), (8, 512, 2), (16, 512, 2), (8, 512, 4), (4, 1024, 2), (8, 1024, 4), (16, 1024, 4), (4, 2048, 4),
+        (8, 2048, 8)),
+}  # fmt: skip
 MAX_NUMBERS = 64  # of a weight in flight, per thread and round: more would not fit its registers
 
 
 def product_tiles(outputs: int, inputs: int, gated: bool, itemsize: int) -> list[Tile]:
-    """The tiles worth a measurement for one row: wide enough that each thread loads 16 bytes, without spills."""
+    """The tiles worth a measurement for one row. A measurement of one product alone cannot tell `ahead` in a step of a
+    wide model: there it costs more than it brings.
+    """
     tiles = []
-    for rows, columns, warps in every((1, 2, 4, 8), (512, 1024, 2048, 4096), (2, 4, 8)):
+    for rows, columns, warps in SHAPES[1 if itemsize == 1 else 2]:
         numbers = rows * columns // (warps * 32)  # per thread
-        fits = 16 // itemsize <= numbers <= min(MAX_NUMBERS, 64 // itemsize) // (2 if gated else 1)
-        if fits and rows <= outputs and columns < 2 * inputs and (inputs % columns == 0 or columns >= 1024):
-            tiles.append(Tile(rows, columns, warps))
+        fits = numbers <= MAX_NUMBERS // (2 if gated else 1) and columns < 2 * inputs
+        if fits and (inputs % columns == 0 or columns >= 1024):
+            aheads = (0, 1) if min(outputs, inputs) <= NARROW else (0,)
+            folds = (1, 16 // itemsize)
+            tiles += [Tile(rows, columns, warps, ahead=a, fold=fold) for a, fold in every(aheads, folds)]
     return tiles
 
 
@@ -43,7 +54,7 @@ def attention_tiles(pairs: int, shared: int, slots: int, processors: int) -> lis
     blocks = (64, 128) if shared > 1 else (32, 64)
     return [
         AttentionTile(split, block, warp, stages)
-        for split, block, (warp, stages) in every(splits, blocks, ((4, 2), (4, 3), (4, 4), (8, 3)))
+        for split, block, (warp, stages) in every(splits, blocks, ((2, 3), (4, 2), (4, 3), (4, 4), (8, 3)))
         if split * block <= slots
     ]
 

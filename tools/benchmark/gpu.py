@@ -182,7 +182,7 @@ def decode(log: Log, size: str, first: bool = False) -> None:
         profile(log, model, window, 1)
 
     # `torch_kernels` moves weights, so that the fused step would be recorded again behind it.
-    more = {"8B": (kernels, int8_cache, torch_kernels, int8_weights), "7B": (torch_kernels, int8_weights)}
+    more = {"8B": (kernels, int8_cache, torch_kernels, int8_weights), "7B": (int8_weights,)}
     for work in (filling, far, *more.get(size, (torch_kernels,))):
         log.attempt(f"{size} {work.__name__}", work)
 
