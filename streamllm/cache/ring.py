@@ -205,7 +205,9 @@ def plan_chunk(
     new_sinks = max(0, columns - seen)
     kept = max(0, sinks - seen, length - window)  # earlier tokens are sinks, or gone before the chunk ends
     free = layout.slot_of(seen + kept)
-    to_end = min(length - kept, layout.slots - free)  # of the tokens that stay, those up to the end of the ring
+    to_end = min(
+        length - kept, layout.slots - free
+    )  # of the tokens that stay, those up to the end of the ring
     ranges = (kept, free, to_end), (kept + to_end, sinks, length - kept - to_end)
     return step, Writes(
         reads=tuple(part for part in reads if part[0] < part[1]),

@@ -6,7 +6,7 @@ See triton_kernels.py for what these kernels share.
 import triton
 import triton.language as tl
 
-from streamllm.compiled.triton_device import after_previous, before_next, int8_to
+from streamllm.compiled.triton_kernel_helpers import after_previous, before_next, int8_to
 
 
 @triton.jit
@@ -71,7 +71,8 @@ def attention(
     SINKS: tl.constexpr, SLOTS: tl.constexpr, HEADS: tl.constexpr, SHARED: tl.constexpr, D: tl.constexpr,
     D_PADDED: tl.constexpr, SHARED_PADDED: tl.constexpr, ROTATED: tl.constexpr, HEAD_NORMS: tl.constexpr,
     ALIBI: tl.constexpr, CLIP: tl.constexpr, INT8: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
-    SINK_BLOCK: tl.constexpr, JOINED_HEADS: tl.constexpr, JOINED_SPLITS: tl.constexpr, EARLY: tl.constexpr, PTX: tl.constexpr,
+    SINK_BLOCK: tl.constexpr, JOINED_HEADS: tl.constexpr, JOINED_SPLITS: tl.constexpr, EARLY: tl.constexpr,
+    PTX: tl.constexpr,
 ):  # fmt: skip
     """One token: rotate q and k, store k and v in the ring, read all that is held, join the splits.
 
@@ -275,7 +276,16 @@ def attention(
         before = tl.atomic_add(arrived + pair, 1, sem="acq_rel")
         if before == SPLITS - 1:
             joined(
-                partial, log_sums, out + first_head * D, pair, SPLITS, SHARED, D, D_PADDED, JOINED_HEADS, JOINED_SPLITS
+                partial,
+                log_sums,
+                out + first_head * D,
+                pair,
+                SPLITS,
+                SHARED,
+                D,
+                D_PADDED,
+                JOINED_HEADS,
+                JOINED_SPLITS,
             )
 
 
@@ -314,5 +324,7 @@ def joined(
     whole = (r < SHARED)[:, None] & (d < D)[None, :]
     total = tl.where(total == 0.0, 1.0, total)  # padded heads
     tl.store(
-        result_at + r[:, None] * D + d[None, :], (read / total[:, None]).to(result_at.dtype.element_ty), mask=whole
+        result_at + r[:, None] * D + d[None, :],
+        (read / total[:, None]).to(result_at.dtype.element_ty),
+        mask=whole,
     )

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from streamllm.cache.ring import LayerStore
 from streamllm.compiled import fusion, triton_attention, triton_chunk_kernels, triton_products, triton_support
 from streamllm.compiled.recorder import NotedCall, Recorder
 from streamllm.compiled.triton_graph import Recorded
@@ -25,7 +26,6 @@ from streamllm.compiled.triton_launch import power_of_two
 from streamllm.models import attention, linear, rotary
 from streamllm.models.base import CausalLM
 from streamllm.models.step import Plan, Step
-from streamllm.cache.ring import LayerStore
 
 NOTED = (*triton_attention.NOTED, *triton_products.NOTED)
 MAX_SINKS = 256  # more are read by products
@@ -186,7 +186,9 @@ def attended_chunk(
     run, log_sums = attention._by_flash_cuda(
         query[:, :, first:], keys[:, :, low:high], values[:, :, low:high], scale, band.window
     )
-    return with_sinks(sink_query, keys[:, :, : band.columns], values[:, :, : band.columns], run, log_sums, band.start, scale)
+    return with_sinks(
+        sink_query, keys[:, :, : band.columns], values[:, :, : band.columns], run, log_sums, band.start, scale
+    )
 
 
 def with_sinks(
@@ -208,5 +210,3 @@ def with_sinks(
         D_PADDED=max(16, power_of_two(dim)), ROWS=rows, BLOCK=max(16, min(64, power_of_two(sinks))), num_warps=4,
     )  # fmt: skip
     return out.transpose(1, 2)
-
-

@@ -9,7 +9,7 @@ dimension. Pointers to tensors that a variant does not read may be any tensor.
 import triton
 import triton.language as tl
 
-from streamllm.compiled.triton_device import after_previous, before_next, int8_to, to_float
+from streamllm.compiled.triton_kernel_helpers import after_previous, before_next, int8_to, to_float
 
 NO_NORM, RMS_NORM, LAYER_NORM = 0, 1, 2
 NONE, SILU, RELU, GELU, GELU_TANH, GELU_FAST, QUICK_GELU = range(7)
@@ -42,7 +42,9 @@ def loaded(weight, row, k, K: tl.constexpr, BK: tl.constexpr):
     if K % BK == 0:
         w = tl.load(weight + row + k[None, :], eviction_policy="evict_first")
     else:
-        w = tl.load(weight + row + k[None, :], mask=(k < K)[None, :], other=0.0, eviction_policy="evict_first")
+        w = tl.load(
+            weight + row + k[None, :], mask=(k < K)[None, :], other=0.0, eviction_policy="evict_first"
+        )
     return w
 
 

@@ -216,9 +216,13 @@ def attended(
         partial = torch.empty(sums * dim_padded, dtype=torch.float32, device=q.device)
         log_sums = torch.empty(sums, dtype=torch.float32, device=q.device)
     joined_heads = power_of_two(shared)
+    joined_splits = max(1, min(power_of_two(splits), JOINED // (joined_heads * dim_padded)))
+    sink_block = block if shared == 1 else min(block, max(16, power_of_two(sinks)))
     early = _early(q, q.shape[1])
-    if early["EARLY"] == triton_tiles.FROM_THE_START:
-        early["launch_pdl"] = False  # its few programs would crowd where the first of the kernel in front end
+    if early["launch_pdl"] and batch * heads * splits < 2 * triton_tiles.multiprocessors(q.device):
+        # So few programs, started early, crowd where the kernel in front ends first: with some tiles, a token of 8B
+        # then took 4.6 ms instead of 4.1 (tools/gpu_check.py --parts decode-8b, H200, 2026-11).
+        early["launch_pdl"] = False
     q_norm, k_norm, q_eps, k_eps = (q, k, 0.0, 0.0) if head_norms is None else head_norms
     slopes, bias_scale = (q, 0.0) if alibi is None else alibi
     triton_attention_kernel.attention[(batch * heads, splits)](
@@ -229,8 +233,7 @@ def attended(
         SINKS=sinks, SLOTS=slots, HEADS=heads, SHARED=shared, D=dim, D_PADDED=dim_padded,
         SHARED_PADDED=shared_padded, ROTATED=tables[0].shape[-1] if tables else 0,
         HEAD_NORMS=head_norms is not None, ALIBI=alibi is not None, CLIP=clip is not None, INT8=len(ring) > 2,
-        SPLITS=splits, BLOCK=block, SINK_BLOCK=block if shared == 1 else min(block, max(16, power_of_two(sinks))),
-        JOINED_HEADS=joined_heads, JOINED_SPLITS=max(1, min(power_of_two(splits), JOINED // (joined_heads * dim_padded))),
+        SPLITS=splits, BLOCK=block, SINK_BLOCK=sink_block, JOINED_HEADS=joined_heads, JOINED_SPLITS=joined_splits,
         PTX=triton_tiles.on_gpu(q.device), num_warps=warps, num_stages=stages, **early,
     )  # fmt: skip
     return out

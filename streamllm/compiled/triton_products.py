@@ -56,7 +56,9 @@ class ProductFusion:
                 if product.scale is None:
                     self._keep_for_cublas(product)
             for group in self._groups(product for product in products if product.scale is None):
-                self._join_weights(group)  # as with one row, so that one recording does not move another's weights
+                self._join_weights(
+                    group
+                )  # as with one row, so that one recording does not move another's weights
             products = [product for product in products if product.scale is not None]
         products = self._join(products)
         self._fuse_sums(products)
@@ -202,7 +204,9 @@ class ProductFusion:
         """The weights of a group in one tensor. Its biases become one, too."""
         with torch.no_grad():
             if len(group) > 1 and group[0].bias is not None:
-                fusion.join([self.recorded.value(product.bias) for product in group if product.bias], by_columns=False)
+                fusion.join(
+                    [self.recorded.value(product.bias) for product in group if product.bias], by_columns=False
+                )
             return fusion.join([self._weight(product) for product in group], by_columns=False)
 
     def _joined(self, group: Sequence[_Product], name: str) -> fx.Node | None:

@@ -48,7 +48,9 @@ def rows_tiles(rows: int) -> list[Tile]:
 
 def attention_tiles(pairs: int, shared: int, slots: int, processors: int) -> list[AttentionTile]:
     """The tiles worth a measurement: between half a program and sixteen for each multiprocessor."""
-    splits = [split for split in (1, 2, 4, 8, 16, 32, 64) if processors // 2 <= pairs * split <= processors * 16]
+    splits = [
+        split for split in (1, 2, 4, 8, 16, 32, 64) if processors // 2 <= pairs * split <= processors * 16
+    ]
     if pairs > processors * 4:
         splits = [1, 2, 4]
     blocks = (64, 128) if shared > 1 else (32, 64)
@@ -122,9 +124,13 @@ def attention_launches(
     rings: list[list[torch.Tensor]] = []
     for _ in range(layers):
         if int8:
-            numbers = torch.randint(-127, 128, (2, batch, heads, slots - sinks, dim), dtype=torch.int8, device=device)
+            numbers = torch.randint(
+                -127, 128, (2, batch, heads, slots - sinks, dim), dtype=torch.int8, device=device
+            )
             scales = torch.full((2, batch, heads, slots - sinks, 1), 0.02, dtype=dtype, device=device)
-            rings.append([torch.randn(2, batch, heads, sinks, dim, dtype=dtype, device=device), scales, numbers])
+            rings.append(
+                [torch.randn(2, batch, heads, sinks, dim, dtype=dtype, device=device), scales, numbers]
+            )
         else:
             shape = batch, heads, slots, dim
             rings.append([torch.randn(shape, dtype=dtype, device=device) for _ in range(2)])

@@ -28,8 +28,7 @@ def worst_error(model, sinks=2, window=9, rows=1, usable=True, ragged=False) -> 
         tokens = random_tokens(length, rows, seed=seed)
         lengths = [max(0, length - row) for row in range(rows)] if ragged else None
         wanted, got = (
-            one(tokens, cache, lengths=lengths)
-            for one, cache in zip((model, compiled), caches, strict=True)
+            one(tokens, cache, lengths=lengths) for one, cache in zip((model, compiled), caches, strict=True)
         )
         for row in range(rows):
             real = length if lengths is None else lengths[row]
@@ -44,9 +43,8 @@ def worst_error(model, sinks=2, window=9, rows=1, usable=True, ragged=False) -> 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_family_equals_the_model(name) -> None:
-    usable = CONFIGS[name].rope is not None if hasattr(CONFIGS[name], "rope") else False
-    usable = usable and not name.startswith(("mpt", "falcon rw"))  # ALiBi: the model computes by itself
-    assert worst_error(build(name), usable=usable) <= TOLERANCE
+    alibi = build(name).geometry.rope is None  # then the model computes by itself
+    assert worst_error(build(name), usable=not alibi) <= TOLERANCE
 
 
 @pytest.mark.parametrize("ragged", [False, True])
@@ -91,7 +89,9 @@ def sinks_error(sinks: int, place: int, first: int, heads: int = 6, groups: int 
     return error(got, wanted)
 
 
-@pytest.mark.parametrize(("sinks", "place", "first"), [(1, 50, 0), (4, 50, 0), (4, 0, 4), (4, 2, 2), (40, 70, 0)])
+@pytest.mark.parametrize(
+    ("sinks", "place", "first"), [(1, 50, 0), (4, 50, 0), (4, 0, 4), (4, 2, 2), (40, 70, 0)]
+)
 def test_sinks_join_what_was_read(sinks, place, first) -> None:
     assert sinks_error(sinks, place, first) <= TOLERANCE
 

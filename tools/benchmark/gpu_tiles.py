@@ -53,7 +53,9 @@ def measure_tiles(log: Log, arguments: str, workers: int, spread: Callable[[Log,
         log.attempt("attention tile", lambda shape=shape: attention_row(log, kept, *shape, device))
         torch.cuda.empty_cache()
     for shape, rows in [*((shape, 1) for shape in PRODUCTS), *((shape, ROWS) for shape in PRODUCTS_OF_ROWS)]:
-        log.attempt("product tile", lambda shape=shape, rows=rows: product_row(log, kept, *shape, rows, device))
+        log.attempt(
+            "product tile", lambda shape=shape, rows=rows: product_row(log, kept, *shape, rows, device)
+        )
         torch.cuda.empty_cache()
     triton_tiles.keep_tiles(device, kept)
 
@@ -103,7 +105,10 @@ def product_row(
     default = triton_tiles.tile_of(rows, torch.empty(outputs, inputs, dtype=dtype, device=device), gated)
     itemsize, arguments = dtype.itemsize, (outputs, inputs, gated)
     if rows == 1:
-        key, tiles = triton_tiles.product_key(*arguments, itemsize), triton_tune.product_tiles(*arguments, itemsize)
+        key, tiles = (
+            triton_tiles.product_key(*arguments, itemsize),
+            triton_tune.product_tiles(*arguments, itemsize),
+        )
     else:
         key, tiles = triton_tiles.rows_key(*arguments, itemsize), triton_tune.rows_tiles(rows)
     nbytes = outputs * inputs * itemsize * (2 if gated else 1)

@@ -1,6 +1,6 @@
 """What kernels have only when they are compiled for an NVIDIA GPU: an early start, and conversions in PTX.
 
-Triton's interpreter runs no PTX, so kernels take these as constants: EARLY and PTX, both False there.
+Triton's interpreter runs no PTX, so kernels take these as constants: EARLY is 0 and PTX is False there.
 """
 
 import triton
@@ -43,9 +43,10 @@ prmt.b32 $1, c, d, 0x7632;
 def after_previous(EARLY: tl.constexpr):
     """Wait for the results of the kernel in front.
 
-    EARLY: the kernel was launched with launch_pdl, so it may run beside the end of the one in front. Until here, it
+    EARLY: kernels are launched with launch_pdl, so one may run beside the end of the one in front. Until here, it
     reads only what no kernel of the step writes. What came before the one in front is complete then, too, because
-    that one has waited for it.
+    that one has waited for it. 1: the next kernel may start when all programs of this one are here; 2: when they are
+    at `before_next`.
     """
     if EARLY > 0:
         gdc_wait()
@@ -55,7 +56,7 @@ def after_previous(EARLY: tl.constexpr):
 
 @triton.jit
 def before_next(EARLY: tl.constexpr):
-    """Let the next kernel start as soon as all programs of this one are here."""
+    """See `after_previous`."""
     if EARLY == 2:
         gdc_launch_dependents()
 
