@@ -26,9 +26,11 @@ TYPES = {
     torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.float64: "fp64",
     torch.int8: "i8", torch.uint8: "u8", torch.int32: "i32", torch.int64: "i64",
 }  # fmt: skip
-OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
+OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion", "launch_pdl")
 INT4_KERNELS = ("matvec", "matmul_rows")
 KERNELS = ("matvec", "matmul_rows", "norm_rows", "gate_rows", "rope_tables", "attention")
+SOURCES = {name: getattr(attention_kernel if name == "attention" else kernels, name) for name in KERNELS}
+INT4_SOURCES = {name: getattr(int4_kernels, name) for name in INT4_KERNELS}
 
 
 class Launches:
@@ -62,16 +64,17 @@ class Launches:
         self.made.append((name, ASTSource(self.kernel, signature, constants, attributes), options))
 
 
-def launched() -> list[tuple[str, Any, dict[str, Any]]]:
+def launched(capability: int) -> list[tuple[str, Any, dict[str, Any]]]:
     """The source of every kernel in the variants that models use, with the tiles of a GPU."""
     tiles.on_gpu = lambda device: True
+    tiles.starts_early = lambda device: capability >= 90
     tiles.multiprocessors = lambda device: 132
     tiles.kept_tiles = lambda name: {}
     modules = {name: attention_kernel if name == "attention" else kernels for name in KERNELS}
-    replaced = [(modules[name], name, name) for name in KERNELS]
-    replaced += [(int4_kernels, name, f"int4 {name}") for name in INT4_KERNELS]
-    collected = {shown: Launches(getattr(module, name)) for module, name, shown in replaced}
-    for module, name, shown in replaced:
+    replaced = [(modules[name], name, name, SOURCES[name]) for name in KERNELS]
+    replaced += [(int4_kernels, name, f"int4 {name}", INT4_SOURCES[name]) for name in INT4_KERNELS]
+    collected = {shown: Launches(source) for _, _, shown, source in replaced}
+    for module, name, shown, _ in replaced:
         setattr(module, name, collected[shown])
     for _ in calls():
         pass
@@ -172,9 +175,8 @@ def calls() -> Iterator[Any]:
 
 def main() -> None:
     """Compiles for the compute capabilities in argv. Prints a line of JSON for each cubin."""
-    sources = launched()
     for capability in (int(given) for given in sys.argv[1:] if given.isdigit()):
-        seen = set()
+        sources, seen = launched(capability), set()
         for name, source, options in sources:
             key = name, source.hash(), str(options)
             if key in seen:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -26,6 +26,9 @@ from streamllm.models.base import check_lengths, check_tokens
 from streamllm.models.packed_weight import PackedWeight
 from streamllm.models.step import Cache, Plan, geometry_of
 from streamllm.tensor_parallel import is_tensor_parallel
+
+if TYPE_CHECKING:
+    from streamllm.compiled.triton_chunk import FusedChunks
 
 BACKENDS = ("auto", "flat", "inductor", "cudagraphs")
 CAPTURABLE = ("cuda",)  # device types with graphs that can be captured
@@ -105,10 +108,11 @@ class Compiled(nn.Module):
         self._takeovers: LRU[Any, Takeover] = LRU(MAX_RECORDINGS)  # of "auto"
         self._by_rows = False  # whether the weights have the layout of loops
         self._weights = _WeightAddresses()
+        self._chunks: FusedChunks | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """For copy.deepcopy and pickle: a copy has its own weights, and nothing is recorded of them."""
-        recorded = "_recorded", "_bound", "_takeovers", "_weights"
+        recorded = "_recorded", "_bound", "_takeovers", "_weights", "_chunks"
         return {name: value for name, value in self.__dict__.items() if name not in recorded}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -139,7 +143,18 @@ class Compiled(nn.Module):
                     logits = self._step(tokens, cache)(tokens, cache)
                     cache.commit_token()
                 return logits
-        return self.model(tokens, cache, lengths=lengths, logits_to_keep=logits_to_keep)  # type: ignore[no-any-return]
+        model = self._model_of_chunks(cache) if isinstance(cache, SinkCache) else self.model
+        return model.forward(tokens, cache, lengths=lengths, logits_to_keep=logits_to_keep)  # type: ignore[no-any-return]
+
+    def _model_of_chunks(self, cache: SinkCache) -> Any:
+        """What computes a chunk of a prompt: the model, or the same with fused kernels."""
+        if not self._uses_triton(cache) or is_tensor_parallel(self.model):
+            return self.model
+        if self._chunks is None or not self._weights.unchanged():
+            from streamllm.compiled import triton_chunk
+
+            self._chunks = triton_chunk.FusedChunks(self.model, self._remember_weights)
+        return self._chunks
 
     def _step(self, tokens: Tensor, cache: SinkCache) -> _BoundStep:
         """The step that computes the next token of this cache."""
@@ -294,7 +309,7 @@ class Compiled(nn.Module):
             result = function()
         recorded = recorder.finish(result)
         if triton_fusion.fuse(recorded, recorder, given, cache):
-            made = fusion.flat_function(recorded)
+            made = fusion.flat_function(recorded, joined_only=True)
             try:
                 with triton_support.on(given[0].device):
                     made(*given)  # compiles the kernels
@@ -308,12 +323,19 @@ class Compiled(nn.Module):
         return None
 
     def _count_recording(self) -> None:
-        if not self._weights.unchanged():  # fusing or arranging moved them, so older recordings are stale
+        if self._remember_weights():
+            self._chunks = None
+        self.recordings += 1
+        trim_heap()
+
+    def _remember_weights(self) -> bool:
+        """Where the weights are now. Where fusing or arranging moved them, older recordings are stale: then True."""
+        moved = not self._weights.unchanged()
+        if moved:
             self._recorded.clear()
             self._bound.clear()
         self._weights = _WeightAddresses(self.model)
-        self.recordings += 1
-        trim_heap()
+        return moved
 
     def _uses_triton(self, cache: SinkCache) -> bool:
         return (
