@@ -180,7 +180,7 @@ def test_a_session_goes_on_with_the_same_weights_rounded_otherwise(quantize, tmp
     wrong = streamllm.load_model(quantize="int4", device="cpu")
     weight = wrong.layers[2].mlp.up.weight
     weight.data = weight.data.flip(0)
-    with pytest.raises(SessionError, match="those of layers.2.mlp.up.weight differ"):
+    with pytest.raises(SessionError, match=r"those of layers\.2\.mlp\.up\.weight differ"):
         Stream.load(path, wrong, tokenizer)
 
 
