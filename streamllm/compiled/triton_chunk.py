@@ -39,7 +39,7 @@ class FusedChunks:
     """
 
     _stream = CausalLM._stream
-    forward = CausalLM.forward
+    __call__ = CausalLM.forward
 
     def __init__(self, model: nn.Module, recorded: Callable[[], object]) -> None:
         self._model, self._note = model, recorded
