@@ -37,6 +37,19 @@ class Log:
 
 
 @dataclass(frozen=True, eq=False)
+class LoopState:
+    """A copy of what a loop knows besides its cache; see `Loop.state`."""
+
+    logits: Tensor | None  # [V], for the next token, if they are known
+    first: int  # the number of the first of `tokens`
+    tokens: tuple[int, ...]  # the last token that the cache took in, and those that wait
+    history: tuple[int, ...]  # the last tokens, for the penalties
+    history_size: int
+    cuts: int  # how often tokens were taken back
+    drawn: int | None
+
+
+@dataclass(frozen=True, eq=False)
 class _Ahead:
     """A forward that ran before its token was fed."""
 
@@ -115,6 +128,11 @@ class Loop:
         return self._read_log().history.last(count)
 
     @property
+    def repeated(self) -> float:
+        """See `History.loop_share`."""
+        return self._read_log().history.loop_share()
+
+    @property
     def logits(self) -> Tensor | None:
         """The model's logits [V] for the next token, if nothing waits and they are known."""
         known = self._logits
@@ -157,20 +175,11 @@ class Loop:
 
         Raises ValueError where the cache has seen less than its stream: it was reset or loaded by another caller.
         """
-        self._end_running_ahead()
-        log = self.log
-        if self.logits is not None or self.is_empty:
+        waiting = self.waiting()
+        if not waiting:
             return
-        seen = self.seen
-        if seen >= log.end:  # interrupted after the commit, before the logits arrived
-            self.cache.step_back()
-            seen -= 1
-        if seen < log.first:
-            raise ValueError(
-                f"the cache has seen {seen} tokens, and its stream stands at {log.first}: the cache was changed from "
-                f"outside; reset the stream"
-            )
-        waiting, ahead = log.tokens[seen - log.first :], self._ahead
+        log, seen = self.log, self.seen
+        ahead = self._ahead
         self._ahead = None
         if ahead is not None and (ahead.place, [ahead.token]) == (seen, waiting):
             if ahead.failed is not None:
@@ -184,7 +193,43 @@ class Loop:
                 tokens = known[1][None]
             else:
                 tokens = torch.tensor([waiting], dtype=torch.int64, device=self.cache.device)
-            self._logits = log.end, self.model(tokens, self.cache, logits_to_keep=1)[0, -1]
+            self.set_logits(self.model(tokens, self.cache, logits_to_keep=1)[0, -1])
+
+    # What a caller needs who feeds many loops and draws for them together, instead of `feed` and `draw`
+
+    def waiting(self) -> list[int]:
+        """The tokens to feed before the next one can be drawn; none where the logits are known, or for an empty stream.
+
+        Raises ValueError as `feed`.
+        """
+        self._end_running_ahead()
+        log = self.log
+        if self.logits is not None or self.is_empty:
+            return []
+        seen = self.seen
+        if seen >= log.end:  # interrupted after the commit, before the logits arrived
+            self.cache.step_back()
+            seen -= 1
+        if seen < log.first:
+            raise ValueError(
+                f"the cache has seen {seen} tokens, and its stream stands at {log.first}: the cache was changed from "
+                f"outside; reset the stream"
+            )
+        return log.tokens[seen - log.first :]
+
+    def set_logits(self, logits: Tensor) -> None:
+        """The model's logits [V] after all tokens, which were fed."""
+        self._logits = self.log.end, logits
+
+    def set_drawn(self, token: int) -> None:
+        """The next token, which was drawn from `logits`."""
+        self._drawn = self.end, token
+
+    def history(self, sampler: Sampler) -> History:
+        """The last tokens that were pushed, as many as the sampler needs or all that are kept."""
+        history = self._read_log().history
+        history.grow(sampler.needs)
+        return history
 
     def draw(self, sampler: Sampler, generated: int, run_ahead: bool = True) -> int:
         """The next token of the stream, or the one that was drawn and not pushed yet.
@@ -202,8 +247,7 @@ class Loop:
         assert logits is not None, "an empty stream has no next token"
         if self._rows is None or self._rows[0] is not sampler:
             self._rows = sampler, RowSettings([sampler.config], logits.device)
-        history = self._read_log().history
-        history.grow(sampler.needs)
+        history = self.history(sampler)
         with torch.inference_mode():
             tokens, best = sample(logits[None], [sampler], self._rows[1], [history], [place], [generated])
             if run_ahead and self.cache.device.type in RUN_AHEAD:
@@ -211,7 +255,7 @@ class Loop:
             check_finite(float(best))
             token = int(tokens)
         self._on_device = place, tokens
-        self._drawn = place, token
+        self.set_drawn(token)
         return token
 
     def _read_log(self) -> Log:
@@ -253,6 +297,41 @@ class Loop:
                 self.cache.step_back()
             self._running_ahead = None
 
+    def state(self) -> LoopState:
+        """A copy, for a loop whose cache is in the same state as this one's is after the call."""
+        log = self._read_log()
+        if self.seen > log.end:  # interrupted while a forward ran ahead: the token is not in the stream yet
+            self.cache.step_back()
+        logits, history = self.logits, log.history
+        return LoopState(
+            None if logits is None else logits.clone(),
+            log.first,
+            tuple(log.tokens),
+            tuple(history.last(log.end)),
+            history.size,
+            log.cuts,
+            self.drawn,
+        )
+
+    def restore(self, state: LoopState) -> None:
+        """Return to a state, which can be used again. The cache was brought to the same one before."""
+        end = state.first + len(state.tokens)
+        history = History(state.history_size, state.history)
+        self._drawn = self._logits = self._answer = self._ahead = self._running_ahead = None
+        self._on_device = self._leaving = None
+        self.log = Log(state.first, list(state.tokens), history, end - history.total, state.cuts)
+        if state.logits is not None:
+            self._logits = end, state.logits.to(self.cache.device, self.cache.dtype)
+        if state.drawn is not None:
+            self._drawn = end, state.drawn
+
+    def forget(self, left: Sequence[int]) -> None:
+        """Tokens left the cache: `left` are the last tokens without them, and the next logits are computed again."""
+        log = self.log
+        history = History(log.history.size, left)
+        self.log = replace(log, history=history, ahead=log.end - history.total)
+        self._logits = None
+
     def keep_last_unfed(self) -> None:
         """Take the last token out of the cache again, if it was fed: the next caller feeds it.
 
@@ -266,8 +345,8 @@ class Loop:
         """Take the tokens from number `start` on out of the stream, and push `then` in their place.
 
         Their entries leave the cache. What they had pushed out of the window does not come back, and neither does what
-        a drawn token would have pushed out. Numbers of tokens that were fed are not used again. After an interrupt,
-        the same call completes it; `log.cuts` tells whether it has ended.
+        a drawn token would have pushed out. Numbers of tokens that were fed are used again only where nothing was
+        pushed out. After an interrupt, the same call completes it; `log.cuts` tells whether it has ended.
         """
         self._end_running_ahead()
         log, cache = self._read_log(), self.cache
@@ -281,8 +360,8 @@ class Loop:
             again = fed > 0 and not then and bool(left)
             self._leaving = log.cuts, held - fed - again, fed > 0, again
         _, kept, was_fed, again = self._leaving
-        if kept < cache.sinks and held - kept <= int(cache.rewindable[0]):
-            cache.rewind(held - kept)  # the text is so short that sinks leave
+        if held - kept <= int(cache.rewindable[0]):
+            cache.rewind(held - kept)
         elif held > max(kept, cache.sinks):
             cache.evict_range(max(kept, cache.sinks), held)
         if again:

@@ -19,21 +19,24 @@ from triton.compiler import ASTSource
 from streamllm.compiled import triton_attention_kernel as attention_kernel
 from streamllm.compiled import triton_chunk as chunk
 from streamllm.compiled import triton_chunk_kernels as chunk_kernels
+from streamllm.compiled import triton_int4_kernels as int4_kernels
 from streamllm.compiled import triton_kernels as kernels
 from streamllm.compiled import triton_launch as launch
 from streamllm.compiled import triton_tiles as tiles
 
 TYPES = {
     torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.float64: "fp64",
-    torch.int8: "i8", torch.int32: "i32", torch.int64: "i64",
+    torch.int8: "i8", torch.uint8: "u8", torch.int32: "i32", torch.int64: "i64",
 }  # fmt: skip
 OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion", "launch_pdl")
-MODULES = {
-    **dict.fromkeys(("matvec", "matmul_rows", "norm_rows", "gate_rows", "rope_tables"), kernels),
-    "attention": attention_kernel,
-    **dict.fromkeys(("rotate_heads", "join_sinks"), chunk_kernels),
+# By the name under which a kernel is shown: its module, and its name there.
+KERNELS = {
+    **{name: (kernels, name) for name in ("matvec", "matmul_rows", "norm_rows", "gate_rows", "rope_tables")},
+    "attention": (attention_kernel, "attention"),
+    **{name: (chunk_kernels, name) for name in ("rotate_heads", "join_sinks")},
+    **{f"int4 {name}": (int4_kernels, name) for name in ("matvec", "matmul_rows")},
 }
-SOURCES = {name: getattr(module, name) for name, module in MODULES.items()}
+SOURCES = {shown: getattr(module, name) for shown, (module, name) in KERNELS.items()}
 
 
 class Launches:
@@ -73,9 +76,9 @@ def launched(capability: int) -> list[tuple[str, Any, dict[str, Any]]]:
     tiles.starts_early = lambda device: capability >= 90
     tiles.multiprocessors = lambda device: 132
     tiles.kept_tiles = lambda name: {}
-    collected = {name: Launches(source) for name, source in SOURCES.items()}
-    for name, launches in collected.items():
-        setattr(MODULES[name], name, launches)
+    collected = {shown: Launches(source) for shown, source in SOURCES.items()}
+    for shown, (module, name) in KERNELS.items():
+        setattr(module, name, collected[shown])
     for _ in calls():
         pass
     return [
@@ -108,6 +111,17 @@ def calls() -> Iterator[Any]:
         norm = (kernels.LAYER_NORM, empty(1000, dtype=dtype), empty(1000, dtype=dtype), 1e-5)
         yield launch.product(
             empty(rows, 1, 1000, dtype=dtype), weight, None, bias, norm, activation=activation
+        )
+    for outputs, inputs, gated, rows in (  # int4
+        (6144, 4096, False, 1), (14336, 4096, True, 1), (4096, 14336, False, 1), (4096, 4096, False, 8),
+        (14336, 4096, True, 64), (1000, 352, True, 1),
+    ):  # fmt: skip
+        weight = empty(outputs, inputs // 2, dtype=torch.uint8)
+        scale = empty(outputs, inputs // 32)
+        norm = (kernels.RMS_NORM, empty(inputs), None, 1e-5) if outputs != inputs and rows == 1 else None
+        up = (weight, scale, None) if gated else None
+        yield launch.product(
+            empty(rows, 1, inputs), weight, scale, None, norm, up, empty(rows, 1, outputs), int(gated)
         )
     x = empty(64, 1, 4096)
     yield launch.added_and_normalised(x, x, kernels.RMS_NORM, empty(4096), None, 1e-5)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from streamllm.cache.checks import check_same_sizes
 from streamllm.cache.ring import (
     LayerStore,
     Layout,
@@ -154,17 +155,8 @@ class SinkCache(Streams):
 
     def check_model(self, geometry: Geometry, device: torch.device) -> None:
         """Raises ValueError where the cache was made for another model, or autocast would change its type."""
-        own = self.geometry
-        if geometry is not own:
-            sizes = [(g.kv_heads, g.head_dim, g.windows) for g in (own, geometry)]
-            if sizes[0] != sizes[1]:
-                (heads, dim, windows), (other_heads, other_dim, other_windows) = sizes
-                raise ValueError(
-                    f"the cache was made for another model, of {len(windows)} layers with {heads} heads of {dim}; "
-                    f"this one has {len(other_windows)} layers with {other_heads} heads of {other_dim}"
-                    f"{', and other sliding windows' if set(windows) != set(other_windows) else ''}: "
-                    f"make a SinkCache for it"
-                )
+        if geometry is not self.geometry:
+            check_same_sizes(self.geometry, geometry)
         if device != self.device:
             raise ValueError(
                 f"the cache is on {self.device} and the model on {device}: make a SinkCache for the model as it is"
@@ -181,11 +173,15 @@ class SinkCache(Streams):
         if length == 1 and (lengths is None or all(lengths)):
             self._begin_token()
             return self.plan_token(self._places(), self.token_kinds())
+        return self._plan_chunk(length, lengths)
+
+    def _plan_chunk(self, length: int, lengths: Sequence[int] | None) -> SinkPlan:
         origin, t, device = self.origin, self._t, self.device
         lists = zip(self._layouts.items(), self._rows.starts, strict=True)
+        sinks_differ = self.quantize is not None
         if lengths is None and self._in_lockstep:
             planned = {
-                own: plan_chunk(layout, origin, t[0], starts[0], length, device)
+                own: plan_chunk(layout, origin, t[0], starts[0], length, device, sinks_differ)
                 for (own, layout), starts in lists
             }
         else:

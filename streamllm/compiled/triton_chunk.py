@@ -77,7 +77,7 @@ class FusedChunks:
         module = recorder.finish(result)
         recorded = Recorded(module, recorder, [tokens])
         recorded.rows = 1 << 30  # products stay cuBLAS's
-        if recorded.calls(linear.int8_kernel) or not self._keep_attention(recorded, plan):
+        if recorded.calls(linear.quantized_kernel) or not self._keep_attention(recorded, plan):
             self.usable = False
             return result  # type: ignore[no-any-return]
         triton_products.ProductFusion(recorded).fuse()

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from streamllm.compiled import triton_attention_kernel, triton_tiles
+from streamllm.compiled import triton_attention_kernel, triton_int4_kernels, triton_tiles
 from streamllm.compiled import triton_kernels as kernels
 
 FUSED_ADDS: dict[str, Any] = {"enable_fp_fusion": True}  # the default until Triton 3.9
@@ -49,10 +49,10 @@ def product(
 ) -> Tensor:
     """residual + activation(norm(x) @ weight.T + bias) · (norm(x) @ up.T + its bias): x [B, 1, K] -> [B, 1, N].
 
-    weight [N, K], in the type of x, or int8 with a `scale` [N].
+    weight [N, K], in the type of x, or int8 with a `scale` [N]; int4 as in triton_int4_kernels.py.
     """
     x = x.contiguous()
-    rows, (outputs, inputs) = x.numel() // x.shape[-1], weight.shape
+    rows, outputs, inputs = x.numel() // x.shape[-1], len(weight), x.shape[-1]
     if rows > 1 and norm is not None:
         x, norm = normalised(x, *norm), None
     out = x.new_empty(*x.shape[:-1], outputs)
@@ -84,19 +84,31 @@ def launch_product(
     BN, BK = tile.outputs, tile.inputs
     shared = dict(
         K=inputs, ACTIVATION=activation, GATED=gated, BIAS=bias is not None, RESIDUAL=residual is not None,
-        INT8=scale is not None, BN=BN, BK=BK, PTX=triton_tiles.on_gpu(x.device), num_warps=tile.warps,
-        num_stages=tile.stages, **_early(x, min(inputs, outputs)),
+        BN=BN, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
+    module: Any = kernels
+    if scale is not None and scale.dim() == 2:  # int4: BK counts bytes of a row
+        module, group = triton_int4_kernels, inputs // scale.shape[1]
+        shared |= {
+            "GROUP": group,
+            **({"BG": max(1, 2 * BK // group)} if rows == 1 else {"BK": BK}),
+            **FUSED_ADDS,
+        }
+    else:
+        shared |= {"INT8": scale is not None, "BK": BK, "PTX": triton_tiles.on_gpu(x.device)}
+        shared |= _early(x, min(inputs, outputs))
+        if rows == 1:
+            shared |= {"AHEAD": tile.ahead, "FOLD": tile.fold}
     second = up[0], _or(up[1], x), _or(up[2], x)
     blocks = -(-outputs // BN)
     if rows == 1:
-        kernels.matvec[(blocks,)](
+        module.matvec[(blocks,)](
             x, norm_weight, _or(norm_bias, x), weight, _or(scale, x), _or(bias, x), *second, _or(residual, x), out,
             outputs, eps, K_PADDED=power_of_two(inputs), EVEN_N=outputs % BN == 0, NORM=kind,
-            NORM_BIAS=norm_bias is not None, AHEAD=tile.ahead, FOLD=tile.fold, **shared,
+            NORM_BIAS=norm_bias is not None, **shared,
         )  # fmt: skip
         return
-    kernels.matmul_rows[(blocks, -(-rows // tile.rows))](
+    module.matmul_rows[(blocks, -(-rows // tile.rows))](
         x,
         weight,
         _or(scale, x),

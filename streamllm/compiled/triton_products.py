@@ -20,7 +20,7 @@ from streamllm.compiled.triton_graph import Recorded, is_method, item, only_user
 from streamllm.compiled.triton_support import DTYPES
 from streamllm.models import base, linear
 
-NOTED = (base.RMSNorm.forward, base._gelu_fast, base._quick_gelu, linear.int8_kernel)
+NOTED = (base.RMSNorm.forward, base._gelu_fast, base._quick_gelu, linear.quantized_kernel)
 ACTIVATIONS: dict[Any, int] = {F.silu: kernels.SILU, F.relu: kernels.RELU}
 ACTIVATION_CALLS = {base._gelu_fast: kernels.GELU_FAST, base._quick_gelu: kernels.QUICK_GELU}
 
@@ -74,7 +74,7 @@ class ProductFusion:
             x, weight, bias = (*node.args, None)[:3]
             if self._is_weight(weight, DTYPES) and (bias is None or bias.op == "get_attr"):
                 found.append(_Product(node, x, weight, None, bias))
-        for call in self.recorded.calls(linear.int8_kernel):
+        for call in self.recorded.calls(linear.quantized_kernel):
             given = call.arguments
             tensors = call.result, given["x"], given["weight"], given["scale"]
             out, x, weight, scale = (self.recorded.node(tensor) for tensor in tensors)
@@ -83,7 +83,8 @@ class ProductFusion:
                 out is not None
                 and x is not None
                 and weight is not None
-                and self._is_weight(weight, (torch.int8,))
+                and self._is_weight(weight, (torch.int8, torch.uint8))
+                and given["scale"].dim() < 3  # the blocks of a CPU
             ):
                 found.append(_Product(out, x, weight, scale, bias))
         return sorted(found, key=lambda product: self.recorded.order[product.out])
@@ -192,7 +193,8 @@ class ProductFusion:
         groups: dict[Any, list[_Product]] = {}
         for product in products:
             plain = product.activation == kernels.NONE and product.up is None
-            key = product.x, product.scale is None, product.bias is None, None if plain else product.out
+            dtype = self._weight(product).dtype  # that of a quantised weight, too
+            key = product.x, dtype, product.bias is None, None if plain else product.out
             groups.setdefault(key, []).append(product)
         made: list[list[_Product]] = []
         for group in groups.values():
