@@ -36,6 +36,7 @@ from torch import Tensor
 
 from streamllm.models.processor import IS_INTEL
 from streamllm.models.step import Step, is_visible
+from streamllm.models.tensor_cache import tensor_cache
 from streamllm.models.torch_private import flash_attention_cpu, flash_attention_cuda
 
 Read = tuple[Tensor, Tensor]  # out [B, H, T, D] and lse [B, H, T]
@@ -261,7 +262,7 @@ def _has_flash(device: torch.device) -> bool:
     return torch.version.cuda is not None and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-@lru_cache(maxsize=4)  # all layers, and nearly all tiles of a long text, have the same
+@tensor_cache(4)  # all layers, and nearly all tiles of a long text, have the same
 def _run_bias(
     queries: int, keys: int, in_front: int, window: int, dtype: torch.dtype, device: torch.device
 ) -> Tensor | None:

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from streamllm.models.checks import whole_number, wrong_tokens
-from streamllm.models.linear import HALF, Linear
+from streamllm.models.linear import Linear
+from streamllm.models.quantized import HALF
 from streamllm.models.step import Cache, Geometry, Plan
 
 
@@ -28,6 +29,16 @@ class CausalLM(nn.Module):
         self.head = Linear(config.width, config.vocab_size, bias=False)
         if config.tied:
             self.head.weight = self.embed.weight
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.embed.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type in which the model computes; int8 weights do not change it."""
+        return self.embed.weight.dtype
 
     def forward(
         self,
@@ -98,7 +109,8 @@ def check_tokens(model: CausalLM, tokens: Tensor, logits_to_keep: int | None) ->
         raise wrong_tokens(tokens, device)
     if tokens.dtype not in (torch.int64, torch.int32) or tokens.device != device:
         raise wrong_tokens(tokens, device)
-    if device.type == "cpu":  # on another device, reading the values would wait for it
+    # On another device, reading the values would wait for it; torch.export has no values to read.
+    if device.type == "cpu" and not torch.compiler.is_exporting():
         ends = [tokens.item()] if tokens.numel() == 1 else [int(end) for end in torch.aminmax(tokens)]
         if ends[0] < 0 or ends[-1] >= vocab_size:
             wrong = ends[0] if ends[0] < 0 else ends[-1]

@@ -14,19 +14,23 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from streamllm.cache import SinkCache
     from streamllm.compiled import CompileError, compile
+    from streamllm.engine import Engine, complete, generate_batch
+    from streamllm.evaluate.scores import score
     from streamllm.generation import generate
     from streamllm.generation_config import GenerationConfig
     from streamllm.loading import load, load_model, load_tokenizer
+    from streamllm.pretrained import save_pretrained
     from streamllm.stream import Stream
     from streamllm.tokenizer import Tokenizer, TokenizerError
     from streamllm.weights.errors import CheckpointError, CheckpointNotFound, UnsupportedConfig
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "CheckpointError",
     "CheckpointNotFound",
     "CompileError",
+    "Engine",
     "GenerationConfig",
     "SinkCache",
     "Stream",
@@ -34,10 +38,14 @@ __all__ = [
     "TokenizerError",
     "UnsupportedConfig",
     "compile",
+    "complete",
     "generate",
+    "generate_batch",
     "load",
     "load_model",
     "load_tokenizer",
+    "save_pretrained",
+    "score",
 ]
 
 # Public name -> the module that defines it. The imports for type checkers above say the same.
@@ -45,6 +53,7 @@ _MODULE_OF = {
     "CheckpointError": "streamllm.weights.errors",
     "CheckpointNotFound": "streamllm.weights.errors",
     "CompileError": "streamllm.compiled",
+    "Engine": "streamllm.engine",
     "GenerationConfig": "streamllm.generation_config",
     "SinkCache": "streamllm.cache",
     "Stream": "streamllm.stream",
@@ -52,10 +61,14 @@ _MODULE_OF = {
     "TokenizerError": "streamllm.tokenizer",
     "UnsupportedConfig": "streamllm.weights.errors",
     "compile": "streamllm.compiled",
+    "complete": "streamllm.engine",
     "generate": "streamllm.generation",
+    "generate_batch": "streamllm.engine",
     "load": "streamllm.loading",
     "load_model": "streamllm.loading",
     "load_tokenizer": "streamllm.loading",
+    "save_pretrained": "streamllm.pretrained",
+    "score": "streamllm.evaluate.scores",
 }
 
 if not TYPE_CHECKING:  # a type checker that sees __getattr__ accepts every misspelled name

@@ -14,6 +14,7 @@ from typing import Any
 import click
 
 import streamllm
+from streamllm.commands.batch import batch
 from streamllm.commands.chat import chat
 from streamllm.commands.convert import convert
 from streamllm.commands.generate import generate
@@ -28,6 +29,7 @@ from streamllm.commands.recall import recall
 COMMANDS = {
     "generate": generate,
     "chat": chat,
+    "batch": batch,
     "models": models,
     "info": info,
     "parity": parity,

@@ -175,20 +175,11 @@ class Loop:
 
         Raises ValueError where the cache has seen less than its stream: it was reset or loaded by another caller.
         """
-        self._end_running_ahead()
-        log = self.log
-        if self.logits is not None or self.is_empty:
+        waiting = self.waiting()
+        if not waiting:
             return
-        seen = self.seen
-        if seen >= log.end:  # interrupted after the commit, before the logits arrived
-            self.cache.step_back()
-            seen -= 1
-        if seen < log.first:
-            raise ValueError(
-                f"the cache has seen {seen} tokens, and its stream stands at {log.first}: the cache was changed from "
-                f"outside; reset the stream"
-            )
-        waiting, ahead = log.tokens[seen - log.first :], self._ahead
+        log, seen = self.log, self.seen
+        ahead = self._ahead
         self._ahead = None
         if ahead is not None and (ahead.place, [ahead.token]) == (seen, waiting):
             if ahead.failed is not None:
@@ -202,7 +193,43 @@ class Loop:
                 tokens = known[1][None]
             else:
                 tokens = torch.tensor([waiting], dtype=torch.int64, device=self.cache.device)
-            self._logits = log.end, self.model(tokens, self.cache, logits_to_keep=1)[0, -1]
+            self.set_logits(self.model(tokens, self.cache, logits_to_keep=1)[0, -1])
+
+    # What a caller needs who feeds many loops and draws for them together, instead of `feed` and `draw`
+
+    def waiting(self) -> list[int]:
+        """The tokens to feed before the next one can be drawn; none where the logits are known, or for an empty stream.
+
+        Raises ValueError as `feed`.
+        """
+        self._end_running_ahead()
+        log = self.log
+        if self.logits is not None or self.is_empty:
+            return []
+        seen = self.seen
+        if seen >= log.end:  # interrupted after the commit, before the logits arrived
+            self.cache.step_back()
+            seen -= 1
+        if seen < log.first:
+            raise ValueError(
+                f"the cache has seen {seen} tokens, and its stream stands at {log.first}: the cache was changed from "
+                f"outside; reset the stream"
+            )
+        return log.tokens[seen - log.first :]
+
+    def set_logits(self, logits: Tensor) -> None:
+        """The model's logits [V] after all tokens, which were fed."""
+        self._logits = self.log.end, logits
+
+    def set_drawn(self, token: int) -> None:
+        """The next token, which was drawn from `logits`."""
+        self._drawn = self.end, token
+
+    def history(self, sampler: Sampler) -> History:
+        """The last tokens that were pushed, as many as the sampler needs or all that are kept."""
+        history = self._read_log().history
+        history.grow(sampler.needs)
+        return history
 
     def draw(self, sampler: Sampler, generated: int, run_ahead: bool = True) -> int:
         """The next token of the stream, or the one that was drawn and not pushed yet.
@@ -220,8 +247,7 @@ class Loop:
         assert logits is not None, "an empty stream has no next token"
         if self._rows is None or self._rows[0] is not sampler:
             self._rows = sampler, RowSettings([sampler.config], logits.device)
-        history = self._read_log().history
-        history.grow(sampler.needs)
+        history = self.history(sampler)
         with torch.inference_mode():
             tokens, best = sample(logits[None], [sampler], self._rows[1], [history], [place], [generated])
             if run_ahead and self.cache.device.type in RUN_AHEAD:
@@ -229,7 +255,7 @@ class Loop:
             check_finite(float(best))
             token = int(tokens)
         self._on_device = place, tokens
-        self._drawn = place, token
+        self.set_drawn(token)
         return token
 
     def _read_log(self) -> Log:

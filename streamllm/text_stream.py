@@ -40,6 +40,8 @@ class TextStream:
         self._decoder: IncrementalDecoder = self.tokenizer.decoder()
         self._decoder_at: int | None = 0  # the number of tokens that it decoded; None while it decodes
         self._breakers: tuple[object, tuple[tuple[int, ...], ...]] | None = None
+        self._sampler: Sampler | None = None  # of the last `generate`
+        self._goes_on = False  # whether that call draws more tokens, unless a stop string ends it
         self.finish_reason: str | None = None
         self.logprobs: list[TokenLogProbs] = []
 
@@ -125,6 +127,7 @@ class TextStream:
         sampler = make_sampler(self._loop, tokens, config, seed, logits_processor, breakers)
         self._push(tokens)
         self.finish_reason, self.logprobs = None, []
+        self._sampler, self._goes_on = sampler, limit != 0
         return self._pieces(sampler, stops, limit, top)
 
     # What a stream with conversations and files adds
@@ -239,9 +242,7 @@ class TextStream:
                 self._save_if_due(True)
                 return
             if not self._view.unsaid:
-                if self._view.number > loop.end:
-                    loop.push_drawn()
-                self._make_room()
+                self._before_draw()
                 token = loop.draw(sampler, count, run_ahead=self._may_run_ahead() and count + 1 != limit)
                 if top_logprobs is not None:
                     self._keep_logprobs(token, top_logprobs)
@@ -256,6 +257,7 @@ class TextStream:
                 continue
             count += 1
             reason = "eos" if last in sampler.config.eos else "length" if count == limit else None
+            self._goes_on = reason is None
             piece, held = view.held.release(stops)
             piece = view.owed + piece
             rest = held.shown(len(held.text)) if reason is not None else ""
@@ -270,6 +272,21 @@ class TextStream:
             if reason is not None:
                 return
         self.finish_reason = "length"  # of 0 tokens
+
+    # An engine, which draws tokens for many streams together, asks and does this before it takes the next piece
+
+    @property
+    def _needs_token(self) -> bool:
+        """Whether the next piece of the running `generate` needs a token that was not drawn yet."""
+        view, loop = self._view, self._loop
+        is_drawn = loop.drawn is not None and view.number == loop.end
+        return self._goes_on and not view.stopped and not view.unsaid and not is_drawn
+
+    def _before_draw(self) -> None:
+        """Push the token before, and make room for it."""
+        if self._view.number > self._loop.end:
+            self._loop.push_drawn()
+        self._make_room()
 
     def _finish_cut(self) -> None:
         """Take the tokens of a stop string out of the stream, if there are some to take out."""

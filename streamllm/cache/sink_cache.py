@@ -32,7 +32,7 @@ from streamllm.models.checks import whole_number
 from streamllm.models.step import Geometry, Plan, Step, geometry_of
 
 DEFAULT_WINDOW = 1020
-CHUNK, CUDA_CHUNK = 512, 2048  # tokens per forward, by default
+CHUNK, CUDA_CHUNK = 512, 4096  # tokens per forward, by default
 MAX_ORIGIN = 1 << 48  # rotary angles are exact up to place 2^49, so a stream can run 2^48 tokens from here
 TRIM_AFTER_TOKENS = 64  # a chunk of so many leaves freed memory with the allocator that is worth trimming
 
@@ -45,7 +45,7 @@ class SinkCache(Streams):
     The window counts the token itself. `sinks=0` is plain window attention; a window as long as the text is
     dense attention. `window=None` takes 1020, or what fits into the model's trained length beside the sinks.
     A forward of many tokens is computed in chunks of at most `chunk`, with the same result as one by one. None: 512,
-    on CUDA 2048 divided by the batch where that is more.
+    on CUDA 4096 divided by the batch where that is more.
     `origin` is the place of the first token in the text; no result depends on it.
 
     Hand the cache to the model's forward, which advances it: `model(tokens, cache)`. Its tensors have the

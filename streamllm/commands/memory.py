@@ -10,8 +10,10 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-def check_cache_fits(model: nn.Module, sinks: int, window: int | None, quantize: str | None = None) -> None:
-    """Raises ValueError, with both sizes, if the cache of one stream is larger than the memory that is available.
+def check_cache_fits(
+    model: nn.Module, sinks: int, window: int | None, quantize: str | None = None, streams: int = 1
+) -> None:
+    """Raises ValueError, with both sizes, if the caches of `streams` take more memory than is available.
 
     window: None is the default window, which is small.
     """
@@ -24,12 +26,13 @@ def check_cache_fits(model: nn.Module, sinks: int, window: int | None, quantize:
     parameter: Any = next(model.parameters())
     itemsize = 1 if quantize else parameter.element_size()
     places = sum(sinks + min(window, own or window) for own in geometry.windows)
-    needed = 2 * geometry.kv_heads * geometry.head_dim * itemsize * places
+    needed = 2 * geometry.kv_heads * geometry.head_dim * itemsize * places * streams
     available = _available_bytes(parameter.device)
     if available is not None and needed > available:
         raise ValueError(
-            f"there is not enough memory for a cache of {sinks} sinks and {window:,} recent tokens: it takes "
-            f"{needed / 1e9:,.1f} GB, and {available / 1e9:,.1f} GB are available; give a smaller --window"
+            f"there is not enough memory for {'a cache' if streams == 1 else f'{streams} caches'} of {sinks} sinks and "
+            f"{window:,} recent tokens: it takes {needed / 1e9:,.1f} GB, and {available / 1e9:,.1f} GB are available; "
+            f"give a smaller --window{'' if streams == 1 else ', or fewer --slots'}"
         )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
@@ -22,9 +22,13 @@ from streamllm.commands.types import (
     TemperatureParamType,
 )
 
+if TYPE_CHECKING:
+    from torch import nn
+
 Command = TypeVar("Command", bound=Callable[..., Any])
 
-QUANTIZATIONS = ("int8",)
+WEIGHT_FORMATS = ("int8", "int4")  # the keys of streamllm.models.quantized.FORMATS, which imports torch
+CACHE_FORMATS = ("int8",)
 OUTPUT_FILE = OutputFileParamType()
 
 
@@ -50,7 +54,7 @@ device_option = click.option(
     "--device", type=DeviceParamType(), help="cpu, cuda, mps.  [default: the best available]"
 )
 quantize_option = click.option(
-    "--quantize", type=click.Choice(QUANTIZATIONS), help="Round the weights to 8 bits."
+    "--quantize", type=click.Choice(WEIGHT_FORMATS), help="Round the weights to 8 or 4 bits."
 )
 tensor_parallel_option = click.option(
     "--tensor-parallel", is_flag=True,
@@ -93,16 +97,28 @@ sinks_option = click.option(
 WINDOW_HELP = "Recent tokens that are kept.  [default: 1020, or what the model was trained for]"
 window_option = click.option("--window", type=TOKENS, help=WINDOW_HELP)
 quantize_cache_option = click.option(
-    "--quantize-cache", type=click.Choice(QUANTIZATIONS), help="Store recent keys and values in 8 bits."
+    "--quantize-cache", type=click.Choice(CACHE_FORMATS), help="Store recent keys and values in 8 bits."
 )
 
 
-COMPILE_BACKENDS = ("flat", "inductor", "cudagraphs")  # streamllm.compiled.BACKENDS, which imports torch
+COMPILE_BACKENDS = (
+    "auto",
+    "flat",
+    "inductor",
+    "cudagraphs",
+)  # streamllm.compiled.BACKENDS, which imports torch
 compile_option = click.option(
-    "--compile", "backend", type=click.Choice(COMPILE_BACKENDS),
-    help="Compile the step that computes the next token. "
-    "inductor is the fastest, and compiles for half a minute the first time.",
+    "--compile", "backend", type=click.Choice((*COMPILE_BACKENDS, "off")), default="auto", show_default=True,
+    help="How the next token is computed. inductor is the fastest on a CPU, and compiles for half a minute the first "
+    "time. auto begins at once and takes inductor's code when it is ready; flat gives the same text on each run.",
 )  # fmt: skip
+
+
+def compiled(model: nn.Module, backend: str) -> nn.Module:
+    """The model, compiled as `--compile` says."""
+    from streamllm import compile
+
+    return model if backend == "off" else compile(model, backend)
 
 
 def chunk_option(default: int | None) -> Callable[[Command], Command]:

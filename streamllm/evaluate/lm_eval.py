@@ -15,15 +15,13 @@ pieces.
 from __future__ import annotations
 
 import importlib
-import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 
 from streamllm.cache import SinkCache
-from streamllm.evaluate.predictions import new_cache, nll_unchecked
+from streamllm.evaluate.predictions import new_cache, scored_texts
 from streamllm.evaluate.texts import beginning
 from streamllm.models.step import geometry_of
 from streamllm.stream import Stream
@@ -210,34 +208,8 @@ class Requests:
             yield tokens[max(0, stop - self.longest) : stop + 1], stop - done
             done = stop
 
-    @torch.no_grad()
     def _score(self, texts: Sequence[list[int]]) -> Iterable[tuple[Tensor, Tensor]]:
-        """For each text [N]: nats float64 [N-1] of the tokens 1 … N-1, and whether each is the most likely."""
-        nothing = torch.empty(0, dtype=torch.float64, device="cpu")
-        found: list[tuple[Tensor, Tensor]] = [(nothing, nothing)] * len(texts)
-        order = sorted(range(len(texts)), key=lambda index: -len(texts[index]))  # similar lengths in a batch
-        device = next(self.model.parameters()).device
-        for first in range(0, len(order), self.batch):
-            rows = order[first : first + self.batch]
-            read = [len(texts[row]) - 1 for row in rows]
-            tokens = torch.zeros(len(rows), max(read) + 1, dtype=torch.int64, device="cpu")
-            for row, index in enumerate(rows):
-                tokens[row, : len(texts[index])] = torch.tensor(texts[index], dtype=torch.int64, device="cpu")
-            tokens = tokens.to(device)
-            cache = self._cache(len(rows), max(read))
-            nats, hits = [], []
-            for start in range(0, max(read), self.chunk):
-                stop = min(start + self.chunk, max(read))
-                lengths = [min(max(count - start, 0), stop - start) for count in read]
-                logits = self.model(tokens[:, start:stop], cache, lengths=lengths)
-                targets = tokens[:, start + 1 : stop + 1]
-                nats.append(nll_unchecked(logits, targets))
-                hits.append((logits.argmax(-1) == targets).cpu())
-            all_nats, all_hits = torch.cat(nats, 1), torch.cat(hits, 1)
-            all_nats, all_hits = _finite(all_nats, all_hits)
-            for row, index in enumerate(rows):
-                found[index] = all_nats[row, : read[row]], all_hits[row, : read[row]]
-        return found
+        return scored_texts(self.model, texts, self._cache, self.batch, self.chunk)
 
     def _cache(self, rows: int, length: int) -> SinkCache:
         window = length if self.mode == "dense" else cast(int, self.window)
@@ -257,16 +229,3 @@ class Requests:
             if ids and ids[0] is not None:
                 return ids[0]
         raise ValueError("the tokenizer has neither BOS nor EOS to begin a text with")
-
-
-def _finite(nats: Tensor, hits: Tensor) -> tuple[Tensor, Tensor]:
-    """Scores that are not finite count as a probability of 0, with a warning: NaN would be shown as a result."""
-    wrong = ~nats.isfinite()
-    if not bool(wrong.any()):
-        return nats, hits
-    warnings.warn(
-        "the model's logits are not finite: in float16 take bfloat16 or float32 instead, else its weights are "
-        "damaged; the texts concerned are scored with a log-probability of -inf",
-        stacklevel=2,
-    )
-    return nats.masked_fill(wrong, torch.inf), hits & ~wrong

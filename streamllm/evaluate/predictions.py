@@ -6,7 +6,7 @@ The place of a prediction is the index of the token that it is computed from; it
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -99,3 +99,54 @@ def nll_unchecked(logits: Tensor, targets: Tensor) -> Tensor:
     wide = logits if logits.dtype == torch.float64 else logits.float()
     nll = F.cross_entropy(wide.flatten(0, -2), targets.flatten(), reduction="none")
     return nll.view(targets.shape).cpu().double()
+
+
+@torch.no_grad()
+def scored_texts(
+    model: nn.Module,
+    texts: Sequence[list[int]],
+    cache_of: Callable[[int, int], SinkCache],
+    batch: int,
+    chunk: int,
+) -> list[tuple[Tensor, Tensor]]:
+    """For each text [N]: nats float64 [N-1] of the tokens 1 … N-1, and whether each is the most likely, bool [N-1].
+
+    `batch` texts are read together, `chunk` tokens of each at once, through `cache_of(rows, longest)`.
+    """
+    nothing = torch.empty(0, dtype=torch.float64, device="cpu")
+    found: list[tuple[Tensor, Tensor]] = [(nothing, nothing)] * len(texts)
+    order = sorted(range(len(texts)), key=lambda index: -len(texts[index]))  # similar lengths in a batch
+    device = next(model.parameters()).device
+    for first in range(0, len(order), batch):
+        rows = order[first : first + batch]
+        read = [len(texts[row]) - 1 for row in rows]
+        tokens = torch.zeros(len(rows), max(read) + 1, dtype=torch.int64, device="cpu")
+        for row, index in enumerate(rows):
+            tokens[row, : len(texts[index])] = torch.tensor(texts[index], dtype=torch.int64, device="cpu")
+        tokens = tokens.to(device)
+        cache = cache_of(len(rows), max(read))
+        nats, hits = [], []
+        for start in range(0, max(read), chunk):
+            stop = min(start + chunk, max(read))
+            lengths = [min(max(count - start, 0), stop - start) for count in read]
+            logits = model(tokens[:, start:stop], cache, lengths=lengths)
+            targets = tokens[:, start + 1 : stop + 1]
+            nats.append(nll_unchecked(logits, targets))
+            hits.append((logits.argmax(-1) == targets).cpu())
+        all_nats, all_hits = _finite(torch.cat(nats, 1), torch.cat(hits, 1))
+        for row, index in enumerate(rows):
+            found[index] = all_nats[row, : read[row]], all_hits[row, : read[row]]
+    return found
+
+
+def _finite(nats: Tensor, hits: Tensor) -> tuple[Tensor, Tensor]:
+    """Scores that are not finite count as a probability of 0, with a warning: NaN would be shown as a result."""
+    wrong = ~nats.isfinite()
+    if not bool(wrong.any()):
+        return nats, hits
+    warnings.warn(
+        "the model's logits are not finite: in float16 take bfloat16 or float32 instead, else its weights are "
+        "damaged; the texts concerned are scored with a log-probability of -inf",
+        stacklevel=2,
+    )
+    return nats.masked_fill(wrong, torch.inf), hits & ~wrong

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from streamllm.models.quantized import format_of
 from streamllm.models.step import geometry_of
 from streamllm.tokenizer import Tokenizer
 from streamllm.weights.errors import shorten
@@ -175,10 +176,16 @@ def check_fingerprint(path: Path, saved: Mapping[str, Any], own: Mapping[str, An
 
 
 def _agree(theirs: Any, here: Any) -> bool:
+    """Whether two samples may be of the same weights: each value may be rounded, by one step at most."""
     if theirs is None or here is None or theirs["shape"] != here["shape"]:
         return False
-    scale = max(map(abs, [*theirs["values"], *here["values"], 1e-30]))
-    return all(abs(a - b) <= TOLERANCE * scale for a, b in zip(theirs["values"], here["values"], strict=True))
+    allowed = TOLERANCE * max(map(abs, [*theirs["values"], *here["values"], 1e-30]))
+    none = [0.0] * len(here["values"])
+    steps = map(max, theirs.get("steps", none), here.get("steps", none))
+    return all(
+        abs(a - b) <= allowed + step
+        for a, b, step in zip(theirs["values"], here["values"], steps, strict=True)
+    )
 
 
 def _config(model: nn.Module) -> dict[str, Any]:
@@ -188,7 +195,7 @@ def _config(model: nn.Module) -> dict[str, Any]:
 
 
 def _samples(model: nn.Module) -> dict[str, Any]:
-    """The shape and some values of each weight [out, in], whatever its layout; int8 ones times their scales."""
+    """The shape and some values of each weight [out, in], whatever its layout; of a rounded one also the steps."""
     found: dict[str, Any] = {}
     for name, module in model.named_modules():
         for own, weight in module.named_parameters(recurse=False):
@@ -198,16 +205,29 @@ def _samples(model: nn.Module) -> dict[str, Any]:
 
 
 def _sample(weight: Tensor, scale: Tensor | None) -> dict[str, Any]:
-    weight = weight.to_dense() if weight.is_mkldnn else weight
-    count = weight.numel()
+    format = format_of(weight)
+    if weight.is_mkldnn:
+        weight = weight.to_dense()
+    shape = weight.shape if format is None else torch.Size(format.shape(weight))
+    count = shape.numel()
     places = torch.tensor(
         [count * step // SAMPLES for step in range(min(count, SAMPLES))], dtype=torch.int64, device="cpu"
     )
-    index = torch.unravel_index(places.to(weight.device), weight.shape)
-    values = weight[index].double()
-    if weight.dtype == torch.int8 and scale is not None:
-        values *= scale[index[0]].double()
-    return {"shape": list(weight.shape), "values": [float(f"{value:.4g}") for value in values.tolist()]}
+    index = torch.unravel_index(places, shape)
+    if format is None or scale is None:
+        values = weight[tuple(axis.to(weight.device) for axis in index)].double().tolist()
+        return {"shape": list(shape), "values": [_short(value) for value in values]}
+    outputs, inputs = (axis.tolist() for axis in index)
+    sampled = [format.sample(weight, scale, *place) for place in zip(outputs, inputs, strict=True)]
+    return {
+        "shape": list(shape),
+        "values": [_short(value) for value, _ in sampled],
+        "steps": [_short(step) for _, step in sampled],
+    }
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.4g}")
 
 
 def _tokenizer_digest(tokenizer: Tokenizer) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from streamllm.chat import Message, render
@@ -21,6 +22,7 @@ class Tokenizer:
         chat_template: the jinja2 template that makes a prompt from messages, or several by name, or None.
         ignored_flags: `add_bos_token` or `add_eos_token`, where tokenizer_config.json asks for a token that `encode`
             does not add. transformers 4 adds it for some classes, transformers 5 does not; see `adds_bos`.
+        folder: where its files are, if `load_tokenizer_files` made it.
         vocab_size: the largest id that it can decode, plus one. A model's vocabulary is often padded beyond
             it; larger ids decode to nothing.
     """
@@ -36,6 +38,7 @@ class Tokenizer:
         self.chat_template = chat_template
         self.vocab_size = backend.vocab_size
         self.ignored_flags: tuple[str, ...] = ()
+        self.folder: Path | None = None
         self._before, self._after = backend.before, backend.after
 
     def __repr__(self) -> str:

@@ -38,7 +38,12 @@ def results(model: nn.Module) -> dict[str, Any]:
     sampled = streamllm.generate(
         model, tokens[0], cache, max_new_tokens=4, temperature=1.0, top_p=0.9, seed=1
     )
+    prompts = [tokens[0, :9], tokens[1, :3], tokens[1]]
+    batch = streamllm.generate_batch(
+        model, prompts, slots=2, sinks=SINKS, window=WINDOW, max_new_tokens=4, temperature=1.0, seed=1
+    )
     return {
+        "batch": list(batch),
         "dense": model(tokens),
         "streamed": torch.cat(streamed, 1),
         "ragged": torch.stack((ragged[0, 0], ragged[1, 2])),
@@ -170,6 +175,11 @@ def main(folder: Path) -> None:
             assert all(text == texts[0] for text in texts), texts
         path = folder / "cases" / "llama-gqa"
         found["int8"] = results(load(path, True, quantize="int8"))
+        found["int4"] = results(load(folder / "grouped", True, quantize="int4"))
+        try:
+            load(folder / "not grouped", True, quantize="int4")
+        except ValueError as error:
+            found["groups of several processes"] = str(error)
         model = streamllm.compile(load(path, True), "flat")
         found["flat"] = {**results(model), "recordings": model.recordings}
         tokens = [job.rank, 5]

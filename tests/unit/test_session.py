@@ -198,6 +198,25 @@ def test_a_session_is_loaded_into_another_type(pair, tmp_path: Path) -> None:
     assert len(go_on(wide)) > 0
 
 
+@pytest.mark.parametrize("quantize", [None, "int8", "int4"])
+def test_a_session_goes_on_with_the_same_weights_rounded_otherwise(quantize, tmp_path: Path) -> None:
+    """The embedded checkpoint's, so that int4 weights are in groups."""
+    path = tmp_path / "session"
+    model, tokenizer = streamllm.load(quantize=quantize, device="cpu")
+    stream = Stream(model, tokenizer, window=30)
+    stream.feed("def one(self):")
+    stream.save(path)
+    for other in (None, "int8", "int4"):
+        for dtype in ("bfloat16", "float32") if other else ("bfloat16",):
+            rounded = streamllm.load_model(quantize=other, dtype=dtype, device="cpu")
+            assert Stream.load(path, rounded, tokenizer).cache.dtype == getattr(torch, dtype)
+    wrong = streamllm.load_model(quantize="int4", device="cpu")
+    weight = wrong.layers[2].mlp.up.weight
+    weight.data = weight.data.flip(0)
+    with pytest.raises(SessionError, match=r"those of layers\.2\.mlp\.up\.weight differ"):
+        Stream.load(path, wrong, tokenizer)
+
+
 def test_wrong_models_and_damaged_files_are_refused(pair, loaded, tmp_path: Path) -> None:
     model, tokenizer = pair
     path = tmp_path / "session"

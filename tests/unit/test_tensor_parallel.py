@@ -155,6 +155,13 @@ def test_inductor_is_refused():
         streamllm.compile(model, "inductor")
 
 
+def test_an_engine_is_refused():
+    config = CONFIGS["falcon 7b"]
+    model = Share(config, 0, 2).build(lambda own: meta_model(own), config)
+    with pytest.raises(ValueError, match="generate_batch"):
+        streamllm.Engine(model, None)
+
+
 def test_info_says_what_each_process_holds():
     result = CliRunner().invoke(cli, ["info", "--tensor-parallel", "3"])
     lines = [line for line in result.output.splitlines() if "rank" in line]

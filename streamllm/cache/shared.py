@@ -1,0 +1,141 @@
+"""Streams of one engine: each is a cache of its own, all lie in one memory, and one forward takes a token of each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from copy import copy
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from streamllm.cache.entries import Row, Rows
+from streamllm.cache.guard import ForwardGuard
+from streamllm.cache.int8_ring import Int8Ring
+from streamllm.cache.ring import Ring
+from streamllm.cache.sink_cache import SinkCache
+
+AnyRing = Ring | Int8Ring
+Cache = TypeVar("Cache", bound=SinkCache)
+Rings = list[tuple["int | None", AnyRing]]  # of each layer: its own window, and its ring
+BATCH_AXIS, SLOT_AXIS = -4, -2  # of every tensor of a ring: [(2,) B, G, slots, D or 1]
+
+
+class RowsApart(SinkCache):
+    """The first n rows of a memory, for forwards of one token per row.
+
+    Its rows count as standing at different places even where they agree, so one recording serves them whatever
+    their places are. It keeps no state between two forwards: `gather` takes the state of each row's own cache.
+    """
+
+    @property
+    def _in_lockstep(self) -> bool:
+        return False
+
+    def gather(self, rows: Sequence[SinkCache | None]) -> None:
+        """Stand where the rows stand; None: a row without a stream, at its start.
+
+        Each row counts as begun: the forward writes a key into the slot of its next token, also where the row does not
+        advance. That key is overwritten by the next token, and what it overwrites is outside that token's window.
+        """
+        layouts = self._rows.layouts
+        fresh = Row.fresh(layouts)
+        places, states = [], []
+        for row in rows:
+            if row is None:
+                places.append(0)
+                states.append(fresh)
+                continue
+            row.finish_commit()
+            row._begun = row._t
+            places.append(row._t[0])
+            states.append(row._rows.rows[0])
+        known = self._rows
+        same = all(map(_is_same, known.rows, states))  # keeps what is derived from them
+        self._state = places, (), known if same else Rows(tuple(states), layouts)
+
+
+def _is_same(one: Row, other: Row) -> bool:
+    return one is other
+
+
+def first_rows(memory: SinkCache, count: int) -> RowsApart:
+    """The first `count` rows of a memory."""
+    made = _without_memory(RowsApart, memory, count)
+    made._rings = [(own, _part(ring, 0, count)) for own, ring in memory._rings]
+    return made
+
+
+def row_without_memory(memory: SinkCache) -> SinkCache:
+    """The cache of one empty stream, to be placed in a memory. Until then it can be asked, but not fed."""
+    return _without_memory(SinkCache, memory, 1)
+
+
+def place_row(row: SinkCache, memory: SinkCache, number: int, used: int) -> None:
+    """Let the stream of `row` lie in row `number` of the memory from now on; copies what it holds.
+
+    used: in how many slots of the row other streams have written. A stream that holds nothing finds zeros there.
+    """
+    rings = [(own, _part(ring, number, number + 1)) for own, ring in memory._rings]
+    if row._rings:
+        move_row(row, rings)
+        return
+    with torch.inference_mode():  # numbers that are not finite must not stay: a hidden key is multiplied by 0
+        for _, ring in rings:
+            for tensor in ring.tensors.values():
+                tensor.narrow(SLOT_AXIS, 0, min(used, tensor.shape[SLOT_AXIS])).zero_()
+    row._rings = rings
+
+
+def move_row(row: SinkCache, rings: Rings) -> None:
+    """Let the stream of `row` lie in other rings from now on; copies what it holds, if it lay anywhere."""
+    row.finish_commit()
+    if not row._rings:
+        row._rings = rings
+        return
+    with torch.inference_mode():
+        for (_, new), (_, old) in zip(rings, row._rings, strict=True):
+            for target, source in zip(new.tensors.values(), old.tensors.values(), strict=True):
+                target.copy_(source)
+    row._rings = rings
+
+
+def slots_used(row: SinkCache) -> int:
+    """In how many slots of its memory the stream may have written."""
+    return min(row._t[0] + 1, row.sinks + row.window)
+
+
+def rings_of(row: SinkCache) -> Rings:
+    """Where the stream lies; empty for one without memory."""
+    return row._rings
+
+
+def new_rings(memory: SinkCache) -> Rings:
+    """Memory for one stream by itself, filled with zeros."""
+    with torch.inference_mode(False):
+        return [(own, _changed(_part(ring, 0, 1), torch.zeros_like)) for own, ring in memory._rings]
+
+
+def _without_memory(kind: type[Cache], memory: SinkCache, rows: int) -> Cache:
+    made = object.__new__(kind)
+    made.__dict__.update(vars(memory))
+    layouts = memory._rows.layouts
+    made.batch_size, made.guard = rows, ForwardGuard()
+    made._rings, made._begun, made._trim = [], None, False
+    made._state = [0] * rows, (), Rows.fresh(rows, layouts)
+    made._written = made._rows.starts
+    with torch.inference_mode(False):
+        made._starts = torch.full((len(layouts), rows), memory.sinks, dtype=torch.int64, device=memory.device)
+    return made
+
+
+def _part(ring: AnyRing, start: int, stop: int) -> AnyRing:
+    return _changed(ring, lambda tensor: tensor.narrow(BATCH_AXIS, start, stop - start))
+
+
+def _changed(ring: AnyRing, change: Callable[[Tensor], Tensor]) -> AnyRing:
+    made = copy(ring)
+    for name, tensor in vars(ring).items():
+        if isinstance(tensor, Tensor):
+            setattr(made, name, change(tensor))
+    return made

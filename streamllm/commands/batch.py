@@ -1,0 +1,154 @@
+"""`streamllm batch`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from streamllm.commands.batch_lines import Line, Results, read_lines
+from streamllm.commands.generate import COMPILE_BACKENDS
+from streamllm.commands.loading import ModelChoice
+from streamllm.commands.memory import check_cache_fits
+from streamllm.commands.options import (
+    OUTPUT_FILE,
+    model_options,
+    quantize_cache_option,
+    repetition_penalty_option,
+    sampling_seed_option,
+    sinks_option,
+    temperature_option,
+    top_p_option,
+    window_option,
+)
+from streamllm.commands.types import TOKENS
+
+if TYPE_CHECKING:
+    from streamllm.engine import Completion
+
+SOME_FAILED = 1  # exit code
+MAX_SLOTS = 4096
+
+
+@click.command()
+@click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--output", "-o", type=OUTPUT_FILE, help="The results.  [default: FILE.results.jsonl]")
+@click.option(
+    "--slots", type=click.IntRange(1, MAX_SLOTS), default=32, show_default=True,
+    help="Prompts that run at once; each takes the memory of a cache.",
+)  # fmt: skip
+@click.option("--retry-failed", is_flag=True, help="Try lines again that failed before.")
+@model_options
+@sinks_option
+@window_option
+@quantize_cache_option
+@click.option(
+    "--compile", "backend", type=click.Choice(COMPILE_BACKENDS),
+    help="Compile the step that computes the next tokens.",
+)  # fmt: skip
+@click.option("--max-new-tokens", "-n", type=TOKENS, default=200, show_default=True, help="The longest text.")
+@temperature_option
+@top_p_option
+@repetition_penalty_option
+@sampling_seed_option
+@click.option("--stop", multiple=True, help="Stop before this text; may be given several times.")
+@click.option("--ignore-eos", is_flag=True, help="Continue after the model's end-of-text token.")
+def batch(
+    file: Path, output: Path | None, slots: int, retry_failed: bool, chosen: ModelChoice, sinks: int,
+    window: int | None, quantize_cache: str | None, backend: str | None, max_new_tokens: int,
+    temperature: float | None, top_p: float | None, repetition_penalty: float | None, seed: int | None,
+    stop: tuple[str, ...], ignore_eos: bool,
+) -> int:  # fmt: skip
+    """Run a list of prompts through a model, many at once.
+
+    Each line of FILE is a JSON object: {"prompt": "…"}, or {"messages": [{"role": "user", "content": "…"}]} for the
+    model's chat template. It may have an "id" and "metadata", which are copied, and settings of its own:
+    max_new_tokens, stop, seed, temperature, top_k and the others of streamllm.generate.
+
+    A result is added to the output as soon as it is there: {"line": 1, "text": "…", "finish_reason": "eos",
+    "tokens": 17}, or {"line": 2, "error": "…"}. The same command goes on with a run that was interrupted. With
+    --seed, line n samples with seed + n. The exit code is 1 where lines failed.
+    """
+    if "" in stop:
+        raise click.UsageError("a stop string must not be empty")
+    options = {
+        "max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p,
+        "repetition_penalty": repetition_penalty, "stop": list(stop), **({"eos": []} if ignore_eos else {}),
+    }  # fmt: skip
+    same = {
+        "model": chosen.name, "revision": chosen.revision, "precision": chosen.precision, "sinks": sinks,
+        "window": window, "quantize cache": quantize_cache, "seed": seed, **options,
+    }  # fmt: skip
+
+    from streamllm.generation_config import SamplingSettings
+
+    lines = read_lines(file, list(SamplingSettings.__annotations__), same)
+    if not lines:
+        raise ValueError(f"{file} has no lines")
+    output = output or file.with_name(file.name + ".results.jsonl")
+    with Results(output, lines, retry_failed) as results:
+        left = [line for line in lines if line.number not in results.done]
+        try:
+            with _progress(len(lines), len(results.done)) as bar:
+                for line, result in _results(
+                    left, chosen, slots, sinks, window, quantize_cache, backend, seed, options
+                ):
+                    results.add(line, result)
+                    bar.set_postfix(failed=len(results.failed), refresh=False)
+                    bar.update()
+        finally:
+            done, failed = len(results.done), len(results.failed)
+            rest = "" if done == len(lines) else "; the same command goes on"
+            click.echo(
+                f"{done} of {len(lines)} lines have a result, {failed} of them an error: {output}{rest}",
+                err=True,
+            )
+    return SOME_FAILED if failed else 0
+
+
+def _results(
+    lines: Sequence[Line], chosen: ModelChoice, slots: int, sinks: int, window: int | None,
+    quantize: str | None, backend: str | None, seed: int | None, options: Mapping[str, Any],
+) -> Iterator[tuple[Line, dict[str, Any]]]:  # fmt: skip
+    """Each line with its result, as they are there."""
+    for line in lines:
+        if line.error is not None:
+            yield line, {"error": line.error}
+    good = [line for line in lines if line.error is None]
+    if not good:
+        return
+
+    from streamllm import compile
+    from streamllm.engine import completions
+
+    model, tokenizer = chosen.load()
+    slots = min(slots, len(good))
+    check_cache_fits(model, sinks, window, quantize, slots)
+    if backend is not None:
+        model = compile(model, backend)
+    each = [{**({} if seed is None else {"seed": seed + line.number}), **line.settings} for line in good]
+    found = completions(
+        model, tokenizer, [line.prompt for line in good], slots=slots, sinks=sinks, window=window,
+        quantize=quantize, each=each, **options,
+    )  # fmt: skip
+    for number, completion in found:
+        yield good[number], _as_json(completion)
+
+
+def _as_json(completion: Completion) -> dict[str, Any]:
+    if completion.error is not None:
+        return {"error": " ".join(str(completion.error).split()) or type(completion.error).__name__}
+    found: dict[str, Any] = {
+        "text": completion.text, "finish_reason": completion.finish_reason, "tokens": completion.tokens,
+    }  # fmt: skip
+    if completion.logprobs:
+        found["logprobs"] = [[one.token, one.logprob, *map(list, one.top)] for one in completion.logprobs]
+    return found
+
+
+def _progress(total: int, done: int) -> Any:
+    from tqdm import tqdm
+
+    return tqdm(total=total, initial=done, unit="line", disable=None)

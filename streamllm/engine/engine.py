@@ -1,0 +1,270 @@
+"""Engine: a thread that computes many streams together, and takes requests from any thread."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from torch import Tensor, nn
+
+from streamllm.compiled import Compiled
+from streamllm.engine.batch import Batch
+from streamllm.engine.request import Mailbox, Request
+from streamllm.engine.row import SlotStream, TextRow
+from streamllm.models.checks import whole_number
+from streamllm.tensor_parallel import is_tensor_parallel
+from streamllm.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from streamllm.session.dialogue import Message
+    from streamllm.stream import Stream
+
+Result = TypeVar("Result")
+
+AHEAD = 256  # pieces that an endless stream may be ahead of its reader
+
+
+class Engine:
+    """Independent streams, computed together: each joins and leaves at any step, with settings of its own.
+
+        with streamllm.Engine(model, tokenizer, slots=8) as engine:
+            requests = [engine.submit(text, max_new_tokens=100, temperature=0.8, seed=0) for text in texts]
+            for request in requests:
+                print(request.text())        # or `for piece in request`, or `async for piece in request`
+
+    A stream generates what it would generate alone, whoever its neighbours are: the same text in exact arithmetic,
+    and with rounding the same up to ties. When all slots are taken, requests wait in the order in which they came.
+
+    Args:
+        slots: how many streams run at once. Each slot is the memory of one cache.
+        sinks, window, chunk, quantize: of every stream, see `SinkCache`.
+        prefill_tokens: while streams run, at most so many tokens of new prompts are read between two of their tokens,
+            so that they do not stall. None: 512 on CUDA, elsewhere twice the number of slots, at least 16.
+
+    A compiled model (`streamllm.compile`) steps all slots by one recording. Raises ValueError for wrong arguments
+    and for a tensor-parallel model.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Tokenizer,
+        slots: int = 64,
+        sinks: int = 4,
+        window: int | None = None,
+        *,
+        chunk: int | None = None,
+        quantize: str | None = None,
+        prefill_tokens: int | None = None,
+    ) -> None:
+        if is_tensor_parallel(model):
+            raise ValueError(
+                "an engine takes requests in one process, and a tensor-parallel model needs the same steps in all of "
+                "them: give lists of prompts to streamllm.generate_batch"
+            )
+        self.model, self.tokenizer = model, tokenizer
+        self._batch = Batch(
+            model, slots, sinks=sinks, window=window, chunk=chunk, quantize=quantize,
+            prefill_tokens=prefill_tokens,
+        )  # fmt: skip
+        self._worker = _Worker(self._batch)
+        self._in_use: set[int] = set()  # ids of the caches of streams that were submitted
+        # Also when the engine is dropped, or the interpreter exits.
+        self._stop = weakref.finalize(self, _Worker.stop, self._worker)
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Cancel all requests, and end the thread after the step that it is at."""
+        self._stop()
+
+    @property
+    def running(self) -> int:
+        """How many streams are in slots."""
+        return self._batch.running
+
+    @property
+    def queued(self) -> int:
+        """How many requests wait for a slot."""
+        return self._batch.queued
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the keys and values of all slots."""
+        return self._batch.slots.memory.nbytes
+
+    def submit(
+        self,
+        text: str | Sequence[int] | Tensor = "",
+        *,
+        stream: Stream | None = None,
+        ahead: int | None = None,
+        on_piece: Callable[[str], object] | None = None,
+        **options: Any,
+    ) -> Request:
+        """Generate after `text`, or ids, as `Stream.generate(text, **options)` does.
+
+        Args:
+            stream: a stream to go on with, for example one that was loaded or detached. Its sinks, window, quantize
+                and type must be those of the engine. Do not use it until the request has ended.
+            ahead: the stream pauses while so many pieces wait to be read. None: never where `max_new_tokens` is given,
+                else 256.
+            on_piece: is called with each piece, in the engine's thread, instead of reading the request. An error in
+                it ends this stream alone.
+
+        Raises ValueError and TypeError as `Stream.generate`, at the call; RuntimeError for a closed engine.
+        """
+        return self._submit(stream, ahead, on_piece, options, lambda own: own.generate(text, **options))
+
+    def chat(
+        self,
+        text_or_messages: str | Sequence[Message],
+        *,
+        stream: Stream | None = None,
+        ahead: int | None = None,
+        on_piece: Callable[[str], object] | None = None,
+        **options: Any,
+    ) -> Request:
+        """Answer a user's text, or messages, as `Stream.chat(text_or_messages, **options)` does; else as `submit`."""
+        return self._submit(
+            stream, ahead, on_piece, options, lambda own: own.chat(text_or_messages, **options)
+        )
+
+    def _submit(
+        self,
+        stream: Stream | None,
+        ahead: int | None,
+        on_piece: Callable[[str], object] | None,
+        options: dict[str, Any],
+        begin: Callable[[Stream], Iterator[str]],
+    ) -> Request:
+        if on_piece is not None and not callable(on_piece):
+            raise TypeError(f"on_piece must be a function or None, not {on_piece!r}")
+        if ahead is not None:
+            ahead = whole_number("ahead", ahead, 1)
+        elif options.get("max_new_tokens") is None:
+            ahead = AHEAD
+        self._worker.check_open()
+        slots = self._batch.slots
+        if stream is None:
+            stream = SlotStream(self._batch.plain, self.tokenizer, slots.new_cache())
+        else:
+            own = stream.model.model if isinstance(stream.model, Compiled) else stream.model
+            if own is not self._batch.plain:
+                raise ValueError("the stream belongs to another model: make an engine for that model")
+            slots.check(stream.cache)
+        key = id(stream.cache)
+        if key in self._in_use:
+            raise ValueError("the stream is in this engine already: wait until its request has ended")
+        pieces = begin(stream)
+        self._in_use.add(key)
+        in_use, batch = (
+            self._in_use,
+            self._batch,
+        )  # the thread must not hold the engine, which ends it when dropped
+        mailbox = Mailbox(ahead, on_piece, self._worker.wake, lambda: in_use.discard(key))
+        row = TextRow(stream, pieces, mailbox)
+        self._worker.run_soon(lambda: batch.add(row))
+        return Request(stream, mailbox, lambda: self._detach(row), on_piece is not None)
+
+    def _detach(self, row: TextRow) -> None:
+        batch = self._batch
+
+        def detach() -> bool:
+            known = row in batch.rows()
+            batch.remove(row, keep=True)
+            return known
+
+        if not self._worker.call(detach):
+            raise RuntimeError(
+                "the stream has ended, and its slot is free: detach it before, or submit a stream"
+            )
+
+
+class _Worker:
+    """The thread that steps a batch. All that changes the batch is done there, between two steps."""
+
+    def __init__(self, batch: Batch) -> None:
+        self.batch = batch
+        self._changed = threading.Condition()
+        self._jobs: deque[Callable[[], None]] = deque()
+        self._awake = self._closing = False
+        self._thread = threading.Thread(target=self._run, name="streamllm engine", daemon=True)
+        self._thread.start()
+
+    def wake(self) -> None:
+        """Step again: a stream may go on that could not before."""
+        with self._changed:
+            self._awake = True
+            self._changed.notify()
+
+    def run_soon(self, job: Callable[[], None]) -> None:
+        """Call `job` before the next step. Raises RuntimeError where the engine is closed."""
+        with self._changed:
+            self.check_open()
+            self._jobs.append(job)
+            self._awake = True
+            self._changed.notify()
+
+    def call(self, function: Callable[[], Result]) -> Result:
+        """What `function` returns, called before the next step. Raises RuntimeError where the engine is closed."""
+        if threading.current_thread() is self._thread:
+            raise RuntimeError(
+                "call this from another thread: the thread of the engine would wait for itself"
+            )
+        answer: Future[Result] = Future()
+
+        def job() -> None:
+            try:
+                answer.set_result(function())
+            except BaseException as error:
+                answer.set_exception(error)
+
+        self.run_soon(job)
+        return answer.result()
+
+    def check_open(self) -> None:
+        if self._closing:
+            raise RuntimeError("the engine is closed: make another one")
+
+    def stop(self) -> None:
+        with self._changed:
+            self._closing = True
+            self._changed.notify()
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                while not (self._awake or self._closing):
+                    self._changed.wait()
+                self._awake = False
+                jobs, self._jobs = self._jobs, deque()
+                closing = self._closing
+            while jobs:
+                jobs.popleft()()  # not kept: a job holds the stream that it is about
+            if closing:
+                for row in self.batch.rows():
+                    self.batch.remove(row)
+                return
+            try:
+                worked = self.batch.step()
+            except BaseException as error:  # of no row in particular: none of them can go on
+                failure = (
+                    error if isinstance(error, Exception) else RuntimeError(f"the engine failed: {error!r}")
+                )
+                for row in self.batch.rows():
+                    self.batch.remove(row, failure)
+                worked = False
+            if worked:
+                with self._changed:
+                    self._awake = True

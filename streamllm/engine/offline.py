@@ -1,0 +1,248 @@
+"""Lists of prompts, without a thread: generate_batch for ids, complete for texts and messages."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from dataclasses import dataclass, field
+from itertools import repeat
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from streamllm.engine.batch import Batch
+from streamllm.engine.row import Row, SlotStream, TextRow, TokenRow
+from streamllm.generation import check_max_new_tokens, check_seed, make_sampler, token_ids
+from streamllm.generation_config import resolve
+from streamllm.loop import Loop
+from streamllm.sampling import TokenLogProbs, breaker_tokens
+from streamllm.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+DEFAULT_SLOTS = 32
+
+
+def generate_batch(
+    model: nn.Module,
+    prompts: Iterable[Sequence[int] | Tensor],
+    *,
+    slots: int | None = None,
+    sinks: int = 4,
+    window: int | None = None,
+    quantize: str | None = None,
+    each: Iterable[Mapping[str, Any]] | None = None,
+    seed: int | None = None,
+    **settings: Any,
+) -> Iterator[tuple[int, int]]:
+    """The tokens that follow each of some prompts (ids, of any lengths): pairs of a prompt's number and its next token.
+
+    Each prompt is a stream of its own, and gets the tokens that `streamllm.generate` would give it alone. Prompts are
+    read from the iterable when a slot is free. A tensor-parallel model takes the same prompts in all processes.
+
+    Args:
+        slots: how many prompts run at once; None: all, at most 32. sinks, window, quantize: see `SinkCache`.
+        settings: `max_new_tokens`, `logits_processor`, `generation_config` and the settings of `streamllm.generate`.
+        each: further settings of each prompt, which count before those for all, `seed` among them.
+        seed: prompt number n samples with `seed + n`.
+
+    Raises ValueError and TypeError as `streamllm.generate`, with the number of the prompt.
+    """
+    batch = Batch(model, _slots(slots, prompts), sinks=sinks, window=window, quantize=quantize)
+    resolve(model, settings.get("generation_config"), _sampling(settings))  # the settings for all fail now
+    return _tokens(model, batch, _jobs(prompts, each, seed, settings))
+
+
+def _tokens(model: nn.Module, batch: Batch, jobs: Iterator[_Job]) -> Iterator[tuple[int, int]]:
+    found: list[tuple[int, int]] = []
+
+    def make(job: _Job) -> Row:
+        try:
+            return _token_row(model, batch, job, lambda token: found.append((job.number, token)))
+        except (ValueError, TypeError) as error:
+            raise type(error)(f"prompt {job.number}: {error}") from None
+
+    for left in _run(batch, jobs, make):
+        for row in left:
+            assert isinstance(row, TokenRow)
+            if row.error is not None:
+                raise row.error
+        yield from found
+        found.clear()
+
+
+def _token_row(model: nn.Module, batch: Batch, job: _Job, receive: Callable[[int], None]) -> TokenRow:
+    options = dict(job.options)
+    processor, given = options.pop("logits_processor", None), options.pop("generation_config", None)
+    limit, seed = check_max_new_tokens(options.pop("max_new_tokens", None)), options.pop("seed", None)
+    ids = token_ids(job.prompt)
+    if not ids:
+        raise ValueError("there are no tokens to begin with: give a prompt, or a BOS token")
+    config = resolve(model, given, options)
+    loop = Loop(batch.plain, batch.slots.new_cache())
+    breakers = breaker_tokens(None, config.dry_sequence_breakers)
+    sampler = make_sampler(loop, ids, config, seed, processor, breakers)
+    loop.push(ids)
+    return TokenRow(loop, sampler, limit, receive)
+
+
+@dataclass(frozen=True, eq=False)
+class Completion:
+    """What a model wrote after one prompt.
+
+    finish_reason: "eos", "stop", "length", or None where an error ended it. tokens: how many were generated.
+    error: why the prompt has no whole completion; None where it has.
+    """
+
+    text: str
+    finish_reason: str | None
+    tokens: int
+    logprobs: list[TokenLogProbs] = field(default_factory=list)
+    error: Exception | None = None
+
+
+def complete(
+    model: nn.Module,
+    tokenizer: Tokenizer,
+    prompts: Iterable[Any],
+    *,
+    slots: int | None = None,
+    sinks: int = 4,
+    window: int | None = None,
+    quantize: str | None = None,
+    each: Iterable[Mapping[str, Any]] | None = None,
+    seed: int | None = None,
+    **options: Any,
+) -> list[Completion]:
+    """What the model writes after each prompt: a text, ids, or a list of messages that the chat template renders.
+
+    `options` are those of `Stream.generate`, for messages of `Stream.chat`; give `max_new_tokens`, `stop` or `eos`, so
+    that each has an end. The other arguments are those of `generate_batch`. A prompt that fails has its error in its
+    Completion, and the others go on.
+    """
+    found = completions(
+        model, tokenizer, prompts, slots=slots, sinks=sinks, window=window, quantize=quantize, each=each,
+        seed=seed, **options,
+    )  # fmt: skip
+    return [completion for _, completion in sorted(found, key=lambda pair: pair[0])]
+
+
+def completions(
+    model: nn.Module,
+    tokenizer: Tokenizer,
+    prompts: Iterable[Any],
+    *,
+    slots: int | None = None,
+    sinks: int = 4,
+    window: int | None = None,
+    quantize: str | None = None,
+    each: Iterable[Mapping[str, Any]] | None = None,
+    seed: int | None = None,
+    **options: Any,
+) -> Iterator[tuple[int, Completion]]:
+    """As `complete`, but yields each prompt's number and its Completion as soon as it has ended."""
+    batch = Batch(model, _slots(slots, prompts), sinks=sinks, window=window, quantize=quantize)
+    return _completions(tokenizer, batch, _jobs(prompts, each, seed, options))
+
+
+def _completions(
+    tokenizer: Tokenizer, batch: Batch, jobs: Iterator[_Job]
+) -> Iterator[tuple[int, Completion]]:
+    found: list[tuple[int, Completion]] = []
+
+    def make(job: _Job) -> Row | None:
+        stream = SlotStream(batch.plain, tokenizer, batch.slots.new_cache())
+        try:
+            is_chat = not isinstance(job.prompt, (str, Tensor)) and _are_messages(job.prompt)
+            pieces = (stream.chat if is_chat else stream.generate)(job.prompt, **job.options)
+        except Exception as error:
+            found.append((job.number, Completion("", None, 0, error=error)))
+            return None
+        return TextRow(stream, pieces, _Collector(job.number, stream, found))
+
+    for _ in _run(batch, jobs, make):
+        yield from found
+        found.clear()
+
+
+def _are_messages(prompt: Sequence[Any]) -> bool:
+    return len(prompt) > 0 and isinstance(prompt[0], Mapping)
+
+
+class _Collector:
+    """Receives the text of one stream, and makes a Completion of it."""
+
+    is_full = is_cancelled = False
+
+    def __init__(self, number: int, stream: SlotStream, found: list[tuple[int, Completion]]) -> None:
+        self._number, self._stream, self._found = number, stream, found
+        self._pieces: list[str] = []
+
+    def give(self, piece: str) -> None:
+        self._pieces.append(piece)
+
+    def end(self, error: Exception | None) -> None:
+        stream = self._stream
+        made = Completion(
+            "".join(self._pieces),
+            stream.finish_reason if error is None else None,
+            stream.said,
+            list(stream.logprobs),
+            error,
+        )
+        self._found.append((self._number, made))
+
+
+# One batch after the other
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One prompt and its settings."""
+
+    number: int
+    prompt: Any
+    options: Mapping[str, Any]
+
+
+def _jobs(
+    prompts: Iterable[Any],
+    each: Iterable[Mapping[str, Any]] | None,
+    seed: int | None,
+    options: Mapping[str, Any],
+) -> Iterator[_Job]:
+    seed = check_seed(seed)
+    pairs = zip(prompts, repeat({}) if each is None else each, strict=False)
+    for number, (prompt, own) in enumerate(pairs):
+        yield _Job(number, prompt, {"seed": None if seed is None else seed + number, **options, **own})
+
+
+def _run(batch: Batch, jobs: Iterator[_Job], make: Callable[[_Job], Row | None]) -> Iterator[list[Row]]:
+    """Run all jobs. Yields after each step, with the rows that have ended; and after a job that could not begin."""
+    while True:
+        while batch.running + batch.queued < len(batch.slots):
+            job = next(jobs, None)
+            if job is None:
+                break
+            row = make(job)
+            if row is None:
+                yield []
+            else:
+                batch.add(row)
+        before = batch.rows()
+        if not before:
+            return
+        batch.step()
+        left = set(batch.rows())
+        yield [row for row in before if row not in left]
+
+
+def _slots(slots: int | None, prompts: Iterable[Any]) -> int:
+    if slots is not None:
+        return slots
+    return max(1, min(DEFAULT_SLOTS, len(prompts))) if isinstance(prompts, Sized) else DEFAULT_SLOTS
+
+
+def _sampling(settings: Mapping[str, Any]) -> dict[str, Any]:
+    others = ("max_new_tokens", "logits_processor", "generation_config")
+    return {name: value for name, value in settings.items() if name not in others}
