@@ -19,7 +19,7 @@ import torch
 from report_endless import reading, speed, writing
 from report_page import Report, Subject, fingerprint
 from report_quality import ablations, against_recomputation, modes, where_attention_goes
-from report_recall import recall_by_distance
+from report_recall import recall_by_distance, ruler_by_distance
 
 import streamllm
 from streamllm.commands.types import NumbersParamType
@@ -27,7 +27,7 @@ from streamllm.evaluate.corpus import held_out_texts, training_texts
 from streamllm.evaluate.texts import as_stream
 from streamllm.models.step import geometry_of
 
-PARTS = ("reading", "speed", "modes", "against", "ablations", "attention", "recall", "writing")
+PARTS = ("reading", "speed", "modes", "against", "ablations", "attention", "recall", "ruler", "writing")
 READABLE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
 
@@ -136,9 +136,12 @@ def main(
         "ablations": lambda: ablations(report, subject),
         "attention": lambda: where_attention_goes(report, subject),
         "recall": lambda: recall_by_distance(report, subject),
+        "ruler": lambda: ruler_by_distance(report, subject),
         "writing": lambda: writing(report, subject, write_tokens, seeds),
     }
-    unwanted = {part for part, count in (("reading", long_tokens), ("writing", write_tokens)) if not count}
+    # The embedded checkpoint knows code only: it answers none of RULER's questions.
+    wanted = {"reading": long_tokens, "writing": write_tokens, "ruler": subject.wording == "lines"}
+    unwanted = {part for part, is_wanted in wanted.items() if not is_wanted}
     for part in parts or PARTS:
         if part not in unwanted:
             report.section(part, makers[part])

@@ -80,7 +80,7 @@ def late_over_early(subject: Subject, text: Tensor, place: int, rounds: int = 15
     """How much longer a token takes at `place` than at 5,000: two streams, token by token in turns."""
     caches = [
         streamllm.SinkCache(subject.model, subject.sinks, subject.window, origin=origin)
-        for origin in (0, place - 5000)
+        for origin in (0, max(0, place - 5000))
     ]
     count = min(5000, len(text) - 1)
     for cache in caches:

@@ -51,7 +51,8 @@ def modes(report: Report, subject: Subject) -> None:
     report.table(
         f"Perplexity by position in the text, {len(stream):,} tokens of {subject.text} as one stream, never reset. "
         f"Trained length {trained or 'any'}; windows count the token itself. Dense reads {len(dense):,} "
-        f"tokens; re-computation is scored at {positions:,} random positions.",
+        f"tokens; re-computation is scored at {positions:,} random positions only, where it is compared with streaming "
+        f"prediction by prediction below.",
         ["", f"< {span}", *(f"from {start:,}" for start in starts), f"all beyond {2 * span}"],
         [
             [
@@ -88,7 +89,7 @@ def against_recomputation(report: Report, subject: Subject) -> None:
         )
         return asdict(found) | {"error": found.error, "ratio": found.ratio}
 
-    found = report.measure("against re-computation", str(positions), computed)
+    found = report.measure("against", str(positions), computed)
     drift = ", ".join("–" if value != value else f"{value:+.3f}" for value in found["eighths"])
     report.add(
         f"Streaming against re-computation with the same {found['sinks']} sinks and window {found['window']}, at "

@@ -1,14 +1,15 @@
-"""Section of `tools/report.py`: what a stream recalls, by distance."""
+"""Sections of `tools/report.py`: what a stream recalls, by distance."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
+from itertools import product
 from typing import Any
 
 from report_page import Report, Subject
 
-from streamllm.evaluate import Recall, passkey, plots, stream_eval
+from streamllm.evaluate import TASKS, Recall, passkey, plots, ruler, stream_eval
 
 
 def recall_by_distance(report: Report, subject: Subject) -> None:
@@ -55,3 +56,31 @@ def recall_by_distance(report: Report, subject: Subject) -> None:
         ),
     )  # fmt: skip
     report.numbers["recall"] = {name: [asdict(score) for score in scores] for name, scores in curves.items()}
+
+
+def ruler_by_distance(report: Report, subject: Subject) -> None:
+    """Tasks after RULER's rules, in and beyond the window, in three modes."""
+    count, window = subject.scaled(50, 2), subject.window
+    distances = (window - 52, window + 148)
+    curves: dict[str, Sequence[Recall]] = {}
+    for task, mode in product(TASKS, ("sinks", "window", "dense")):
+
+        def computed(task: str = task, mode: str = mode) -> list[dict[str, Any]]:
+            scores = ruler(
+                subject.model, subject.tokenizer, task, distances=distances, samples=count, mode=mode,
+                sinks=subject.sinks, window=window,
+            )  # fmt: skip
+            return [asdict(score) for score in scores]
+
+        found = report.measure("ruler", f"{task}, {mode}", computed)
+        curves[f"{task}, {mode}"] = [Recall(**plain) for plain in found]
+    report.table(
+        f"Tasks after RULER's rules, {subject.sinks} sinks + window {window}, {count} texts for each distance: answers "
+        f"right, and nats per token. What left the window is forgotten.",
+        ["task, mode", *(f"{distance} tokens back" for distance in distances)],
+        [
+            [name, *(f"{100 * score.accuracy:.0f} % ({score.mean:.2f})" for score in scores)]
+            for name, scores in curves.items()
+        ],
+    )
+    report.numbers["ruler"] = {name: [asdict(score) for score in scores] for name, scores in curves.items()}

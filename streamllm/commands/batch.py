@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from streamllm.commands.batch_lines import Line, Results, read_lines
-from streamllm.commands.options import COMPILE_BACKENDS
 from streamllm.commands.loading import ModelChoice
 from streamllm.commands.memory import check_cache_fits
 from streamllm.commands.options import (
+    COMPILE_BACKENDS,
     OUTPUT_FILE,
     model_options,
     quantize_cache_option,

@@ -11,6 +11,7 @@ from torch import nn
 from streamllm.cache import SinkCache
 from streamllm.loop import Loop
 from streamllm.sampling import Sampler
+from streamllm.session.dialogue import Dialogue
 from streamllm.stream import Stream
 from streamllm.tokenizer import Tokenizer
 
@@ -168,6 +169,5 @@ class SlotStream(Stream):
             model, tokenizer, cache.sinks, cache.window, cache.chunk, cache.quantize, snapshots=0
         )
 
-    def _make_cache(self, sinks: int) -> None:
-        self.cache = self._given
-        self._start(self._model)
+    def _make_cache(self, sinks: int, dialogue: Dialogue | None = None) -> None:
+        self._start(self._model, self._given, dialogue)

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -30,3 +31,49 @@ def test_every_table_and_picture_is_written(checkpoint, tmp_path, monkeypatch):
             assert f"{name}-{page}.png" in text
     for mode in ("dense", "window 32", "4 sinks + window 28", "4 sinks + window 28, re-computed"):
         assert f"| {mode} |" in text
+
+
+def test_parts_are_made_one_by_one_and_an_interrupted_part_goes_on(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(TOOL.parent)
+    spec = importlib.util.spec_from_file_location("report", TOOL)
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    for name, word in (("emma", "one "), ("persuasion", "two ")):
+        (tmp_path / f"{name}.txt").write_text(word * 3000)
+    out = tmp_path / "out"
+    common = ["--model", checkpoint, "--out", out, "--span", 200, "--scale", "0.02", "--long", 3000, "--write", 700,
+              "--seeds", 2, "--text", tmp_path / "emma.txt", "--held-out", tmp_path / "persuasion.txt"]  # fmt: skip
+
+    def run(part):
+        return CliRunner().invoke(tool.main, [*map(str, common), "--part", part], catch_exceptions=False)
+
+    for part in ("writing", "ruler", "reading"):
+        assert run(part).exit_code == 0
+    text, numbers = (out / "report.md").read_text(), json.loads((out / "report.json").read_text())
+    assert numbers.keys() == {"memory", "late over early", "ruler", "writing"}
+    assert text.index("One stream of 3,000 tokens of Persuasion, Emma") < text.index(
+        "Streams of 2 seeds each"
+    )
+    assert len(numbers["writing"]) == 4
+    assert all(0 <= row["loop_share"] <= 1 and row["nats"] > 0 for row in numbers["writing"].values())
+    assert [mark["tokens"] for mark in numbers["memory"]] == [30, 300, 3000]
+    assert len(numbers["ruler"]) == 9
+
+    calls = []
+    attention = sys.modules["report_quality"].compare
+
+    def interrupted(*arguments, **options):
+        calls.append(options)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys.modules["report_quality"], "compare", interrupted)
+    assert run("against").exit_code != 0
+    state = json.loads((out / "state.json").read_text())
+    state["measured"]["against: 100"] = {
+        "sinks": 4, "window": 196, "tokens": 9, "difference": 0.25, "error": 0.1, "ratio": 1.3, "eighths": [0.0] * 8,
+    }  # fmt: skip
+    (out / "state.json").write_text(json.dumps(state))
+    monkeypatch.setattr(sys.modules["report_quality"], "compare", attention)
+    assert run("against").exit_code == 0
+    assert "+0.2500 ± 0.1000 nats per token" in (out / "report.md").read_text()  # measured before, not again
+    assert len(calls) == 1

@@ -71,7 +71,12 @@ def test_all_python_blocks_run_in_order(folder, tmp_path, monkeypatch, capsys):
 def test_every_command_parses(command, folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    optional = re.sub(r"\[([^\]]*)\]", r"\1", command).replace("FILE …", "text.txt")
+    optional = (
+        re.sub(r"\[([^\]]*)\]", r"\1", command)
+        .replace("FILE …", "text.txt")
+        .replace("FILE.jsonl", "text.txt")
+    )
+    optional = re.sub(r"\bN\b", "8", optional)
     (tmp_path / "text.txt").touch()
     words = shlex.split(optional)
     name, arguments = words[0], words[1:]
