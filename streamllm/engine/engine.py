@@ -155,7 +155,7 @@ class Engine:
         self._worker.check_open()
         slots = self._batch.slots
         if stream is None:
-            stream = SlotStream(self._batch.plain, self.tokenizer, slots.new_cache())
+            stream = SlotStream(self.model, self.tokenizer, slots.new_cache())
         else:
             own = stream.model.model if isinstance(stream.model, Compiled) else stream.model
             if own is not self._batch.plain:
