@@ -7,12 +7,12 @@ token of distance from the query. Nothing is rotated; a key is cached as it is.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from streamllm.models.step import Step
+from streamllm.models.tensor_cache import tensor_cache
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def position_bias(alibi: Alibi, step: Step, dtype: torch.dtype, scale: float = 1
     return ((slopes.bfloat16() * ranks.bfloat16()).to(dtype) * scale).to(wide)
 
 
-@lru_cache(maxsize=64)
+@tensor_cache(64)
 def _slopes(alibi: Alibi, device: torch.device) -> Tensor:
     with torch.inference_mode(False):  # or autograd could not use it
         return alibi.slopes().to(device)

@@ -1,8 +1,27 @@
 """attend(): the softmax of the project, and the choice of the kernel that computes it.
 
-`kernel_for` chooses one of three kernels: `one_softmax`, `tiles`, `fused`. Inside `tiles`, the sinks and the recent
-tokens are read apart. Each read returns ``(out, lse)``: the attention over its keys, and the logarithm of the sum
-that its softmax was divided by. `merge` joins reads, as if one softmax had run over all their keys.
+`kernel_for` chooses one of three kernels by the first row of this table that fits.
+
+device   queries   visibility        sinks apart   bias             kernel
+any      1         any               yes           any              one_softmax
+any      2 …       band              yes           any              tiles
+any      2 …       by places         yes           any              one_softmax
+any      2 …       band              no            in a half type   tiles
+any      any       any               no            in a half type   one_softmax
+cpu      1         any               no            any              one_softmax
+cpu      2 …       band, not causal  no            any              tiles
+cuda     2 …       band, not causal  no            none, half type  tiles
+any      any       any               no            any              fused
+
+Why (tools/bench.py decode, AMD EPYC, 2026-11): one query reads the cache at memory speed by two matmuls, 4 to 5
+times as fast as the fused kernel in bfloat16, and a little faster in float32. For 512 queries and W = 1024,
+tiles take half the time of one kernel with all keys. The fused kernel has one query for all keys, so sinks
+that stand apart need another. With a bias in a half type, it keeps unrounded scores, which exceeds the
+parity limit of half types (1.02 times; the others reach 0.89 to 0.97), and it would round the bias.
+
+Inside `tiles`, the sinks and the recent tokens are read apart. Each read returns ``(out, lse)``: the attention over
+its keys, and the logarithm of the sum that its softmax was divided by. `merge` joins reads, as if one softmax had run
+over all their keys.
 """
 
 from __future__ import annotations
@@ -17,6 +36,7 @@ from torch import Tensor
 
 from streamllm.models.processor import IS_INTEL
 from streamllm.models.step import Step, is_visible
+from streamllm.models.tensor_cache import tensor_cache
 from streamllm.models.torch_private import flash_attention_cpu, flash_attention_cuda
 
 Read = tuple[Tensor, Tensor]  # out [B, H, T, D] and lse [B, H, T]
@@ -57,25 +77,7 @@ def attend(
 
 
 def kernel_for(query: Tensor, sink_query: Tensor | None, step: Step, bias: Tensor | None) -> str:
-    """Which kernel of `KERNELS` serves: the first row of this table that fits.
-
-    device   queries   visibility        sinks apart   bias             kernel
-    any      1         any               yes           any              one_softmax
-    any      2 …       band              yes           any              tiles
-    any      2 …       by places         yes           any              one_softmax
-    any      2 …       band              no            in a half type   tiles
-    any      any       any               no            in a half type   one_softmax
-    cpu      1         any               no            any              one_softmax
-    cpu      2 …       band, not causal  no            any              tiles
-    cuda     2 …       band, not causal  no            none, half type  tiles
-    any      any       any               no            any              fused
-
-    Why (tools/bench.py decode, AMD EPYC, 2026-11): one query reads the cache at memory speed by two matmuls, 4 to 5
-    times as fast as the fused kernel in bfloat16, and a little faster in float32. For 512 queries and W = 1024,
-    tiles take half the time of one kernel with all keys. The fused kernel has one query for all keys, so sinks
-    that stand apart need another. With a bias in a half type, it keeps unrounded scores, which exceeds the
-    parity limit of half types (1.02 times; the others reach 0.89 to 0.97), and it would round the bias.
-    """
+    """Which kernel of `KERNELS` serves: the table at the top of this file."""
     many = query.shape[2] > 1
     on_cpu = query.device.type == "cpu"
     apart = sink_query is not None
@@ -260,7 +262,7 @@ def _has_flash(device: torch.device) -> bool:
     return torch.version.cuda is not None and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-@lru_cache(maxsize=4)  # all layers, and nearly all tiles of a long text, have the same
+@tensor_cache(4)  # all layers, and nearly all tiles of a long text, have the same
 def _run_bias(
     queries: int, keys: int, in_front: int, window: int, dtype: torch.dtype, device: torch.device
 ) -> Tensor | None:

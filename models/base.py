@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from streamllm.models.checks import whole_number
-from streamllm.models.linear import HALF, Linear
+from streamllm.models.checks import whole_number, wrong_tokens
+from streamllm.models.linear import Linear
+from streamllm.models.quantized import HALF
 from streamllm.models.step import Cache, Geometry, Plan
 
 
@@ -28,6 +29,16 @@ class CausalLM(nn.Module):
         self.head = Linear(config.width, config.vocab_size, bias=False)
         if config.tied:
             self.head.weight = self.embed.weight
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.embed.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type in which the model computes; int8 weights do not change it."""
+        return self.embed.weight.dtype
 
     def forward(
         self,
@@ -93,21 +104,16 @@ class CausalLM(nn.Module):
 
 def check_tokens(model: CausalLM, tokens: Tensor, logits_to_keep: int | None) -> int | None:
     """`logits_to_keep`, at most T. Raises ValueError, see `CausalLM.forward`."""
-    vocab_size, device = model.geometry.vocab_size, next(model.parameters()).device
-    if not isinstance(tokens, Tensor):
-        raise ValueError(f"tokens must be a tensor of token ids, not {type(tokens).__name__}")
-    if tokens.dim() != 2 or 0 in tokens.shape or tokens.dtype not in (torch.int64, torch.int32):
-        raise ValueError(
-            f"tokens must be int64 or int32 of shape [batch, length] with at least one of each, "
-            f"not {tokens.dtype} of shape {list(tokens.shape)}"
-        )
-    if tokens.device != device:
-        raise ValueError(f"the tokens are on {tokens.device} and the model is on {device}: move one of them")
-    if device.type == "cpu":  # on another device, reading the values would wait for it
-        ends = [int(end) for end in ([tokens] if tokens.numel() == 1 else torch.aminmax(tokens))]
-        lowest, highest = ends[0], ends[-1]
-        if lowest < 0 or highest >= vocab_size:
-            wrong = lowest if lowest < 0 else highest
+    device, vocab_size = next(model.parameters()).device, model.geometry.vocab_size
+    if not isinstance(tokens, Tensor) or tokens.dim() != 2 or 0 in tokens.shape:
+        raise wrong_tokens(tokens, device)
+    if tokens.dtype not in (torch.int64, torch.int32) or tokens.device != device:
+        raise wrong_tokens(tokens, device)
+    # On another device, reading the values would wait for it; torch.export has no values to read.
+    if device.type == "cpu" and not torch.compiler.is_exporting():
+        ends = [tokens.item()] if tokens.numel() == 1 else [int(end) for end in torch.aminmax(tokens)]
+        if ends[0] < 0 or ends[-1] >= vocab_size:
+            wrong = ends[0] if ends[0] < 0 else ends[-1]
             raise ValueError(f"token id {wrong} is outside the model's vocabulary of 0 … {vocab_size - 1}")
     if logits_to_keep is None:
         return None
@@ -123,8 +129,12 @@ def check_lengths(
         raise ValueError(
             f"the cache was made for a batch of {cache.batch_size}, the tokens have {batch} rows"
         )
-    if lengths is None:
-        return None
+    return None if lengths is None else _real_counts(lengths, cache, batch, length)
+
+
+def _real_counts(
+    lengths: Tensor | Sequence[int], cache: Cache | None, batch: int, length: int
+) -> list[int] | None:
     if cache is None:
         raise ValueError("lengths need a cache: without one every row is a whole text of its own")
     given = lengths.tolist() if isinstance(lengths, Tensor) else lengths

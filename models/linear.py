@@ -16,19 +16,13 @@ from torch import Tensor, nn
 
 from streamllm.models.packed_weight import PackedWeight, pack, unpack
 from streamllm.models.processor import IS_INTEL
-from streamllm.models.torch_private import (
-    int8_matmul,
-    linear_pointwise,
-    mkldnn_supports_bf16,
-    reorder_linear_weight,
-)
+from streamllm.models.quantized import FORMATS, HALF, INT4, INT4_GROUP, INT8, format_of, has_whole_groups
+from streamllm.models.torch_private import linear_pointwise, mkldnn_supports_bf16, reorder_linear_weight
 
-HALF = (torch.float16, torch.bfloat16)
-# From this many rows on, int8 weights are dequantised once per product instead of read row by row.
-INT8_DEQUANTIZE_ROWS = 64
 FLOAT16_WIDEN_ROWS = 4  # from here on, float16 products run in float32
-INT8_MATMUL_INPUTS = 16  # torch's int8 kernel reads so many inputs at a time
 BLOCK_COST_ROWS = 12  # what one more block costs, in rows: it reads the weight again
+BLOCK_ROWS = (4, 8, 12, 16, 24, 32, 40, 48, 64)  # and powers of two from 128 on
+MKL_COST = 1.15  # MKL's time for 8 to 128 rows of float32, oneDNN's being 1; on Intel's processors it is less
 
 
 class Linear(nn.Linear):
@@ -42,7 +36,7 @@ class Linear(nn.Linear):
     """
 
     kernel: Callable[[Tensor, Tensor, Tensor | None], Tensor] = staticmethod(F.linear)
-    scale: Tensor  # [out], where the weight is int8
+    scale: Tensor  # of a rounded weight; see quantized.py
 
     def reset_parameters(self) -> None:
         pass
@@ -62,29 +56,31 @@ class Linear(nn.Linear):
 
     def arrange_by_rows(self) -> None:
         """Store the weight [out, in], without gaps between its rows."""
+        if format_of(self.weight) is not None:
+            return  # loops read rounded weights as they are
         unpack(self.weight)
         self.weight.data = self.weight.data.contiguous()
         self.__dict__.pop("kernel", None)
-        self._choose_kernel(arranged=False)
         if self.weight.device.type == "cpu" and self.weight.dtype in KERNELS_BY_ROWS:
             self.kernel = KERNELS_BY_ROWS[self.weight.dtype]
 
-    def quantize(self) -> None:
-        """Round the weight to int8, with one scale for each of its rows. The output keeps the input's type.
+    def quantize(self, name: str = "int8") -> None:
+        """Round the weight to "int8" or "int4" (quantized.py). The output keeps the input's type.
 
-        The product with the rounded weight is computed as exactly as before. The scales go to the buffer
-        `scale` [out]. A weight shared with an embedding is rounded for this layer only. A second call does
-        nothing.
+        The product with the rounded weight is computed as exactly as before. The scales go to the buffer `scale`.
+        A weight shared with an embedding is rounded for this layer only. A rounded weight stays as it is. int8 is
+        taken instead of int4 where the inputs cannot be divided into groups.
         """
-        if self.weight.dtype == torch.int8:
+        if name not in FORMATS:
+            raise ValueError(f"a weight can be rounded to {' or '.join(FORMATS)}, not {name!r}")
+        if format_of(self.weight) is not None:
             return
         weight = self.weight.detach()
-        dtype = weight.dtype if weight.dtype in HALF else torch.float32
-        smallest = 2.0**-24 if dtype == torch.float16 else torch.finfo(dtype).tiny  # else a scale could be 0
-        scale = (self.row_maxima(weight) / 127).clamp(min=smallest).to(dtype)
-        # Divide by the scale as it is stored: its rounding then costs nothing.
-        rounded = (weight / scale.to(torch.promote_types(dtype, torch.float32))[:, None]).round_()
-        self.weight = nn.Parameter(rounded.clamp_(-127, 127).to(torch.int8), requires_grad=False)
+        if name == INT4.name and self.has_whole_groups():
+            numbers, scale = INT4.round(weight, INT4_GROUP)
+        else:
+            numbers, scale = INT8.round(weight, self.row_maxima(weight))
+        self.weight = nn.Parameter(numbers, requires_grad=False)
         self.register_buffer("scale", scale)
         self._choose_kernel(arranged=False)
 
@@ -101,17 +97,34 @@ class Linear(nn.Linear):
         """The largest absolute value of each row, float32 [out]: int8 weights are scaled by it."""
         return weight.float().abs().amax(1)
 
+    def has_whole_groups(self) -> bool:
+        """Whether the inputs can be divided into the groups of int4."""
+        return has_whole_groups(self.in_features)
+
     def _choose_kernel(self, arranged: bool) -> None:
-        if self.weight.dtype == torch.int8:
-            self.kernel = partial(int8_kernel, self.scale)
+        format = format_of(self.weight)
+        if format is not None:
+            self._set_rounded(*format.for_device(self.weight.data, self.scale))
+            self.kernel = partial(quantized_kernel, self.scale)
         elif arranged:
             self.arrange()
             if self.training:
                 unpack(self.weight)
 
+    def _rounded_by_rows(self) -> tuple[Tensor, Tensor] | None:
+        """Numbers and scales in the layout that every device reads; None where the weight is not rounded."""
+        format = format_of(self.weight)
+        return None if format is None else format.by_rows(self.weight.data, self.scale)
+
+    def _set_rounded(self, numbers: Tensor, scale: Tensor) -> None:
+        self.weight.data, self.scale = numbers, scale
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Linear:
         """Called by .to(), .float(), .cuda(): another type or device needs another layout."""
         unpack(self.weight)
+        rounded = self._rounded_by_rows()
+        if rounded is not None:
+            self._set_rounded(*rounded)
         arranged = self.__dict__.pop("kernel", None) is not None
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._choose_kernel(arranged)
@@ -121,6 +134,11 @@ class Linear(nn.Linear):
         """For copy.deepcopy and pickle: the copy of a packed weight is plain, and is packed by the copy."""
         state = self.__dict__.copy()
         state["arranged"] = state.pop("kernel", None) is not None
+        rounded = self._rounded_by_rows()
+        if rounded is not None:  # another processor may need other blocks
+            numbers, scale = rounded
+            state["_parameters"] = {**self._parameters, "weight": nn.Parameter(numbers, requires_grad=False)}
+            state["_buffers"] = {**self._buffers, "scale": scale}
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -128,19 +146,29 @@ class Linear(nn.Linear):
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._choose_kernel(arranged)
 
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        rounded = self._rounded_by_rows()
+        if rounded is not None:
+            destination[prefix + "weight"], destination[prefix + "scale"] = rounded
+
     def _load_from_state_dict(
         self, state_dict: dict[str, Tensor], prefix: str, metadata: Any, strict: bool, missing: list[str],
         unexpected: list[str], errors: list[str],
     ) -> None:  # fmt: skip
         given = state_dict.get(prefix + "weight")
-        if given is not None and (given.dtype == torch.int8) != (self.weight.dtype == torch.int8):
+        format = format_of(self.weight)
+        if given is not None and format_of(given) is not format:
             errors.append(
                 f"{prefix}weight is {given.dtype} in the state and {self.weight.dtype} here: quantize both "
-                f"models or neither"
+                f"models or neither, to the same type"
             )
             return
+        rounded = self._rounded_by_rows()
+        if rounded is not None:
+            self._set_rounded(*rounded)
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
-        if self.weight.dtype == torch.int8:
+        if format is not None:
             self._choose_kernel(arranged=False)  # with assign=True, the scale is another tensor
         elif "kernel" in self.__dict__ and not self.training:
             self.arrange()
@@ -186,6 +214,10 @@ def float32_kernel(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         2 < rows < 128 and weight.numel() > 1 << 20
     ):  # MKL takes 0.5 to 1 times as long there
         return F.linear(x, weight, bias)
+    if _blocks_cost(rows) > MKL_COST * (
+        rows + BLOCK_COST_ROWS
+    ):  # MKL takes any size, and keeps nothing for it
+        return F.linear(x, weight, bias)
     if by_columns and weight.stride(1) != weight.shape[0]:  # a view of fused weights, slow in oneDNN
         if rows < 16:
             return F.linear(x, weight, bias)
@@ -198,6 +230,8 @@ def onednn_kernel(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     assert linear_pointwise is not None
     if bias is not None and bias.stride(0) != 1:  # it would read the numbers between, too
         bias = bias.contiguous()
+    if x.dim() < 2 or x.shape[-2] == 1:  # one token of each stream of a batch is one size, whatever the batch
+        return linear_pointwise(x, weight, bias, "none", [], "")
     return in_row_blocks(lambda part: linear_pointwise(part, weight, bias, "none", [], ""), x)
 
 
@@ -205,10 +239,8 @@ def in_row_blocks(product: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """The product of x [..., T, in], computed in blocks of few sizes, without gradients.
 
     oneDNN prepares a kernel for each number of rows that it meets, in a millisecond and 0.6 MB, and keeps it in
-    the process (tools/variety.py). One token of each stream of a batch is one size, whatever the batch.
+    the process (tools/variety.py).
     """
-    if x.dim() < 2 or x.shape[-2] == 1:
-        return product(x)
     rows = x.numel() // x.shape[-1]
     blocks = row_blocks(rows)
     if blocks == (rows,):
@@ -223,27 +255,38 @@ def in_row_blocks(product: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 
 @lru_cache(maxsize=1024)
 def row_blocks(rows: int) -> tuple[int, ...]:
-    """Sizes that together hold so many rows: 1 or powers of two from 4 on, the last one perhaps padded.
+    """Sizes out of `BLOCK_ROWS` that together hold so many rows, the last one perhaps padded; or one row.
 
     The cheaper of two ways: one block that holds all, or the largest full block and then the rest.
     """
     if rows <= 1:
         return (rows,)
-    padded = max(4, 1 << (rows - 1).bit_length())
-    if padded == rows or rows < 4:
+    power = 1 << (rows - 1).bit_length()
+    padded = power if power > 128 else next((size for size in BLOCK_ROWS if size >= rows), 128)
+    if padded == rows or rows < BLOCK_ROWS[0]:
         return (padded,)
-    largest = padded // 2
+    largest = power // 2 if rows >= 128 else max(size for size in BLOCK_ROWS if size <= rows)
     split = (largest, *row_blocks(rows - largest))
-    return min((padded,), split, key=lambda blocks: sum(blocks) + len(blocks) * BLOCK_COST_ROWS)
+    return min((padded,), split, key=_cost)
+
+
+def _cost(blocks: tuple[int, ...]) -> int:
+    """The time that blocks take, in rows."""
+    return sum(blocks) + len(blocks) * BLOCK_COST_ROWS
+
+
+@lru_cache(maxsize=1024)
+def _blocks_cost(rows: int) -> int:
+    return _cost(row_blocks(rows))
 
 
 def _needs_torch(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether torch's own F.linear must compute the product, because gradients are wanted or autocast is on."""
+    """Whether torch's own F.linear must compute the product: for gradients, autocast and torch.export."""
     if torch.is_grad_enabled():
         wanted = x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
         if wanted:
             return True
-    return torch.is_autocast_enabled("cpu")
+    return torch.is_autocast_enabled("cpu") or torch.compiler.is_exporting()
 
 
 def _arrange_bfloat16(linear: Linear) -> None:
@@ -265,6 +308,8 @@ def torch_kernel(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """F.linear; in blocks where torch hands it to oneDNN, for half types on a CPU, and no gradients are wanted."""
     if x.device.type != "cpu" or x.dtype not in HALF or _needs_torch(x, weight, bias):
         return F.linear(x, weight, bias)
+    if x.dim() < 2 or x.shape[-2] == 1:
+        return F.linear(x, weight, bias)
     return in_row_blocks(lambda part: F.linear(part, weight, bias), x)
 
 
@@ -285,43 +330,18 @@ def float16_kernel(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return wide.to(x.dtype)
 
 
-def int8_kernel(scale: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x times an int8 weight [out, in] with a scale for each output: in torch's kernel, or dequantised first."""
+def quantized_kernel(scale: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x times a rounded weight, by the kernel of its format, or dequantised first."""
+    format = format_of(weight)
+    assert format is not None
     rows = x.numel() // x.shape[-1]
-    if (
-        rows >= INT8_DEQUANTIZE_ROWS
-        or not _int8_matmul_reads(x, weight, scale)
-        or _needs_torch(x, scale, bias)
-    ):
-        return torch_kernel(x, weight.to(x.dtype) * scale.to(x.dtype)[:, None], bias)
-    assert int8_matmul is not None
-    flat = x.reshape(rows, x.shape[-1]).contiguous()
-    if not _is_aligned(flat, 32):
-        flat = flat.clone()
-    product = int8_matmul(flat, weight, scale).view(*x.shape[:-1], -1)
-    return product if bias is None else product + bias  # type: ignore[no-any-return]
-
-
-def _int8_matmul_reads(x: Tensor, weight: Tensor, scale: Tensor) -> bool:
-    """Whether torch's int8 kernel can read these.
-
-    It does not check them: of rows whose length is no multiple of 16 it reads beyond the end, and rows of x that do
-    not begin at a multiple of 32 bytes, or of a weight at one of 16, end the process.
-    """
-    return (
-        int8_matmul is not None
-        and x.device.type == "cpu"
-        and x.dtype == scale.dtype == torch.bfloat16  # slow for other types
-        and weight.shape[1] % INT8_MATMUL_INPUTS == 0
-        and weight.shape[1] == x.shape[-1]
-        and weight.is_contiguous()
-        and scale.is_contiguous()
-        and _is_aligned(weight, 16)
-    )
-
-
-def _is_aligned(x: Tensor, nbytes: int) -> bool:
-    return torch.compiler.is_compiling() or x.data_ptr() % nbytes == 0  # what torch.compile makes is aligned
+    product = None
+    if rows < format.dequantize_rows and not _needs_torch(x, scale, bias):
+        product = format.product(x.reshape(rows, x.shape[-1]), weight, scale)
+    if product is None:
+        return torch_kernel(x, format.dequantized(weight, scale, x.dtype), bias)
+    product = product.view(*x.shape[:-1], -1)
+    return product if bias is None else product + bias
 
 
 LAYOUTS: dict[torch.dtype, Callable[[Linear], None]] = {
@@ -363,8 +383,16 @@ def arrange_by_rows(model: nn.Module) -> None:
             module.arrange_by_rows()
 
 
-def quantize(model: nn.Module) -> None:
-    """Round the weights of every Linear of a model to int8. Embeddings and norms stay as they are."""
+def quantize(model: nn.Module, name: str = "int8") -> None:
+    """Round the weights of every Linear of a model to "int8" or "int4". Embeddings and norms stay as they are."""
     for module in model.modules():
         if isinstance(module, Linear):
-            module.quantize()
+            module.quantize(format_for(model, module, name))
+
+
+def format_for(model: nn.Module, module: Linear, name: str) -> str:
+    """The format of one Linear where the model is rounded to `name`: an int4 model keeps its head in int8.
+
+    Errors of the head reach the logits directly: on the embedded checkpoint an int4 head costs 1 % of perplexity.
+    """
+    return INT8.name if module is getattr(model, "head", None) else name

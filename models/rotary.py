@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from streamllm.models.step import Step
+from streamllm.models.tensor_cache import tensor_cache
 
 
 @dataclass(frozen=True)
@@ -206,7 +206,7 @@ def _table(rope: Rope, places: Tensor, rope_length: int, dtype: torch.dtype) -> 
     return cos.to(device, dtype), sin.to(device, dtype)
 
 
-@lru_cache(maxsize=64)
+@tensor_cache(64)
 def _frequencies(rope: Rope, rope_length: int, device: torch.device) -> Tensor:
     with torch.inference_mode(False):  # or autograd could not use it
         return rope.frequencies(rope_length).to(device, torch.float64)

@@ -7,7 +7,9 @@ Each name is the function, or None where this version or build of torch lacks it
     linear_pointwise         linear.py calls F.linear, and weights stay as they were read
     reorder_linear_weight    the same, for bfloat16
     mkldnn_supports_bf16     the same, for bfloat16
-    int8_matmul              linear.py dequantises int8 weights before each product
+    int8_matmul              quantized.py dequantises int8 weights before each product
+    int4_matmul              the same, for int4
+    int4_convert             the same, for int4
     aoti_runner_cpu          compiled/library.py raises CompileError, which names the backend that works
     fake_tensor_mode         the same
     inductor                 the same
@@ -26,6 +28,8 @@ __all__ = [
     "flash_attention_cpu",
     "flash_attention_cuda",
     "inductor",
+    "int4_convert",
+    "int4_matmul",
     "int8_matmul",
     "linear_pointwise",
     "mkldnn_supports_bf16",
@@ -53,6 +57,8 @@ flash_attention_cuda = (
     else None
 )
 int8_matmul = _find("_weight_int8pack_mm")
+int4_matmul = _find("ops.aten._weight_int4pack_mm_for_cpu.default")
+int4_convert = _find("ops.aten._convert_weight_to_int4pack_for_cpu.default")
 aoti_runner_cpu = _find("_C._aoti.AOTIModelContainerRunnerCpu")
 fake_tensor_mode = _find("_subclasses.FakeTensorMode")
 

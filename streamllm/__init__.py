@@ -19,11 +19,12 @@ if TYPE_CHECKING:
     from streamllm.generation import generate
     from streamllm.generation_config import GenerationConfig
     from streamllm.loading import load, load_model, load_tokenizer
+    from streamllm.pretrained import save_pretrained
     from streamllm.stream import Stream
     from streamllm.tokenizer import Tokenizer, TokenizerError
     from streamllm.weights.errors import CheckpointError, CheckpointNotFound, UnsupportedConfig
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "CheckpointError",
@@ -43,6 +44,7 @@ __all__ = [
     "load",
     "load_model",
     "load_tokenizer",
+    "save_pretrained",
     "score",
 ]
 
@@ -65,6 +67,7 @@ _MODULE_OF = {
     "load": "streamllm.loading",
     "load_model": "streamllm.loading",
     "load_tokenizer": "streamllm.loading",
+    "save_pretrained": "streamllm.pretrained",
     "score": "streamllm.evaluate.scores",
 }
 

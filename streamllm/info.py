@@ -8,9 +8,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch import nn
 
 from streamllm.cache import SinkCache
+from streamllm.loading import QUANTIZED_DTYPE, check_quantize
+from streamllm.models import linear
 from streamllm.models.alibi import Alibi
+from streamllm.models.quantized import FORMATS, INT4, INT8, has_whole_groups
 from streamllm.models.rotary import Rope
 from streamllm.models.step import Geometry
 from streamllm.tensor_parallel import Share, list_numbers
@@ -27,17 +31,21 @@ def describe(
     window: int | None = None,
     dtype: torch.dtype | str = "auto",
     processes: int = 1,
+    quantize: str | None = None,
 ) -> Iterator[tuple[str, str]]:
     """Lines about a checkpoint, as (name, value). A line that continues the one before has the name "".
 
-    processes: how many hold the model together; lines say what each holds.
+    processes: how many hold the model together; lines say what each holds. quantize: as for `load`.
 
-    Raises ValueError for an unknown dtype, for sinks or a window out of range and where the model cannot be divided
-    among so many processes; CheckpointError for a broken index.
+    Raises ValueError for an unknown dtype or `quantize`, for sinks or a window out of range and where the model
+    cannot be divided among so many processes; CheckpointError for a broken index.
     """
     source, config = checkpoint.source, checkpoint.config
+    check_quantize(quantize)
     files, dtypes = _files(checkpoint)
     chosen, why = _dtype(checkpoint, dtype, dtypes)
+    if quantize and dtype == "auto":
+        chosen, why = QUANTIZED_DTYPE, "the default with rounded weights"
     model = checkpoint.build().to(chosen)
     geometry: Any = model.geometry
     assert isinstance(geometry, Geometry)
@@ -51,7 +59,10 @@ def describe(
         f"MLP {config.mlp_width:,}, vocabulary {config.vocab_size:,}",
     )
     yield "", f"the head {'is the embedding (tied)' if config.tied else 'has its own weights (not tied)'}"
-    yield "parameters", f"{count:,}: {_bytes(count * chosen.itemsize)} in {_name(chosen)} ({why})"
+    yield (
+        "parameters",
+        f"{count:,}: {_bytes(_nbytes(model, chosen, quantize))} in {_types(chosen, quantize)} ({why})",
+    )
     yield (
         "heads",
         f"{config.heads} for queries, {geometry.kv_heads} for keys and values, of {geometry.head_dim} dimensions",
@@ -77,14 +88,14 @@ def describe(
         f"{sinks} sinks and {cache.window:,} recent tokens: {_bytes(cache.nbytes)}, however long the stream",
     )
     if processes > 1:
-        yield from _shares(checkpoint, sinks, cache.window, chosen, processes)
+        yield from _shares(checkpoint, sinks, cache.window, chosen, processes, quantize)
     for key in KEYS_USED_OUTSIDE_MODEL:
         checkpoint.config_reader.get(key)
     yield "no effect", ", ".join(checkpoint.config_reader.unread()) or "every key of config.json has one"
 
 
 def _shares(
-    checkpoint: Checkpoint, sinks: int, window: int, dtype: torch.dtype, processes: int
+    checkpoint: Checkpoint, sinks: int, window: int, dtype: torch.dtype, processes: int, quantize: str | None
 ) -> Iterator[tuple[str, str]]:
     """What each process of a tensor-parallel job holds. Processes that hold equally much share a line."""
     ranks_by_line: dict[str, list[int]] = {}
@@ -97,12 +108,35 @@ def _shares(
             cache = SinkCache(model, sinks=sinks, window=window)
         line = (
             f"heads: {len(share.heads)} for queries, {len(share.kv_heads)} for keys and values; parameters: "
-            f"{count:,}, {_bytes(count * dtype.itemsize)}; cache: {_bytes(cache.nbytes)}"
+            f"{count:,}, {_bytes(_nbytes(model, dtype, quantize))}; cache: {_bytes(cache.nbytes)}"
         )
         ranks_by_line.setdefault(line, []).append(rank)
     for number, (line, ranks) in enumerate(ranks_by_line.items()):
         which = f"rank {ranks[0]}" if len(ranks) == 1 else f"each of ranks {list_numbers(ranks, 'and')}"
         yield "divided" if number == 0 else "", f"{which}: {line}"
+
+
+def _nbytes(model: nn.Module, dtype: torch.dtype, quantize: str | None) -> int:
+    """Bytes of the parameters of a model, which has no values yet, with Linear weights rounded."""
+    if quantize is None:
+        return sum(value.numel() for value in model.parameters()) * dtype.itemsize
+    total = 0
+    for module in model.modules():
+        is_rounded = isinstance(module, linear.Linear)
+        own = module.named_parameters(recurse=False)
+        total += sum(
+            value.numel() * dtype.itemsize for name, value in own if not (is_rounded and name == "weight")
+        )
+        if isinstance(module, linear.Linear):
+            format = FORMATS[linear.format_for(model, module, quantize)]
+            if format is INT4 and not has_whole_groups(module.in_features):
+                format = INT8
+            total += format.nbytes(module.out_features, module.in_features, dtype.itemsize)
+    return total
+
+
+def _types(dtype: torch.dtype, quantize: str | None) -> str:
+    return _name(dtype) if quantize is None else f"{quantize}, the rest in {_name(dtype)}"
 
 
 def _positions(config: Any, head_dim: int) -> Iterator[tuple[str, str]]:

@@ -14,7 +14,7 @@ from torch import nn
 
 from streamllm.generation_config import GenerationConfig, attach, read_generation_config
 from streamllm.malloc import trim_heap
-from streamllm.models import linear
+from streamllm.models import quantized
 from streamllm.tensor_parallel import Job, Share, join
 from streamllm.tokenizer import TOKENIZER_FILES, Tokenizer, list_template_files, load_tokenizer_files
 from streamllm.weights.checkpoint import Checkpoint
@@ -23,6 +23,9 @@ from streamllm.weights.files import read_json
 from streamllm.weights.source import Source, resolve
 
 LARGE_CHECKPOINT_BYTES = 1 << 30  # of weights; from here on a progress bar is shown
+QUANTIZED_DTYPE = (
+    torch.bfloat16
+)  # the default with rounded weights: their fast kernels for a CPU have no other type
 
 
 def load(
@@ -55,8 +58,9 @@ def load(
         token: a hub token; None takes HF_TOKEN or the one that `hf auth login` saved.
         allow_pickle: read old checkpoints that have only pytorch_model.bin. A pickle could run code, so allow
             it only if you trust its author.
-        quantize: "int8" rounds the weights of linear layers to 8 bits, with one scale for each output, and
-            computes in bfloat16 unless `dtype` names another type.
+        quantize: "int8" rounds the weights of linear layers to 8 bits, with one scale for each output; "int4" to 4
+            bits, with one for each 32 inputs, but the head to 8, and layers whose inputs are no multiple of 32. Both
+            compute in bfloat16 unless `dtype` names another type.
         tensor_parallel: hold only this process' part of the model, which the processes that torchrun has started
             compute together. Each must make the same calls. With CUDA, each takes a device of its own.
 
@@ -128,6 +132,12 @@ def open_source(
     return resolve(name, revision=revision, local_files_only=local_files_only, token=token)
 
 
+def check_quantize(quantize: str | None) -> None:
+    """Raises ValueError for a type that weights cannot be rounded to."""
+    if quantize is not None and quantize not in tuple(quantized.FORMATS):
+        raise ValueError(f'quantize must be None, "int8" or "int4", not {quantize!r}')
+
+
 def embedded_folder() -> Path:
     """The folder of the checkpoint that is part of the package."""
     return Path(str(files("streamllm.weights.embedded")))
@@ -187,19 +197,16 @@ def _load_model(
     quantize: str | None,
     job: Job | None,
 ) -> nn.Module:
-    if quantize not in (None, "int8"):
-        raise ValueError(f'quantize must be None or "int8", not {quantize!r}')
+    check_quantize(quantize)
     if quantize and dtype == "auto":
-        dtype = torch.bfloat16  # the fast int8 kernels support no other type
+        dtype = QUANTIZED_DTYPE
     checkpoint = Checkpoint(source, match_transformers, allow_pickle)
     part = None if job is None else Share(checkpoint.config, job.rank, job.ranks)
     target = job.device if job else usable_device(device)
     generation_config = _generation_config(source)
     shown_bytes = checkpoint.nbytes if job is None or job.is_first else 0
     with weights_progress(shown_bytes, f"loading {source.name}") as report:
-        model = checkpoint.load(dtype, target, report, part)
-    if quantize:
-        linear.quantize(model)
+        model = checkpoint.load(dtype, target, report, part, quantize)
     trim_heap()
     attach(model, generation_config)
     return model

@@ -37,6 +37,19 @@ class Log:
 
 
 @dataclass(frozen=True, eq=False)
+class LoopState:
+    """A copy of what a loop knows besides its cache; see `Loop.state`."""
+
+    logits: Tensor | None  # [V], for the next token, if they are known
+    first: int  # the number of the first of `tokens`
+    tokens: tuple[int, ...]  # the last token that the cache took in, and those that wait
+    history: tuple[int, ...]  # the last tokens, for the penalties
+    history_size: int
+    cuts: int  # how often tokens were taken back
+    drawn: int | None
+
+
+@dataclass(frozen=True, eq=False)
 class _Ahead:
     """A forward that ran before its token was fed."""
 
@@ -113,6 +126,11 @@ class Loop:
     def last_tokens(self, count: int) -> list[int]:
         """The last tokens that were pushed, oldest first; fewer where they are not kept any more."""
         return self._read_log().history.last(count)
+
+    @property
+    def repeated(self) -> float:
+        """See `History.loop_share`."""
+        return self._read_log().history.loop_share()
 
     @property
     def logits(self) -> Tensor | None:
@@ -279,6 +297,41 @@ class Loop:
                 self.cache.step_back()
             self._running_ahead = None
 
+    def state(self) -> LoopState:
+        """A copy, for a loop whose cache is in the same state as this one's is after the call."""
+        log = self._read_log()
+        if self.seen > log.end:  # interrupted while a forward ran ahead: the token is not in the stream yet
+            self.cache.step_back()
+        logits, history = self.logits, log.history
+        return LoopState(
+            None if logits is None else logits.clone(),
+            log.first,
+            tuple(log.tokens),
+            tuple(history.last(log.end)),
+            history.size,
+            log.cuts,
+            self.drawn,
+        )
+
+    def restore(self, state: LoopState) -> None:
+        """Return to a state, which can be used again. The cache was brought to the same one before."""
+        end = state.first + len(state.tokens)
+        history = History(state.history_size, state.history)
+        self._drawn = self._logits = self._answer = self._ahead = self._running_ahead = None
+        self._on_device = self._leaving = None
+        self.log = Log(state.first, list(state.tokens), history, end - history.total, state.cuts)
+        if state.logits is not None:
+            self._logits = end, state.logits.to(self.cache.device, self.cache.dtype)
+        if state.drawn is not None:
+            self._drawn = end, state.drawn
+
+    def forget(self, left: Sequence[int]) -> None:
+        """Tokens left the cache: `left` are the last tokens without them, and the next logits are computed again."""
+        log = self.log
+        history = History(log.history.size, left)
+        self.log = replace(log, history=history, ahead=log.end - history.total)
+        self._logits = None
+
     def keep_last_unfed(self) -> None:
         """Take the last token out of the cache again, if it was fed: the next caller feeds it.
 
@@ -292,8 +345,8 @@ class Loop:
         """Take the tokens from number `start` on out of the stream, and push `then` in their place.
 
         Their entries leave the cache. What they had pushed out of the window does not come back, and neither does what
-        a drawn token would have pushed out. Numbers of tokens that were fed are not used again. After an interrupt,
-        the same call completes it; `log.cuts` tells whether it has ended.
+        a drawn token would have pushed out. Numbers of tokens that were fed are used again only where nothing was
+        pushed out. After an interrupt, the same call completes it; `log.cuts` tells whether it has ended.
         """
         self._end_running_ahead()
         log, cache = self._read_log(), self.cache
@@ -307,8 +360,8 @@ class Loop:
             again = fed > 0 and not then and bool(left)
             self._leaving = log.cuts, held - fed - again, fed > 0, again
         _, kept, was_fed, again = self._leaving
-        if kept < cache.sinks and held - kept <= int(cache.rewindable[0]):
-            cache.rewind(held - kept)  # the text is so short that sinks leave
+        if held - kept <= int(cache.rewindable[0]):
+            cache.rewind(held - kept)
         elif held > max(kept, cache.sinks):
             cache.evict_range(max(kept, cache.sinks), held)
         if again:

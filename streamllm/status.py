@@ -17,6 +17,7 @@ from streamllm.stream import Stream
 
 INTERVAL = 0.25  # seconds between two refreshes of the line
 READING_AFTER = 1.0  # seconds after which the reading of a prompt is shown
+REPEATS = 0.5  # a larger share of repeated 4-grams is told
 
 # Escape sequences of terminals
 _SAVE_CURSOR, _RESTORE_CURSOR = "\x1b7", "\x1b8"
@@ -109,6 +110,9 @@ class Status:
             f"place {self._stream.seen:,}",
             f"cache {self._stream.cache.nbytes / 1e6:.1f} MB",
         ]
+        share = self._stream.repeated
+        if share > REPEATS:
+            parts.append(f"repeats itself {share:.0%}")
         resident = resident_bytes()
         if resident is not None:
             parts.append(f"resident {resident / 1e6:,.0f} MB")

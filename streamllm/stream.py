@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -14,12 +15,10 @@ from streamllm.cache import SinkCache
 from streamllm.generation_config import resolve
 from streamllm.session import SessionError, chatting, saving, window
 from streamllm.session.dialogue import Dialogue, Message, Turn, check_messages, without_known
-from streamllm.session.state import capture, restore
-from streamllm.session.view import AnswerText, View
+from streamllm.session.state import State, capture, restore
+from streamllm.session.view import AnswerText, Drop, View
 from streamllm.text_stream import TextStream
 from streamllm.tokenizer import Tokenizer
-
-DEFAULT_SINKS = 4
 
 
 class Stream(TextStream):
@@ -63,19 +62,21 @@ class Stream(TextStream):
         self._fingerprint: dict[str, Any] | None = None
         self._autosave: saving.Autosave | None = None
         self._model = model
-        number = sinks if isinstance(sinks, int) else DEFAULT_SINKS
+        number = sinks if isinstance(sinks, int) else chatting.DEFAULT_SINKS
         self._make_cache(number if pin is None else len(self._pinned))
 
-    def _make_cache(self, sinks: int) -> None:
-        """Begin with an empty cache of so many sinks."""
-        self.cache = SinkCache(
+    def _make_cache(self, sinks: int, dialogue: Dialogue | None = None) -> None:
+        """Begin with an empty cache of so many sinks. dialogue: messages that wait."""
+        cache = SinkCache(
             self._model, sinks=sinks, window=self._window, chunk=self._chunk, quantize=self._quantize
         )
-        self._start(self._model)
+        self._start(self._model, cache, dialogue)
 
-    def _start(self, model: nn.Module) -> None:
-        super()._start(model)
-        self._dialogue = Dialogue()
+    def _start(self, model: nn.Module, cache: SinkCache, dialogue: Dialogue | None = None) -> None:
+        super()._start(model, cache, dialogue)
+        # What an interrupt may have cut off
+        self._restoring: State | None = None
+        self._dropping: Drop | None = None
         self._saved_at = 0  # how many tokens the stream had when it was last saved
         if self._pinned:
             self._push(self._pinned)
@@ -85,8 +86,11 @@ class Stream(TextStream):
 
     def reset(self) -> None:
         """Forget everything and start a new text."""
-        self.cache.reset()
-        self._start(self.model)
+        if self.pins_system:  # the next system prompt may be longer, or there may be none
+            self._make_cache(chatting.DEFAULT_SINKS)
+        else:
+            self.cache.reset()
+            self._start(self.model, self.cache)
 
     # A conversation
 
@@ -139,6 +143,7 @@ class Stream(TextStream):
         """
         message = {"role": role, "content": text}
         check_messages([message])
+        self._finish()
         if chatting.waits(self, role, None, message):
             now = self._now
             self._dialogue = replace(now, waiting=(*now.waiting, message))
@@ -161,6 +166,7 @@ class Stream(TextStream):
     @property
     def turns(self) -> list[Turn]:
         """The messages of the conversation with their tokens' numbers, the last answer as far as it came."""
+        self._finish()
         dialogue = self._now
         answer = dialogue.answer
         return [*dialogue.turns, *([] if answer is None else [chatting.answer_turn(self, answer)])]
@@ -183,9 +189,8 @@ class Stream(TextStream):
         dialogue = self._now
         if dialogue.answer is not None and chosen.start == dialogue.answer.start:
             dialogue = chatting.closed(self, dialogue)
-        window.drop(self, chosen.start, chosen.stop)
         left = tuple(kept for kept in dialogue.turns if kept.start != chosen.start)
-        self._dialogue = replace(dialogue, turns=left, before=None, pushed_to=0)
+        window.drop(self, chosen, replace(dialogue, turns=left, before=None, pushed_to=0))
 
     def undo(self) -> list[Turn]:
         """Take the last `chat` or `say` back, with its answer. Returns the turns that were taken back.
@@ -201,7 +206,8 @@ class Stream(TextStream):
             raise ValueError("there is no turn to undo")
         call = dialogue.calls[-1]
         if call.snapshot is not None:
-            restore(self, call.snapshot)
+            state = call.snapshot
+            restore(self, replace(state, dialogue=replace(state.dialogue, calls=dialogue.calls[:-1])))
         else:
             chatting.undo_without_snapshot(self, dialogue, call)
         return [turn for turn in turns if turn.start >= call.start]
@@ -209,7 +215,7 @@ class Stream(TextStream):
     def fork(self) -> Stream:
         """A second stream that goes on from here, with a cache of its own."""
         state = capture(self)
-        other = Stream(self.model, self.tokenizer, **self._settings())
+        other = self._like(self.model, self.tokenizer, self._settings())
         restore(other, state)
         other._fingerprint = self._fingerprint
         return other
@@ -224,7 +230,8 @@ class Stream(TextStream):
         it cannot be written.
         """
         saving.save(self, path)
-        self._saved_at = self._end
+        if self._autosave is not None and self._autosave.path == Path(path):
+            self._saved_at = self._end
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], model: nn.Module, tokenizer: Tokenizer) -> Stream:
@@ -235,7 +242,7 @@ class Stream(TextStream):
         OSError where the file cannot be read.
         """
         settings, state, own = saving.open_file(path, model, tokenizer)
-        stream = cls(model, tokenizer, **settings)
+        stream = cls._like(model, tokenizer, settings)
         try:
             restore(stream, state)
         except ValueError as error:
@@ -259,8 +266,17 @@ class Stream(TextStream):
             self._saved_at = self._end
             self.save(due.path)
 
+    @classmethod
+    def _like(cls, model: nn.Module, tokenizer: Tokenizer, settings: dict[str, Any]) -> Stream:
+        """A stream with the `_settings` of another one."""
+        arguments = dict(settings)
+        pins_system = arguments.pop("pins_system", False)
+        stream = cls(model, tokenizer, **arguments)
+        stream.pins_system = pins_system
+        return stream
+
     def _settings(self) -> dict[str, Any]:
-        """The arguments of `Stream` that make one with a cache like this one."""
+        """The arguments of `Stream` that make one with a cache like this one, and what it pins."""
         return {
             "sinks": self.cache.sinks,
             "window": self.cache.window,
@@ -268,9 +284,17 @@ class Stream(TextStream):
             "quantize": self.cache.quantize,
             "evict": self.evict,
             "snapshots": self.snapshots,
+            "pin": self.pin,
+            "pins_system": self.pins_system,
         }
 
     # The state, also after an interrupt
+
+    def _finish(self) -> None:
+        if self._restoring is not None:
+            restore(self, self._restoring)
+        window.finish_drop(self)
+        super()._finish()
 
     @property
     def _now(self) -> Dialogue:
@@ -302,18 +326,19 @@ class Stream(TextStream):
             if self._loop.end < dialogue.pushed_to:
                 self._dialogue = before
             raise
+        self._dialogue = replace(dialogue, before=None)  # which holds a snapshot
         if dialogue.answer is not None or self._view.owed:
             self._view = replace(self._view, owed="")  # it belongs to the answer before
 
     def _make_room(self) -> None:
         if self.evict == "turn":
-            window.make_room(self, self.turns)
+            window.make_room(self)
 
     def _may_run_ahead(self) -> bool:
         if self.evict == "token":
             return True
         held = int(self.cache.held[0]) + len(self._loop.unfed)
-        return held < self.cache.sinks + self.cache.window
+        return held < window.capacity(self.cache)
 
     def _record(self, piece: str, view: View) -> View:
         """The view after a piece was shown that belongs to an answer in a conversation."""

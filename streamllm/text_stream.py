@@ -15,7 +15,8 @@ from streamllm.generation_config import GenerationConfig, SamplingSettings, reso
 from streamllm.loop import Loop
 from streamllm.models.checks import whole_number
 from streamllm.sampling import LogitsProcessor, Sampler, TokenLogProbs, breaker_tokens, token_logprobs
-from streamllm.session.view import Cut, Removed, View
+from streamllm.session.dialogue import Dialogue
+from streamllm.session.view import AnswerText, Cut, Removed, View
 from streamllm.stop_strings import Held, Segment, check_stops
 from streamllm.tokenizer import IncrementalDecoder, Tokenizer
 
@@ -30,12 +31,12 @@ class TextStream:
     """The base of `Stream`: a text that is decoded, shown and cut at stop strings, also after an interrupt."""
 
     tokenizer: Tokenizer
-    cache: SinkCache
 
-    def _start(self, model: nn.Module) -> None:
-        """Begin a text with the empty cache."""
-        self._loop = Loop(model, self.cache)
+    def _start(self, model: nn.Module, cache: SinkCache, dialogue: Dialogue | None = None) -> None:
+        """Begin a text with an empty cache. dialogue: messages that wait."""
+        self._loop = Loop(model, cache)
         self._view = View()
+        self._dialogue = Dialogue() if dialogue is None else dialogue
         self._decoder: IncrementalDecoder = self.tokenizer.decoder()
         self._decoder_at: int | None = 0  # the number of tokens that it decoded; None while it decodes
         self._breakers: tuple[object, tuple[tuple[int, ...], ...]] | None = None
@@ -49,6 +50,10 @@ class TextStream:
         return self._loop.model
 
     @property
+    def cache(self) -> SinkCache:
+        return self._loop.cache
+
+    @property
     def seen(self) -> int:
         """How many tokens the cache has taken in."""
         return self._loop.seen
@@ -57,6 +62,14 @@ class TextStream:
     def said(self) -> int:
         """How many tokens the model has generated."""
         return self._view.generated
+
+    @property
+    def repeated(self) -> float:
+        """Which share of the last text repeats itself: 0 … 1, from the 4-grams of its last 512 tokens at most.
+
+        Above 0.5, the text is in a loop; `dry_multiplier=0.8` prevents most of them.
+        """
+        return self._loop.repeated
 
     def feed(
         self, text: str | Sequence[int] | Tensor, *, bos: bool | None = None, special_tokens: bool = True
@@ -135,6 +148,10 @@ class TextStream:
 
     # The state, also after an interrupt
 
+    def _finish(self) -> None:
+        """Complete changes of the cache that an interrupt has cut off."""
+        self._finish_cut()
+
     @property
     def _end(self) -> int:
         """The number of the next token, behind one that was drawn and decoded and is not pushed yet."""
@@ -142,15 +159,21 @@ class TextStream:
 
     def _settle(self) -> None:
         """Complete what an interrupt left."""
-        self._finish_cut()
+        self._finish()
         self._decode_pushed()
         if self._loop.drawn is not None and self._view.number == self._loop.end:
             self._decode(self._loop.drawn)
 
-    def _take_back(self, start: int) -> None:
-        """Take the tokens from number `start` on out of the stream."""
-        cut = Cut(start, (), self._loop.log.cuts)
-        self._view = replace(self._view, held=Held(), owed="", unsaid=0, stopped=False, cut=cut)
+    def _take_back(
+        self, start: int, dialogue: Dialogue | None = None, answer: AnswerText | None = None
+    ) -> None:
+        """Take the tokens from number `start` on out of the stream.
+
+        dialogue, answer: the conversation without them, and the text of its last answer.
+        """
+        view, cut = self._view, Cut(start, (), self._loop.log.cuts, dialogue)
+        answer = view.answer if dialogue is None else answer
+        self._view = replace(view, held=Held(), owed="", unsaid=0, stopped=False, cut=cut, answer=answer)
         self._finish_cut()
 
     def _feed(self) -> None:
@@ -162,6 +185,7 @@ class TextStream:
     ) -> list[int]:
         if bos not in (None, True, False):
             raise TypeError(f"bos must be True, False or None, not {bos!r}")
+        self._finish()
         log = self._loop.log
         end = self._end
         if isinstance(text, str):
@@ -187,7 +211,7 @@ class TextStream:
 
     def _push(self, tokens: Sequence[int]) -> None:
         """Push the user's tokens, behind what the model has said."""
-        self._finish_cut()
+        self._finish()
         if not tokens:
             return
         loop = self._loop
@@ -208,7 +232,7 @@ class TextStream:
         # The state changes in the line that yields the piece: an interrupt finds both done, or neither.
         loop, count = self._loop, 0
         while limit is None or count < limit:
-            self._finish_cut()
+            self._finish()
             self._decode_pushed()
             self._save_if_due(False)  # what was pushed may be more tokens than an interval
             if self._view.stopped:
@@ -279,6 +303,8 @@ class TextStream:
             removed = Removed.add(
                 view.removed, Removed(start, loop.seen, False), loop.seen - loop.log.history.size * 2
             )
+            if cut.dialogue is not None:
+                self._dialogue = cut.dialogue
             end = loop.end
             self._view = replace(view, number=end, generated_to=end, cut=None, first=first, removed=removed)
 

@@ -17,16 +17,20 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from streamllm.compiled import triton_attention_kernel as attention_kernel
+from streamllm.compiled import triton_int4_kernels as int4_kernels
 from streamllm.compiled import triton_kernels as kernels
 from streamllm.compiled import triton_launch as launch
 from streamllm.compiled import triton_tiles as tiles
 
 TYPES = {
     torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.float64: "fp64",
-    torch.int8: "i8", torch.int32: "i32", torch.int64: "i64",
+    torch.int8: "i8", torch.uint8: "u8", torch.int32: "i32", torch.int64: "i64",
 }  # fmt: skip
-OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
+OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion", "launch_pdl")
+INT4_KERNELS = ("matvec", "matmul_rows")
 KERNELS = ("matvec", "matmul_rows", "norm_rows", "gate_rows", "rope_tables", "attention")
+SOURCES = {name: getattr(attention_kernel if name == "attention" else kernels, name) for name in KERNELS}
+INT4_SOURCES = {name: getattr(int4_kernels, name) for name in INT4_KERNELS}
 
 
 class Launches:
@@ -60,15 +64,18 @@ class Launches:
         self.made.append((name, ASTSource(self.kernel, signature, constants, attributes), options))
 
 
-def launched() -> list[tuple[str, Any, dict[str, Any]]]:
+def launched(capability: int) -> list[tuple[str, Any, dict[str, Any]]]:
     """The source of every kernel in the variants that models use, with the tiles of a GPU."""
     tiles.on_gpu = lambda device: True
+    tiles.starts_early = lambda device: capability >= 90
     tiles.multiprocessors = lambda device: 132
     tiles.kept_tiles = lambda name: {}
     modules = {name: attention_kernel if name == "attention" else kernels for name in KERNELS}
-    collected = {name: Launches(getattr(module, name)) for name, module in modules.items()}
-    for name, launches in collected.items():
-        setattr(modules[name], name, launches)
+    replaced = [(modules[name], name, name, SOURCES[name]) for name in KERNELS]
+    replaced += [(int4_kernels, name, f"int4 {name}", INT4_SOURCES[name]) for name in INT4_KERNELS]
+    collected = {shown: Launches(source) for _, _, shown, source in replaced}
+    for module, name, shown, _ in replaced:
+        setattr(module, name, collected[shown])
     for _ in calls():
         pass
     return [
@@ -101,6 +108,17 @@ def calls() -> Iterator[Any]:
         norm = (kernels.LAYER_NORM, empty(1000, dtype=dtype), empty(1000, dtype=dtype), 1e-5)
         yield launch.product(
             empty(rows, 1, 1000, dtype=dtype), weight, None, bias, norm, activation=activation
+        )
+    for outputs, inputs, gated, rows in (  # int4
+        (6144, 4096, False, 1), (14336, 4096, True, 1), (4096, 14336, False, 1), (4096, 4096, False, 8),
+        (14336, 4096, True, 64), (1000, 352, True, 1),
+    ):  # fmt: skip
+        weight = empty(outputs, inputs // 2, dtype=torch.uint8)
+        scale = empty(outputs, inputs // 32)
+        norm = (kernels.RMS_NORM, empty(inputs), None, 1e-5) if outputs != inputs and rows == 1 else None
+        up = (weight, scale, None) if gated else None
+        yield launch.product(
+            empty(rows, 1, inputs), weight, scale, None, norm, up, empty(rows, 1, outputs), int(gated)
         )
     x = empty(64, 1, 4096)
     yield launch.added_and_normalised(x, x, kernels.RMS_NORM, empty(4096), None, 1e-5)
@@ -157,9 +175,8 @@ def calls() -> Iterator[Any]:
 
 def main() -> None:
     """Compiles for the compute capabilities in argv. Prints a line of JSON for each cubin."""
-    sources = launched()
     for capability in (int(given) for given in sys.argv[1:] if given.isdigit()):
-        seen = set()
+        sources, seen = launched(capability), set()
         for name, source, options in sources:
             key = name, source.hash(), str(options)
             if key in seen:

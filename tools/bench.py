@@ -3,7 +3,7 @@
     python tools/bench.py decode --model M --window 1024 --threads 1 2
     python tools/bench.py decode score --model S --dtype float32 bfloat16 --systems ours compiled dynamic
     python tools/bench.py load --model M
-    python tools/bench.py memory --model S M --dtype float32 bfloat16 int8 --systems ours compiled inductor
+    python tools/bench.py memory --model S M --dtype float32 bfloat16 int8 int4 --systems ours compiled inductor
     python tools/bench.py decode --device cuda --model 7B --dtype bfloat16 --window 4092 \\
         --systems limit ours cudagraphs static static-compiled
     python tools/bench.py decode --device cuda --model 7B --dtype bfloat16 --systems ours cudagraphs --profile

@@ -7,13 +7,13 @@
     smoke        the first minute: the kernels of a Llama, checked, and 1B's time; if it fails, nothing else is run
     laws         every family in float64, float32 and half types on the device, against float64 on the CPU
     fast         the fused decoding step of every family against its modules
-    tiles        the products of an 8B model with several tiles; the best are used by the later parts
+    tiles        products and attention of 8B, 7B and 1B with several tiles; the best are used by the later parts
     decode-8b    ms per token: the limit, fused kernels, the kernels of torch, place 10^6, int8; a filling window;
                  and where the time of a token goes, kernel by kernel
     decode-7b, decode-1b
     batch        8B with 32, 64 and 256 streams
     prefill      8B: a prompt of 4,096 and of 16,384 tokens, and scoring
-    peers        transformers with a compiled static cache, and its dense prefill (skipped where not installed)
+    peers        8B by transformers: its dense prefill, and its compiled static cache (skipped where not installed)
 
 Every part runs in a process of its own with a time limit, and writes each result as it comes: `results.jsonl` holds
 what was reached, also when the command is killed. At the end `results.md` and `results.json` hold it all, with

@@ -3,33 +3,25 @@
     python tools/kill_sessions.py --kills 200
 
 A session that loads is never older than one interval of autosave. The embedded checkpoint, which has no chat template,
-continues a text.
+continues a text. The processes are forked from one that has loaded the model, so a kill takes a fraction of a second.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import random
 import signal
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 
+import torch
+
 import streamllm
 
 EVERY = 3  # tokens between two saves
-CHILD = """
-import sys, torch, streamllm
-torch.set_num_threads(1)
-model, tokenizer = streamllm.load()
-path, every = sys.argv[1], int(sys.argv[2])
-stream = streamllm.Stream(model, tokenizer, window=252)
-stream.autosave(path, every=every)
-for piece in stream.generate("def ", temperature=1.0, seed=1):
-    print(stream.said, flush=True)
-"""
+SPREAD = 0.25  # seconds in which the moment of a kill lies
 
 
 def main() -> None:
@@ -38,23 +30,14 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     moments = random.Random(given.seed)
-    model, tokenizer = streamllm.load()
-    oldest = 0
+    torch.set_num_threads(1)  # a forked process has no other threads
+    model, tokenizer = streamllm.load(device="cpu")
+    oldest = unfinished = 0
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "session"
         for kill in range(given.kills):
             path.unlink(missing_ok=True)
-            with subprocess.Popen(
-                [sys.executable, "-c", CHILD, str(path), str(EVERY)], stdout=subprocess.PIPE, text=True
-            ) as child:
-                assert child.stdout is not None
-                said = 0
-                while said <= 2 * EVERY:
-                    said = int(child.stdout.readline())
-                time.sleep(moments.random() / 4)
-                child.send_signal(signal.SIGKILL)
-                lines = child.stdout.read().split("\n")[:-1]
-            said = int(lines[-1]) if lines else said
+            said = say_until_killed(model, tokenizer, path, moments.random() * SPREAD)
             stream = streamllm.Stream.load(path, model, tokenizer)
             age = said - stream.said
             if age > EVERY:
@@ -62,7 +45,39 @@ def main() -> None:
                     f"kill {kill}: the session is {age} tokens old, and it is saved every {EVERY}"
                 )
             oldest = max(oldest, age)
-    print(f"{given.kills} kills: every session loads; the oldest one lacks {oldest} tokens of {EVERY}")
+            left = list(path.parent.glob(f".{path.name}.*.partial"))
+            unfinished += len(left)
+            for part in left:
+                part.unlink()
+    print(
+        f"{given.kills} kills, {unfinished} of them while a file was written: every session loads; the oldest one "
+        f"lacks {oldest} tokens, and it is saved every {EVERY}"
+    )
+
+
+def say_until_killed(model: torch.nn.Module, tokenizer: streamllm.Tokenizer, path: Path, after: float) -> int:
+    """How many tokens a process had generated when it was killed, `after` seconds behind its first few saves."""
+    read, write = os.pipe()
+    child = os.fork()
+    if not child:
+        try:
+            stream = streamllm.Stream(model, tokenizer, window=252)
+            stream.autosave(path, every=EVERY)
+            for _ in stream.generate("def ", temperature=1.0, seed=1):
+                os.write(write, b".")
+        finally:
+            os._exit(1)
+    os.close(write)
+    said = 0
+    while said <= 2 * EVERY:
+        said += len(os.read(read, 1))
+    time.sleep(after)
+    os.kill(child, signal.SIGKILL)
+    while more := os.read(read, 1 << 16):
+        said += len(more)
+    os.close(read)
+    os.waitpid(child, 0)
+    return said
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ import streamllm
 from streamllm.cache import SinkCache
 from streamllm.models import linear
 from streamllm.models.llama import Config, Model
+from streamllm.models.quantized import FORMATS
 from streamllm.models.rotary import Rope
 
 MEASUREMENTS = ("dense", "prompts", "windows", "ragged")
@@ -51,9 +52,9 @@ def small_llama(dtype: str) -> Model:
     generator = torch.Generator("cpu").manual_seed(0)
     for weight in model.parameters():
         weight.copy_(torch.randn(weight.shape, generator=generator, dtype=torch.float32, device="cpu") * 0.05)
-    model.to(torch.bfloat16 if dtype == "int8" else getattr(torch, dtype))
-    if dtype == "int8":
-        linear.quantize(model)
+    model.to(torch.bfloat16 if dtype in FORMATS else getattr(torch, dtype))
+    if dtype in FORMATS:
+        linear.quantize(model, dtype)
     else:
         linear.arrange(model)
     return model
@@ -106,7 +107,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16", "float16", "int8"])
+    parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16", "float16", "int8", "int4"])
     parser.add_argument("--measure", nargs="+", choices=MEASUREMENTS, default=MEASUREMENTS)
     parser.add_argument("--lengths", type=int, default=1200)
     parser.add_argument("--here", action="store_true", help="measure in this process, and print one number")

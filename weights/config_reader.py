@@ -30,6 +30,11 @@ class ConfigReader:
         self.where = where
         self.read: set[str] = set()
 
+    @property
+    def values(self) -> dict[str, Any]:
+        """A copy of all values, which does not count as reading them."""
+        return dict(self._values)
+
     def has(self, name: str) -> bool:
         """Whether the key is present, if only with the value `null`."""
         return name in self._values

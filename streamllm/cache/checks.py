@@ -1,4 +1,4 @@
-"""Arguments of a cache: whole numbers, rows, and ranges of entries. Each raises ValueError in one sentence."""
+"""Arguments of a cache: numbers, rows, ranges of entries, the model that it meets. Each raises ValueError."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from operator import index
 from torch import Tensor
 
 from streamllm.models.checks import whole_number
+from streamllm.models.step import Geometry
 
 
 def row_numbers(rows: Sequence[int] | Tensor | None, batch_size: int) -> list[int]:
@@ -60,3 +61,16 @@ def check_rewind(n: int, limits: Mapping[int, int]) -> None:
                 f"row {row} can go back by at most {limit} tokens, not {n}: what later tokens pushed out is "
                 f"overwritten; evict_range(held - {n}, held) takes the newest entries out without bringing it back"
             )
+
+
+def check_same_sizes(own: Geometry, other: Geometry) -> None:
+    """Whether a cache for one model serves another, such as a copy of it."""
+    sizes = [(geometry.kv_heads, geometry.head_dim, geometry.windows) for geometry in (own, other)]
+    if sizes[0] != sizes[1]:
+        (heads, dim, windows), (other_heads, other_dim, other_windows) = sizes
+        raise ValueError(
+            f"the cache was made for another model, of {len(windows)} layers with {heads} heads of {dim}; "
+            f"this one has {len(other_windows)} layers with {other_heads} heads of {other_dim}"
+            f"{', and other sliding windows' if set(windows) != set(other_windows) else ''}: "
+            f"make a SinkCache for it"
+        )

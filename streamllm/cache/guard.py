@@ -24,8 +24,11 @@ class ForwardGuard:
             return
         own = threading.get_ident()
         holder = self._holder.setdefault("thread", own)  # in one operation: tests and sets
-        if holder == own:
-            return
+        if holder != own:
+            self._take_over(holder, own)
+
+    def _take_over(self, holder: int, own: int) -> None:
+        """From a thread that has ended without leaving."""
         if holder in sys._current_frames():
             raise RuntimeError(
                 "another thread is using this cache: run one forward at a time on it, or give each thread a cache "

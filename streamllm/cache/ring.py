@@ -67,6 +67,8 @@ class Move:
     slots: Tensor
     to_sinks: bool  # whether some of the slots may be sinks …
     to_ring: bool  # … or in the ring
+    # The same as ranges, where that is known: first token, first slot, and how many.
+    ranges: tuple[tuple[int, int, int], ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -166,11 +168,19 @@ def plan_token(
 
 
 def plan_chunk(
-    layout: Layout, origin: int, seen: int, start: int, length: int, device: torch.device
+    layout: Layout,
+    origin: int,
+    seen: int,
+    start: int,
+    length: int,
+    device: torch.device,
+    sinks_differ: bool = False,
 ) -> tuple[Step, Writes]:
     """T tokens, all rows in lockstep. They meet the sinks, the tokens held behind them in order, and each other.
 
-    New sinks are written at once and hidden among the chunk's own keys.
+    New sinks are written at once and hidden among the chunk's own keys. While nothing has left a text that began
+    in this cache, the keys are the whole text in order, and each query sees all before it.
+    sinks_differ: the ring stores sinks with other numbers than a chunk's own keys.
 
     S = 2, W = 3, 4 tokens after 7: the slots hold 0 1 5 6 4, of which the first query, 7, sees 0 1 and 5 6. So
     the keys are 0 1, then the run 5 6 7 8 9 10. Tokens 8 9 10 are written on commit.
@@ -182,11 +192,18 @@ def plan_chunk(
     first = seen - held
     slot = layout.slot_of(max(first, sinks))
     ahead = min(held, layout.slots - slot)  # of them, those up to the end of the ring
-    reads = (0, columns), (slot, slot + ahead), (sinks, sinks + held - ahead)
+    ranges = (0, columns), (slot, slot + ahead), (sinks, sinks + held - ahead)
+    reads = tuple(part for part in ranges if part[0] < part[1])
 
     places = torch.arange(seen, end, device=device, dtype=torch.int64)[None]
     slots = layout.slot_of(places)
-    apart = sinks > 0 and (origin > 0 or end > layout.slots or start > sinks)
+    whole = origin == 0 and end <= layout.slots and start == sinks
+    apart = sinks > 0 and not whole
+    band = Band(seen, first, columns, sinks, window)
+    if whole and (seen >= sinks or (seen == 0 and not sinks_differ)):
+        band = Band(seen, 0, 0, 0, layout.slots)
+        if seen == 0:
+            columns, reads = 0, ()
     run = torch.arange(origin + first, origin + end, device=device, dtype=torch.int64)
     step = Step(
         slots=slots,
@@ -197,15 +214,20 @@ def plan_chunk(
         visible=None,
         sinks=columns if apart else 0,
         rope_length=layout.slots,
-        band=Band(seen, first, columns, sinks, window),
+        band=band,
     )
     tokens = torch.arange(length, device=device, dtype=torch.int64)
-    new_sinks = max(0, columns - seen)
+    new_sinks = max(0, min(sinks, end) - seen)
     kept = max(0, sinks - seen, length - window)  # earlier tokens are sinks, or gone before the chunk ends
+    free = layout.slot_of(seen + kept)
+    to_end = min(
+        length - kept, layout.slots - free
+    )  # of the tokens that stay, those up to the end of the ring
+    ranges = (kept, free, to_end), (kept + to_end, sinks, length - kept - to_end)
     return step, Writes(
-        reads=tuple(part for part in reads if part[0] < part[1]),
+        reads=reads,
         now=Move(None, tokens[:new_sinks], slots[0, :new_sinks], True, False) if new_sinks else None,
-        on_commit=Move(None, tokens[kept:] if kept else None, slots[0, kept:], False, True),
+        on_commit=Move(None, tokens[kept:] if kept else None, slots[0, kept:], False, True, ranges),
     )
 
 
@@ -303,8 +325,12 @@ class Ring:
 
     def write(self, move: Move, k: Tensor, v: Tensor) -> None:
         """Store what `encode` returned."""
-        put(self.keys, move, move.slots, k)
-        put(self.values, move, move.slots, v)
+        for store, new in ((self.keys, k), (self.values, v)):
+            if not move.ranges:
+                put(store, move, move.slots, new)
+            for token, slot, count in move.ranges:
+                if count > 0:
+                    store.narrow(2, slot, count).copy_(new.narrow(2, token, count))
 
     def take(self, rows: Tensor, slots: Tensor, turn: Callable[[Tensor], Tensor]) -> tuple[Tensor, ...]:
         """Recent entries of `rows` [r, 1] in `slots` [n]: the turned keys and the values, [r, n, G, D] each."""
@@ -322,9 +348,20 @@ class Ring:
             return self.keys[:, :, start:stop], self.values[:, :, start:stop]
         k, v = chunk
         return (
-            torch.cat([*(self.keys[:, :, start:stop] for start, stop in ranges), k], 2),
-            torch.cat([*(self.values[:, :, start:stop] for start, stop in ranges), v], 2),
+            in_a_row([*(self.keys[:, :, start:stop] for start, stop in ranges), k]),
+            in_a_row([*(self.values[:, :, start:stop] for start, stop in ranges), v]),
         )
+
+
+def in_a_row(parts: Sequence[Tensor]) -> Tensor:
+    """Parts [B, G, …, D], one behind the other."""
+    if not parts[0].is_cuda:
+        return torch.cat(list(parts), 2)
+    # torch's kernel that joins parts of unequal strides reaches half the speed of plain copies.
+    out = parts[0].new_empty(*parts[0].shape[:2], sum(part.shape[2] for part in parts), parts[0].shape[3])
+    for place, part in zip(out.split([part.shape[2] for part in parts], 2), parts, strict=True):
+        place.copy_(part)
+    return out
 
 
 def put(store: Tensor, move: Move, slots: Tensor, new: Tensor) -> None:
@@ -349,12 +386,8 @@ class LayerStore:
     def write(self, k: Tensor, v: Tensor) -> None:
         """Take new keys and values, without a look at what is stored."""
         ring, writes = self.ring, self.writes
-        for name, given in (("keys", k), ("values", v)):
-            if given.dtype != ring.dtype:
-                raise ValueError(
-                    f"the cache was made for {ring.dtype}, and the model's {name} are {given.dtype}: make a "
-                    f"SinkCache for the model as it is"
-                )
+        if not k.dtype == v.dtype == ring.dtype:
+            raise _wrong_type(ring.dtype, k, v)
         if writes.now is not None:
             ring.write_now(writes.now, k, v)
         if writes.on_commit is not None:
@@ -364,3 +397,11 @@ class LayerStore:
         """Store the chunk. To do it again changes nothing."""
         if self._chunk is not None and self.writes.on_commit is not None:
             self.ring.write(self.writes.on_commit, *self._chunk)
+
+
+def _wrong_type(dtype: torch.dtype, k: Tensor, v: Tensor) -> ValueError:
+    name, given = ("keys", k) if k.dtype != dtype else ("values", v)
+    return ValueError(
+        f"the cache was made for {dtype}, and the model's {name} are {given.dtype}: make a SinkCache for the "
+        f"model as it is"
+    )

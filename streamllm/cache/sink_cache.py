@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from streamllm.cache.checks import check_same_sizes
 from streamllm.cache.ring import (
     LayerStore,
     Layout,
@@ -31,7 +32,7 @@ from streamllm.models.checks import whole_number
 from streamllm.models.step import Geometry, Plan, Step, geometry_of
 
 DEFAULT_WINDOW = 1020
-CHUNK, CUDA_CHUNK = 512, 2048  # tokens per forward, by default
+CHUNK, CUDA_CHUNK = 512, 4096  # tokens per forward, by default
 MAX_ORIGIN = 1 << 48  # rotary angles are exact up to place 2^49, so a stream can run 2^48 tokens from here
 TRIM_AFTER_TOKENS = 64  # a chunk of so many leaves freed memory with the allocator that is worth trimming
 
@@ -44,7 +45,7 @@ class SinkCache(Streams):
     The window counts the token itself. `sinks=0` is plain window attention; a window as long as the text is
     dense attention. `window=None` takes 1020, or what fits into the model's trained length beside the sinks.
     A forward of many tokens is computed in chunks of at most `chunk`, with the same result as one by one. None: 512,
-    on CUDA 2048 divided by the batch where that is more.
+    on CUDA 4096 divided by the batch where that is more.
     `origin` is the place of the first token in the text; no result depends on it.
 
     Hand the cache to the model's forward, which advances it: `model(tokens, cache)`. Its tensors have the
@@ -154,17 +155,8 @@ class SinkCache(Streams):
 
     def check_model(self, geometry: Geometry, device: torch.device) -> None:
         """Raises ValueError where the cache was made for another model, or autocast would change its type."""
-        own = self.geometry
-        if geometry is not own:
-            sizes = [(g.kv_heads, g.head_dim, g.windows) for g in (own, geometry)]
-            if sizes[0] != sizes[1]:
-                (heads, dim, windows), (other_heads, other_dim, other_windows) = sizes
-                raise ValueError(
-                    f"the cache was made for another model, of {len(windows)} layers with {heads} heads of {dim}; "
-                    f"this one has {len(other_windows)} layers with {other_heads} heads of {other_dim}"
-                    f"{', and other sliding windows' if set(windows) != set(other_windows) else ''}: "
-                    f"make a SinkCache for it"
-                )
+        if geometry is not self.geometry:
+            check_same_sizes(self.geometry, geometry)
         if device != self.device:
             raise ValueError(
                 f"the cache is on {self.device} and the model on {device}: make a SinkCache for the model as it is"
@@ -181,11 +173,15 @@ class SinkCache(Streams):
         if length == 1 and (lengths is None or all(lengths)):
             self._begin_token()
             return self.plan_token(self._places(), self.token_kinds())
+        return self._plan_chunk(length, lengths)
+
+    def _plan_chunk(self, length: int, lengths: Sequence[int] | None) -> SinkPlan:
         origin, t, device = self.origin, self._t, self.device
         lists = zip(self._layouts.items(), self._rows.starts, strict=True)
+        sinks_differ = self.quantize is not None
         if lengths is None and self._in_lockstep:
             planned = {
-                own: plan_chunk(layout, origin, t[0], starts[0], length, device)
+                own: plan_chunk(layout, origin, t[0], starts[0], length, device, sinks_differ)
                 for (own, layout), starts in lists
             }
         else:

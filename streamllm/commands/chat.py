@@ -11,6 +11,8 @@ from streamllm.commands.memory import check_cache_fits
 from streamllm.commands.options import (
     OUTPUT_FILE,
     chunk_option,
+    compile_option,
+    dry_option,
     max_new_tokens_option,
     model_options,
     quantize_cache_option,
@@ -59,12 +61,14 @@ class SinksParamType(click.ParamType):  # type: ignore[type-arg]
     help="What leaves a full window: the oldest whole turn, or the oldest token.",
 )  # fmt: skip
 @quantize_cache_option
-@chunk_option(512)
+@compile_option
+@chunk_option(None)
 @click.option("--system", help="The system prompt.")
 @max_new_tokens_option(1000, "The longest answer.")
 @temperature_option
 @top_p_option
 @repetition_penalty_option
+@dry_option
 @sampling_seed_option
 @click.option(
     "--prompts", type=click.Path(exists=True, dir_okay=False, path_type=Path),
@@ -74,9 +78,10 @@ class SinksParamType(click.ParamType):  # type: ignore[type-arg]
 @click.option("--resume", is_flag=True, help="Go on with the session in --session.")
 def chat(
     chosen: ModelChoice, sinks: int | str, window: int | None, start_size: int | None,
-    recent_size: int | None, dense: bool, evict: str, quantize_cache: str | None, chunk: int,
-    system: str | None, max_new_tokens: int | str, temperature: float | None, top_p: float | None,
-    repetition_penalty: float | None, seed: int | None, prompts: Path | None, session: Path | None, resume: bool,
+    recent_size: int | None, dense: bool, evict: str, quantize_cache: str | None, backend: str | None,
+    chunk: int | None, system: str | None, max_new_tokens: int | str, temperature: float | None, top_p: float | None,
+    repetition_penalty: float | None, dry: float | None, seed: int | None, prompts: Path | None,
+    session: Path | None, resume: bool,
 ) -> None:  # fmt: skip
     """Chat with a model, without an end.
 
@@ -89,10 +94,14 @@ def chat(
         raise click.UsageError("--dense keeps everything: give no --window and no --recent-size")
     if recent_size is not None and window is not None:
         raise click.UsageError("give --window or --recent-size, not both")
+    if session is not None and session.exists() and not resume:
+        raise click.UsageError(
+            f"{session} exists already: give --resume to go on with it, or another file for a new session"
+        )
     if prompts is not None and resume:
         raise click.UsageError("--prompts begins a new session: give it without --resume")
 
-    from streamllm import Stream
+    from streamllm import Stream, compile
     from streamllm.models.step import geometry_of
     from streamllm.session.terminal import Chat, answer_prompts
 
@@ -107,6 +116,8 @@ def chat(
             )
         sinks = 0 if start_size is None else start_size
         window = trained - sinks
+    if backend is not None:
+        loaded = compile(loaded, backend)
     if resume and session is not None:
         stream = Stream.load(session, loaded, tokenizer)
     else:
@@ -119,6 +130,7 @@ def chat(
         "temperature": temperature,
         "top_p": top_p,
         "repetition_penalty": repetition_penalty,
+        "dry_multiplier": dry,
         "seed": seed,
     }
     stream.autosave(session)

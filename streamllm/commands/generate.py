@@ -14,6 +14,8 @@ from streamllm.commands.loading import ModelChoice
 from streamllm.commands.memory import check_cache_fits
 from streamllm.commands.options import (
     chunk_option,
+    compile_option,
+    dry_option,
     max_new_tokens_option,
     model_options,
     quantize_cache_option,
@@ -27,8 +29,6 @@ from streamllm.commands.options import (
 )
 from streamllm.commands.types import NumberParamType
 
-COMPILE_BACKENDS = ("flat", "inductor", "cudagraphs")  # streamllm.compiled.BACKENDS, which imports torch
-
 
 @click.command()
 @click.argument("prompt", required=False)
@@ -40,11 +40,7 @@ COMPILE_BACKENDS = ("flat", "inductor", "cudagraphs")  # streamllm.compiled.BACK
 @sinks_option
 @window_option
 @quantize_cache_option
-@click.option(
-    "--compile", "backend", type=click.Choice(COMPILE_BACKENDS),
-    help="Compile the step that computes the next token. "
-    "inductor is the fastest, and compiles for half a minute the first time.",
-)  # fmt: skip
+@compile_option
 @chunk_option(None)
 @max_new_tokens_option(200, "Stop after so many tokens.")
 @temperature_option
@@ -57,6 +53,7 @@ COMPILE_BACKENDS = ("flat", "inductor", "cudagraphs")  # streamllm.compiled.BACK
     help="Sample from tokens with at least this share of the highest probability.",
 )  # fmt: skip
 @repetition_penalty_option
+@dry_option
 @sampling_seed_option
 @click.option("--stop", multiple=True, help="Stop before this text; may be given several times.")
 @click.option("--ignore-eos", is_flag=True, help="Continue after the model's end-of-text token.")
@@ -68,7 +65,7 @@ def generate(
     prompt: str | None, file: IO[str] | None, chosen: ModelChoice, sinks: int, window: int | None,
     quantize_cache: str | None, backend: str | None, chunk: int | None, max_new_tokens: int | str,
     temperature: float | None, top_k: int | None, top_p: float | None, min_p: float | None,
-    repetition_penalty: float | None, seed: int | None, stop: tuple[str, ...], ignore_eos: bool,
+    repetition_penalty: float | None, dry: float | None, seed: int | None, stop: tuple[str, ...], ignore_eos: bool,
     tokenizer_eos: bool, tensor_parallel: bool, no_echo: bool, quiet: bool,
 ) -> None:  # fmt: skip
     """Generate text after a prompt, for as long as you like.
@@ -106,6 +103,7 @@ def generate(
             top_p=top_p,
             min_p=min_p,
             repetition_penalty=repetition_penalty,
+            dry_multiplier=dry,
             eos=eos,
             seed=seed,
         )

@@ -24,7 +24,8 @@ from streamllm.commands.types import (
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
-QUANTIZATIONS = ("int8",)
+WEIGHT_FORMATS = ("int8", "int4")  # the keys of streamllm.models.quantized.FORMATS, which imports torch
+CACHE_FORMATS = ("int8",)
 OUTPUT_FILE = OutputFileParamType()
 
 
@@ -50,7 +51,7 @@ device_option = click.option(
     "--device", type=DeviceParamType(), help="cpu, cuda, mps.  [default: the best available]"
 )
 quantize_option = click.option(
-    "--quantize", type=click.Choice(QUANTIZATIONS), help="Round the weights to 8 bits."
+    "--quantize", type=click.Choice(WEIGHT_FORMATS), help="Round the weights to 8 or 4 bits."
 )
 tensor_parallel_option = click.option(
     "--tensor-parallel", is_flag=True,
@@ -93,8 +94,16 @@ sinks_option = click.option(
 WINDOW_HELP = "Recent tokens that are kept.  [default: 1020, or what the model was trained for]"
 window_option = click.option("--window", type=TOKENS, help=WINDOW_HELP)
 quantize_cache_option = click.option(
-    "--quantize-cache", type=click.Choice(QUANTIZATIONS), help="Store recent keys and values in 8 bits."
+    "--quantize-cache", type=click.Choice(CACHE_FORMATS), help="Store recent keys and values in 8 bits."
 )
+
+
+COMPILE_BACKENDS = ("flat", "inductor", "cudagraphs")  # streamllm.compiled.BACKENDS, which imports torch
+compile_option = click.option(
+    "--compile", "backend", type=click.Choice(COMPILE_BACKENDS),
+    help="Compile the step that computes the next token. "
+    "inductor is the fastest, and compiles for half a minute the first time.",
+)  # fmt: skip
 
 
 def chunk_option(default: int | None) -> Callable[[Command], Command]:
@@ -116,6 +125,10 @@ top_p_option = click.option(
 repetition_penalty_option = click.option(
     "--repetition-penalty", type=NumberParamType(0, min_open=True),
     help="Above 1, tokens that were seen become less likely.",
+)  # fmt: skip
+dry_option = click.option(
+    "--dry", type=NumberParamType(0),
+    help="Above 0, a token that continues a repeated phrase becomes less likely (DRY); 0.8 is usual.",
 )  # fmt: skip
 sampling_seed_option = click.option("--seed", type=SeedParamType(), help="The same seed gives the same text.")
 

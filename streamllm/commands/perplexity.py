@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import click
 
@@ -21,32 +20,16 @@ from streamllm.commands.options import (
     texts_argument,
 )
 from streamllm.commands.resumable import ResumableRuns, combinations, fingerprint
-from streamllm.commands.types import TOKENS, NumbersParamType
+from streamllm.commands.types import TOKENS, ChoicesParamType, NumbersParamType
 
 MODES = ("sinks", "window", "dense", "recompute")  # streamllm.evaluate.MODES, which imports torch
-
-
-class ModesParamType(click.ParamType):  # type: ignore[type-arg]  # generic in newer versions only
-    """Names of modes with commas between them, or "all"."""
-
-    name = "MODE,MODE,…"
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[str, ...]:
-        if isinstance(value, tuple):
-            return value
-        modes = MODES if value == "all" else tuple(str(value).split(","))
-        if unknown := [mode for mode in modes if mode not in MODES]:
-            self.fail(f"{unknown[0]!r} is not one of {', '.join(MODES)}, all", param, ctx)
-        return modes
 
 
 @click.command()
 @texts_argument
 @model_options
 @click.option(
-    "--mode", "modes", type=ModesParamType(), default="sinks", show_default=True,
+    "--mode", "modes", type=ChoicesParamType(MODES), default="sinks", show_default=True,
     help="sinks, window, dense, recompute; or all.",
 )  # fmt: skip
 @click.option(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
+from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -19,16 +21,26 @@ from streamllm.commands.options import (
     sinks_option,
     window_option,
 )
-from streamllm.commands.types import NumbersParamType
+from streamllm.commands.types import ChoicesParamType, NumbersParamType
 
+if TYPE_CHECKING:
+    from streamllm.evaluate import Recall
+
+MODES = ("sinks", "window", "dense")
+TASKS = ("streameval", "passkey", "needle", "variables", "words")  # the last three: streamllm.evaluate.TASKS
+NAMES = {"streameval": "StreamEval"}
 WORDINGS = ("lines", "code")  # streamllm.evaluate.WORDINGS, which imports torch
 
 
 @click.command()
 @model_options
 @click.option(
-    "--mode", type=click.Choice(["sinks", "window", "dense"]), default="sinks", show_default=True,
-    help="What the stream keeps: sinks and a window, a window, or everything.",
+    "--mode", "modes", type=ChoicesParamType(MODES), default="sinks", show_default=True,
+    help="What the stream keeps: sinks and a window, a window, or everything. Several with commas, or all.",
+)  # fmt: skip
+@click.option(
+    "--task", "tasks", type=ChoicesParamType(TASKS), default="streameval,passkey", show_default=True,
+    help="needle, variables and words follow RULER's rules. Several with commas, or all.",
 )  # fmt: skip
 @sinks_option
 @window_option
@@ -59,51 +71,64 @@ WORDINGS = ("lines", "code")  # streamllm.evaluate.WORDINGS, which imports torch
 @seed_option
 @output_options
 def recall(
-    chosen: ModelChoice, mode: str, sinks: int, window: int | None, back: tuple[int, ...] | None, lines: int,
-    every: int, distances: tuple[int, ...] | None, count: int, digits: int, wording: str | None, chunk: int, seed: int,
-    json_file: Path | None, plot: Path | None,
+    chosen: ModelChoice, modes: tuple[str, ...], tasks: tuple[str, ...], sinks: int, window: int | None,
+    back: tuple[int, ...] | None, lines: int, every: int, distances: tuple[int, ...] | None, count: int, digits: int,
+    wording: str | None, chunk: int, seed: int, json_file: Path | None, plot: Path | None,
 ) -> None:  # fmt: skip
     """Show which facts a stream recalls, by distance.
 
     StreamEval states facts, one per line, and every 10 lines asks for the fact some lines back (20 in the
-    paper). The passkey test hides one fact in filler. A fact that has left the window cannot be recalled: sinks
-    keep a stream fluent, they do not make its memory longer.
+    paper). The passkey test hides one fact in filler. Three tasks follow RULER's rules: needle, a number in
+    filler; variables, a chain of five; words, the most common one of a list. A fact that has left the window
+    cannot be recalled: sinks keep a stream fluent, they do not make its memory longer.
     """
-    from streamllm.evaluate import passkey, plots, stream_eval
+    from streamllm.evaluate import passkey, plots, ruler, stream_eval
     from streamllm.evaluate.predictions import new_cache
-    from streamllm.evaluate.tables import recall_table
 
     plots.check_path(plot)
     loaded, tokenizer = chosen.load()
     check_cache_fits(loaded, sinks, window)
     wording = wording or ("code" if chosen.name is None else "lines")
-    window = new_cache(loaded, mode, 0 if mode == "window" else sinks, window, chunk).window
-    given: dict[str, Any] = {
-        "wording": wording, "digits": digits, "seed": seed, "mode": mode, "sinks": sinks, "window": window,
-        "chunk": chunk,
-    }  # fmt: skip
-    with progress_bar("StreamEval") as bar:
-        asked = stream_eval(
-            loaded, tokenizer, back=back, lines=lines, every=every, progress=lambda *_: bar.update(1), **given
-        )
-    with progress_bar("passkey") as bar:
-        hidden = passkey(
-            loaded, tokenizer, distances=distances, samples=count, progress=lambda *_: bar.update(1), **given
-        )
-    cache = {"dense": "dense", "window": f"window {window}", "sinks": f"{sinks} sinks + window {window}"}[
-        mode
-    ]
-    click.echo(f"StreamEval, {lines} lines, a question every {every}, {cache}\n")
-    click.echo(recall_table(asked))
-    click.echo(f"\nPasskey, {count} texts for each distance, {cache}\n")
-    click.echo(recall_table(hidden))
-    if mode != "dense":
+    # The same distances in every mode: those of the window, which dense mode does not have.
+    window = new_cache(loaded, modes[0], 0 if modes[0] == "window" else sinks, window, chunk).window
+    worded: dict[str, Any] = {"wording": wording, "digits": digits}
+    curves: dict[str, Sequence[Recall]] = {}
+    for mode, task in product(modes, tasks):
+        given: dict[str, Any] = {"seed": seed, "mode": mode, "sinks": sinks, "window": window, "chunk": chunk}
+        name = NAMES.get(task, task)
+        with progress_bar(f"{name} {mode}") as bar:
+            given["progress"] = lambda *_, bar=bar: bar.update(1)
+            if task == "streameval":
+                scores = stream_eval(
+                    loaded, tokenizer, back=back, lines=lines, every=every, **worded, **given
+                )
+                what = f"{lines} lines, a question every {every}"
+            else:
+                what = f"{count} texts for each distance"
+                given |= {"distances": distances, "samples": count}
+                if task == "passkey":
+                    scores = passkey(loaded, tokenizer, **worded, **given)
+                else:
+                    scores = ruler(loaded, tokenizer, task, **given)
+        kept = {"dense": "dense", "window": f"window {window}", "sinks": f"{sinks} sinks + window {window}"}[
+            mode
+        ]
+        curves[name if len(modes) == 1 else f"{name}, {mode}"] = scores
+        show(f"{name[0].upper()}{name[1:]}, {what}, {kept}", scores)
+    if set(modes) != {"dense"}:
         click.echo(
-            f"\nA fact more than {window} tokens back has left the window; no number of sinks brings it back."
+            f"A fact more than {window} tokens back has left the window; no number of sinks brings it back."
         )
-    curves = {"StreamEval": asked, "passkey": hidden}
-    scores = {name: [asdict(score) for score in curve] for name, curve in curves.items()}
-    write_json(json_file, scores | given, chosen)
+    numbers = {name: [asdict(score) for score in scores] for name, scores in curves.items()}
+    settings = {"seed": seed, "mode": ",".join(modes), "sinks": sinks, "window": window, "chunk": chunk}
+    write_json(json_file, numbers | worded | settings, chosen)
     if plot is not None:
-        figure = plots.recall_curves(curves, window=None if mode == "dense" else window)
-        plots.save_figure(figure, plot)
+        end = None if set(modes) == {"dense"} else window
+        title = f"{chosen.name or 'the embedded checkpoint'} · {count} texts for each distance"
+        plots.save_figure(plots.recall_curves(curves, window=end, title=title), plot)
+
+
+def show(title: str, scores: Sequence[Recall]) -> None:
+    from streamllm.evaluate.tables import recall_table
+
+    click.echo(f"{title}\n\n{recall_table(scores)}\n")

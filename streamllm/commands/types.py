@@ -79,6 +79,25 @@ class NumbersParamType(click.ParamType):  # type: ignore[type-arg]
         return numbers
 
 
+class ChoicesParamType(click.ParamType):  # type: ignore[type-arg]
+    """Some of several names, with commas between them, or "all"."""
+
+    name = "NAME,NAME,…"  # in the usage of a command
+
+    def __init__(self, allowed: tuple[str, ...]) -> None:
+        self.allowed = allowed
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[str, ...]:
+        if isinstance(value, tuple):
+            return value
+        chosen = self.allowed if value == "all" else tuple(dict.fromkeys(str(value).split(",")))
+        if unknown := [name for name in chosen if name not in self.allowed]:
+            self.fail(f"{unknown[0]!r} is not one of {', '.join(self.allowed)}, all", param, ctx)
+        return chosen
+
+
 class NumberParamType(click.FloatRange):
     """A finite number in a range. click's own type lets NaN pass."""
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -18,6 +18,7 @@ from streamllm.cache import SinkCache
 from streamllm.cache.sink_cache import TokenKinds
 from streamllm.compiled import cpu_loops, cuda, fusion, library, triton_support
 from streamllm.compiled.recorder import Recorder
+from streamllm.compiled.takeover import Takeover, can_pay
 from streamllm.lru import LRU
 from streamllm.malloc import trim_heap
 from streamllm.models import linear
@@ -26,7 +27,10 @@ from streamllm.models.packed_weight import PackedWeight
 from streamllm.models.step import Cache, Plan, geometry_of
 from streamllm.tensor_parallel import is_tensor_parallel
 
-BACKENDS = ("flat", "inductor", "cudagraphs")
+if TYPE_CHECKING:
+    from streamllm.compiled.triton_chunk import FusedChunks
+
+BACKENDS = ("auto", "flat", "inductor", "cudagraphs")
 CAPTURABLE = ("cuda",)  # device types with graphs that can be captured
 
 # What is kept for later, least recently used first to go. A cache keeps the recordings of its own steps.
@@ -46,12 +50,15 @@ def compile(model: nn.Module, backend: str | None = None) -> Compiled:
     recorded once. Prompts and chunks take the model's own way. The logits are the same, but for rounding.
     Weights are shared with `model`.
 
-    backend: "flat" runs the kernels one by one (the default on a CPU). "cudagraphs" launches them together (the
-    default on CUDA). "inductor" hands the list to torch's compiler. On a CPU that makes one C++ function,
+    backend: "flat" runs the kernels one by one. "cudagraphs" launches them together (the default on CUDA).
+    "inductor" hands the list to torch's compiler. On a CPU that makes one C++ function,
     which reads weights and cache at the speed of memory; it needs a C++ compiler, and half a minute for each
     recording. What was compiled is kept for later processes in the folder that the environment variable
     STREAMLLM_CACHE names, or else in streamllm under XDG_CACHE_HOME or ~/.cache; it may be deleted at any
-    time. On CUDA, inductor's kernels are launched together, too.
+    time. On CUDA, inductor's kernels are launched together, too. "auto", the default on a CPU, begins as "flat".
+    Where a stream goes on for some seconds, there is a C++ compiler and the weights take at most 2 GiB, it goes on
+    as "inductor", compiled meanwhile by another process at low priority. The logits then differ by rounding, so
+    a text that must be the same on each run needs "flat".
 
     On CUDA with Triton, in float32 or a half type, both backends rewrite the list into a few fused kernels first
     (triton_fusion.py), and one recording serves a stream from its first token on. Without Triton the list stays.
@@ -65,10 +72,11 @@ def compile(model: nn.Module, backend: str | None = None) -> Compiled:
     """
     geometry_of(model)
     device = next(model.parameters()).device.type
-    if backend is None:
-        backend = "cudagraphs" if device == "cuda" else "flat"
-    if backend not in BACKENDS:
+    if backend not in (None, *BACKENDS):
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, not {backend!r}")
+    if backend is None or backend == "auto":
+        may_take_over = device == "cpu" and not is_tensor_parallel(model) and can_pay(model)
+        backend = "cudagraphs" if device in CAPTURABLE else "auto" if may_take_over else "flat"
     if backend == "inductor" and is_tensor_parallel(model):
         raise ValueError(
             'backend="inductor" cannot compile the sums over the processes of a tensor-parallel model: take '
@@ -97,11 +105,14 @@ class Compiled(nn.Module):
         self._fusable = True  # whether Triton kernels cover the model's attention
         self._recorded: LRU[Any, Recording] = LRU(MAX_RECORDINGS)
         self._bound: WeakKeyDictionary[SinkCache, LRU[Any, _BoundStep]] = WeakKeyDictionary()
+        self._takeovers: LRU[Any, Takeover] = LRU(MAX_RECORDINGS)  # of "auto"
+        self._by_rows = False  # whether the weights have the layout of loops
         self._weights = _WeightAddresses()
+        self._chunks: FusedChunks | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """For copy.deepcopy and pickle: a copy has its own weights, and nothing is recorded of them."""
-        recorded = "_recorded", "_bound", "_weights"
+        recorded = "_recorded", "_bound", "_takeovers", "_weights", "_chunks"
         return {name: value for name, value in self.__dict__.items() if name not in recorded}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -132,74 +143,158 @@ class Compiled(nn.Module):
                     logits = self._step(tokens, cache)(tokens, cache)
                     cache.commit_token()
                 return logits
-        return self.model(tokens, cache, lengths=lengths, logits_to_keep=logits_to_keep)  # type: ignore[no-any-return]
+        model = self._model_of_chunks(cache) if isinstance(cache, SinkCache) else self.model
+        return model.forward(tokens, cache, lengths=lengths, logits_to_keep=logits_to_keep)  # type: ignore[no-any-return]
+
+    def _model_of_chunks(self, cache: SinkCache) -> Any:
+        """What computes a chunk of a prompt: the model, or the same with fused kernels."""
+        if not self._uses_triton(cache) or is_tensor_parallel(self.model):
+            return self.model
+        if self._chunks is None or not self._weights.unchanged():
+            from streamllm.compiled import triton_chunk
+
+            self._chunks = triton_chunk.FusedChunks(self.model, self._remember_weights)
+        return self._chunks
 
     def _step(self, tokens: Tensor, cache: SinkCache) -> _BoundStep:
         """The step that computes the next token of this cache."""
         if not self._weights.unchanged():
             self._recorded.clear()
             self._bound.clear()
-        # Compiling takes long: then one recording serves a window that fills and one that is full.
         fused = self._uses_triton(cache)
-        kinds = cache.token_kinds(recorded=True, for_any_place=fused or self._uses_loops(cache.device))
-        if fused:  # the kernel reads what is held, so its recording serves any number of slots
-            kinds = {own: replace(kind, reads=cache._slots_of(own)) for own, kind in kinds.items()}
-        key = (*kinds.items(), tokens.dtype, torch.is_inference_mode_enabled(),
-               cache.device.type == "cpu" and torch.get_num_threads())  # fmt: skip
+        loops = self._uses_loops(cache.device)
+        if self.backend == "auto":
+            kinds, key = self._kinds(tokens, cache, fused, loops=True)
+            takeover = self._takeover(tokens, cache, kinds, key)
+            loops = takeover.library is not None
+        if self.backend != "auto" or not loops:
+            kinds, key = self._kinds(tokens, cache, fused, loops)
         steps = self._bound.get(cache)
         step = None if steps is None else steps.get(key)
         if step is None:
-            step = self._bind(tokens.contiguous(), cache, kinds, key)
+            step = self._bind(cache, self._given(tokens, cache, kinds), kinds, key, loops)
+            if step is None:
+                return self._step(tokens, cache)
             # Only now: binding may have forgotten older ones.
             self._bound.setdefault(cache, LRU(MAX_STEPS_OF_A_CACHE)).put(key, step)
         return step
 
-    def _bind(self, tokens: Tensor, cache: SinkCache, kinds: TokenKinds, key: Any) -> _BoundStep:
-        """The recording for caches like this one, with this cache's own tensors."""
+    def _kinds(self, tokens: Tensor, cache: SinkCache, fused: bool, loops: bool) -> tuple[TokenKinds, Any]:
+        """What the next token's recording depends on, and the key under which it is kept."""
+        # Compiling takes long: then one recording serves a window that fills and one that is full.
+        kinds = cache.token_kinds(recorded=True, for_any_place=fused or loops)
+        if fused or (loops and self.backend == "auto"):
+            # A fused kernel reads what is held, whatever the number of slots. A library is compiled only once.
+            kinds = {own: replace(kind, reads=cache._slots_of(own)) for own, kind in kinds.items()}
+        threads = cache.device.type == "cpu" and torch.get_num_threads()
+        return kinds, (loops, *kinds.items(), tokens.dtype, torch.is_inference_mode_enabled(), threads)
+
+    def _takeover(self, tokens: Tensor, cache: SinkCache, kinds: TokenKinds, key: Any) -> Takeover:
+        """The way to a library for the next token, one token further."""
+        name = cache.recording_key, key
+        takeover = self._takeovers.get(name)
+        if takeover is None:
+            takeover = Takeover()
+            self._takeovers.put(name, takeover)
+
+        def request() -> library.Request:
+            given = self._given(tokens, cache, kinds)
+            try:
+                recorded = self._loops_graph(given, self._function(cache, given, kinds, loops=True))
+                inputs = [*given, *cpu_loops.prepare(recorded, given)]
+                return library.Request.of(recorded, inputs, cpu_loops.options())
+            finally:
+                if not self._by_rows:
+                    linear.arrange(self.model)
+
+        takeover.advance(request)
+        return takeover
+
+    def _given(self, tokens: Tensor, cache: SinkCache, kinds: TokenKinds) -> list[Tensor]:
+        """What a recording of the next token takes: see `Recording`."""
         rows = next(iter(kinds.values())).rows
         places = torch.zeros(rows, dtype=torch.int64, device=cache.device)
         cache.write_places(places)
         origin = torch.full((1,), cache.origin, dtype=torch.int64, device=cache.device)
-        given = [tokens, places, origin, cache.starts, *cache.tensors()]
+        return [tokens.contiguous(), places, origin, cache.starts, *cache.tensors()]
+
+    def _function(
+        self, cache: SinkCache, given: Sequence[Tensor], kinds: TokenKinds, loops: bool
+    ) -> Callable[[], Tensor]:
+        """The next token's forward, to be recorded."""
+        tokens, places, origin = given[:3]
+
+        def step() -> Tensor:
+            planned = cache.plan_token(places, kinds, origin)
+            plan: Plan = planned
+            if loops:
+                plan = Plan(planned.steps, [cpu_loops.LoopStore(store) for store in planned.stores])
+            return self.model.project(self.model.hidden(tokens, plan))  # type: ignore[no-any-return, operator]
+
+        return step
+
+    def _bind(
+        self, cache: SinkCache, given: Sequence[Tensor], kinds: TokenKinds, key: Any, loops: bool
+    ) -> _BoundStep | None:
+        """The recording for caches like this one, with this cache's own tensors. None: another way must be taken."""
         recording_key = (cache.recording_key, key)
         recording = self._recorded.get(recording_key)
         if recording is None:
-
-            def step() -> Tensor:
-                planned = cache.plan_token(places, kinds, origin)
-                plan: Plan = planned
-                if self._uses_loops(cache.device):
-                    plan = Plan(planned.steps, [cpu_loops.LoopStore(store) for store in planned.stores])
-                return self.model.project(self.model.hidden(tokens, plan))  # type: ignore[no-any-return, operator]
-
-            fused = self._uses_triton(cache)
-            made = self._record_fused(given, step, cache) if fused else self._record(given, step)
-            if made is None:
-                return self._step(tokens, cache)  # without Triton
-            recording = made
+            step = self._function(cache, given, kinds, loops)
+            if self._uses_triton(cache):
+                recording = self._record_fused(given, step, cache)
+                if recording is None:
+                    return None
+            elif loops:
+                recording = self._record_loops(given, step, self._takeovers.get(recording_key))
+                if recording is None:  # the model was quantized meanwhile, say
+                    self._takeovers.put(recording_key, Takeover())
+                    return None
+            else:
+                recording = self._record(given, step)
             self._recorded.put(recording_key, recording)
         if self._is_captured(cache.device):
             return _CapturedStep(recording, given)
         return _BoundStep(recording, given)
 
     def _record(self, given: Sequence[Tensor], function: Callable[[], Tensor]) -> Recording:
-        loops = self._uses_loops(given[0].device)
-        if loops:
-            linear.arrange_by_rows(self.model)
         function()  # once before: constants that are remembered are then not recorded
         with Recorder(given) as recorder:
             result = function()
-        recorded = recorder.finish((result,) if loops else result)
-        if loops:
-            try:
-                made = cpu_loops.compiled(recorded, given)
-            except BaseException:  # Ctrl-C, too: for a caller who goes on without
-                linear.arrange(self.model)
-                raise
-        elif self.backend == "inductor":
+        recorded = recorder.finish(result)
+        if self.backend == "inductor":
             made = _by_inductor(fx.GraphModule(recorded, recorded.graph))
         else:
             made = fusion.flat_function(recorded)
+        self._count_recording()
+        return made
+
+    def _loops_graph(self, given: Sequence[Tensor], function: Callable[[], Tensor]) -> fx.GraphModule:
+        """The list of kernels that becomes loops: its weights are stored by rows."""
+        linear.arrange_by_rows(self.model)
+        function()
+        with Recorder(given) as recorder:
+            result = function()
+        return recorder.finish((result,))
+
+    def _record_loops(
+        self, given: Sequence[Tensor], function: Callable[[], Tensor], takeover: Takeover | None
+    ) -> Recording | None:
+        """One C++ function for the CPU. With a takeover: its library, or None where that was made of another model."""
+        try:
+            recorded = self._loops_graph(given, function)
+            if takeover is None:
+                made = cpu_loops.compiled(recorded, given)
+            else:
+                constants = cpu_loops.prepare(recorded, given)
+                now = library.Request.of(recorded, [*given, *constants], cpu_loops.options())
+                if takeover.library is None or takeover.key != now.key():
+                    return None
+                made = cpu_loops.with_constants(takeover.library, constants)
+        except BaseException:  # Ctrl-C, too: for a caller who goes on without
+            linear.arrange(self.model)
+            raise
+        self._by_rows = True
         self._count_recording()
         return made
 
@@ -214,7 +309,7 @@ class Compiled(nn.Module):
             result = function()
         recorded = recorder.finish(result)
         if triton_fusion.fuse(recorded, recorder, given, cache):
-            made = fusion.flat_function(recorded)
+            made = fusion.flat_function(recorded, joined_only=True)
             try:
                 with triton_support.on(given[0].device):
                     made(*given)  # compiles the kernels
@@ -228,12 +323,19 @@ class Compiled(nn.Module):
         return None
 
     def _count_recording(self) -> None:
-        if not self._weights.unchanged():  # fusing or arranging moved them, so older recordings are stale
+        if self._remember_weights():
+            self._chunks = None
+        self.recordings += 1
+        trim_heap()
+
+    def _remember_weights(self) -> bool:
+        """Where the weights are now. Where fusing or arranging moved them, older recordings are stale: then True."""
+        moved = not self._weights.unchanged()
+        if moved:
             self._recorded.clear()
             self._bound.clear()
         self._weights = _WeightAddresses(self.model)
-        self.recordings += 1
-        trim_heap()
+        return moved
 
     def _uses_triton(self, cache: SinkCache) -> bool:
         return (
@@ -243,7 +345,7 @@ class Compiled(nn.Module):
         )
 
     def _uses_loops(self, device: torch.device) -> bool:
-        """Whether a token's products become sums over rows, compiled to C++: inductor on the CPU."""
+        """Whether a token's products become sums over rows, compiled to C++, from the first token on."""
         return self.backend == "inductor" and device.type == "cpu"
 
     def _is_captured(self, device: torch.device) -> bool:

@@ -15,16 +15,19 @@ from streamllm.compiled.recorder import Recorded, changes
 from streamllm.models.torch_private import linear_pointwise
 
 
-def flat_function(module: Recorded) -> Callable[..., Any]:
-    """The recording as one plain function, kernel by kernel. Looking up a weight in a module takes 0.3 us each."""
+def flat_function(module: Recorded, joined_only: bool = False) -> Callable[..., Any]:
+    """The recording as one plain function, kernel by kernel. Looking up a weight in a module takes 0.3 us each.
+
+    joined_only: make one product only of those whose weights lie in one tensor already.
+    """
     prune(module)
-    _fuse_linears(module)
+    _fuse_linears(module, joined_only)
     _share_rolls(module.graph)
     constants = {node.target: getattr(module, node.target) for node in module.graph.find_nodes(op="get_attr")}
     return module.function(SimpleNamespace(**constants))
 
 
-def _fuse_linears(module: fx.GraphModule) -> None:
+def _fuse_linears(module: fx.GraphModule, joined_only: bool) -> None:
     """Linear layers with the same input become one. Their weights and biases become views of its own: no copy
     stays, and what changes them later changes it, too.
     """
@@ -35,10 +38,12 @@ def _fuse_linears(module: fx.GraphModule) -> None:
         if node.op == "call_function" and node.target in (F.linear, linear_pointwise):
             x, weight, bias = node.args[:3]
             if weight.op == "get_attr" and (bias is None or bias.op == "get_attr"):
-                by_columns = _by_columns(getattr(module, weight.target))
+                found = getattr(module, weight.target)
+                by_columns = _by_columns(found)
                 if by_columns is not None:
-                    groups.setdefault((x, node.target, by_columns, bias is None), []).append(node)
-    for number, ((x, kernel, by_columns, _), nodes) in enumerate(groups.items()):
+                    storage = found.untyped_storage().data_ptr() if joined_only else 0
+                    groups.setdefault((x, node.target, by_columns, bias is None, storage), []).append(node)
+    for number, ((x, kernel, by_columns, *_), nodes) in enumerate(groups.items()):
         weights = [getattr(module, node.args[1].target) for node in nodes]
         biases = [node.args[2] and getattr(module, node.args[2].target) for node in nodes]
         if len(nodes) == 1 or len({id(weight) for weight in weights}) < len(nodes):

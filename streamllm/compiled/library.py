@@ -82,21 +82,28 @@ def library(module: fx.GraphModule, inputs: Sequence[Tensor], options: Mapping[s
     are inductor's; those unknown to this version of torch are left out. Raises CompileError with the compiler's
     own message where compiling fails.
     """
-    request = _Request.of(module, inputs, options)
-    kept = folder() / request.key()
-    found = _loaded(kept)
-    if found is not None:
-        return found
+    request = Request.of(module, inputs, options)
+    return kept(request) or compiled(request)
+
+
+def kept(request: Request) -> Library | None:
+    """The library of a request, where an earlier process has kept it."""
+    return _loaded(folder() / request.key())
+
+
+def compiled(request: Request, low_priority: bool = False) -> Library:
+    """Compile a request in another process, and keep the library. Raises CompileError."""
+    place = folder() / request.key()
     _sweep(Path(tempfile.gettempdir()), TEMPORARY_PREFIX)
     with tempfile.TemporaryDirectory(prefix=TEMPORARY_PREFIX, ignore_cleanup_errors=True) as making:
         made = Path(making)
-        _compile_elsewhere(request, made / LIBRARY_FILE)
+        _compile_elsewhere(request, made / LIBRARY_FILE, low_priority)
         (made / DIGEST_FILE).write_text(_digest(made))
-        _keep(made, kept)
-        found = _loaded(kept) or _loaded(made)
+        _keep(made, place)
+        found = _loaded(place) or _loaded(made)
     if found is None:
         raise CompileError(
-            f"{LIBRARY_FILE} was compiled, but cannot be loaded: neither from {kept} nor from {made}"
+            f"{LIBRARY_FILE} was compiled, but cannot be loaded: neither from {place} nor from {made}"
         )
     return found
 
@@ -176,7 +183,7 @@ class _NodeRef:
 
 
 @dataclass(frozen=True)
-class _Request:
+class Request:
     """A graph to compile, in a form that can be pickled."""
 
     code: str  # the graph as source text, for the key
@@ -185,13 +192,13 @@ class _Request:
     options: dict[str, Any]
 
     @staticmethod
-    def of(module: fx.GraphModule, inputs: Sequence[Tensor], options: Mapping[str, Any]) -> _Request:
+    def of(module: fx.GraphModule, inputs: Sequence[Tensor], options: Mapping[str, Any]) -> Request:
         numbers = {node: _NodeRef(number) for number, node in enumerate(module.graph.nodes)}
 
         def by_number(argument: Any) -> Any:
             return numbers[argument] if isinstance(argument, fx.Node) else argument
 
-        return _Request(
+        return Request(
             module.code,
             [
                 (node.op, node.target, *fx.node.map_aggregate((node.args, node.kwargs), by_number))
@@ -275,13 +282,14 @@ _CHILD = (
 _CAN_PASS_PIPES = os.name == "posix"
 
 
-def _compile_elsewhere(request: _Request, library: Path) -> None:
+def _compile_elsewhere(request: Request, library: Path, low_priority: bool = False) -> None:
     paths = os.pathsep.join(path or os.getcwd() for path in sys.path)
     # Only this process holds the writing end. When it ends, however it ends, the child reads the end of the file.
     alive, held = os.pipe()
     try:
         process = subprocess.Popen(
-            [sys.executable, "-c", _CHILD, str(library), *([str(alive)] if _CAN_PASS_PIPES else [])],
+            [sys.executable, "-c", _CHILD, str(library), str(int(low_priority)),
+             *([str(alive)] if _CAN_PASS_PIPES else [])],
             stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
             env={**os.environ, "PYTHONPATH": paths}, start_new_session=True,
             pass_fds=(alive,) if _CAN_PASS_PIPES else (),
@@ -323,13 +331,18 @@ def _end_with_parent(alive: int, folder: Path) -> None:
 
 
 def main() -> None:
-    """The other process: compile the request on standard input to the file in argv[1]."""
+    """The other process: compile the request on standard input to the file in argv[1].
+
+    argv[2]: 1 for low priority. argv[3]: the reading end of a pipe that closes with the parent.
+    """
     inductor = torch_private.inductor()
     if inductor is None:
         sys.exit(f"torch {torch.__version__} has no inductor")
-    if len(sys.argv) > 2:
+    if sys.argv[2] == "1" and hasattr(os, "nice"):
+        os.nice(19)
+    if len(sys.argv) > 3:
         threading.Thread(
-            target=_end_with_parent, args=(int(sys.argv[2]), Path(sys.argv[1]).parent), daemon=True
+            target=_end_with_parent, args=(int(sys.argv[3]), Path(sys.argv[1]).parent), daemon=True
         ).start()
     request = pickle.load(sys.stdin.buffer)
     module, inputs = request.graph()

@@ -128,7 +128,10 @@ class Recorder(TorchFunctionMode):
         elif isinstance(result, (tuple, list)):
             for index, output in enumerate(result):
                 if isinstance(output, Tensor):
-                    self._name(output, self.graph.call_function(operator.getitem, (node, index)))
+                    part = self.graph.call_function(operator.getitem, (node, index))
+                    for _, call in self._open:
+                        call.nodes.append(part)
+                    self._name(output, part)
         return result
 
     def finish(self, result: Tensor | tuple[Tensor, ...]) -> Recorded:

@@ -98,7 +98,13 @@ class AttentionFusion:
         batch, heads, dim = given["keys"].shape[0], given["keys"].shape[1], given["keys"].shape[3]
         query = given["query"]
         tile = triton_tiles.attention_tile(
-            batch * heads, query.shape[1] // heads, slots, dim, query.dtype, query.device
+            batch * heads,
+            query.shape[1] // heads,
+            slots,
+            dim,
+            query.dtype,
+            query.device,
+            int8=isinstance(ring, Int8Ring),
         )
         with self.graph.inserting_before(out):
             arrived, starts = self._counters(batch * heads), self._starts(self.cache._list_of(ring))

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from streamllm.compiled import triton_attention_kernel, triton_tiles
+from streamllm.compiled import triton_attention_kernel, triton_int4_kernels, triton_tiles
 from streamllm.compiled import triton_kernels as kernels
 
 FUSED_ADDS: dict[str, Any] = {"enable_fp_fusion": True}  # the default until Triton 3.9
@@ -16,6 +16,20 @@ FUSED_ADDS: dict[str, Any] = {"enable_fp_fusion": True}  # the default until Tri
 Norm = tuple[int, Tensor, "Tensor | None", float]
 # The second product of a gated one: weight [N, K], scale [N] or None, bias [N] or None.
 Up = tuple[Tensor, "Tensor | None", "Tensor | None"]
+
+
+JOINED = 8192  # float32 numbers of the splits that attention joins at a time
+
+
+def _early(x: Tensor, width: int) -> dict[str, Any]:
+    """The options of every launch: on a Hopper GPU or later, a kernel starts beside the end of the one in front.
+
+    In narrow models, whose kernels last a few microseconds, the next one starts even earlier.
+    """
+    early = 0
+    if triton_tiles.starts_early(x.device):
+        early = triton_tiles.FROM_THE_START if width <= triton_tiles.NARROW else triton_tiles.AT_THE_END
+    return {**FUSED_ADDS, "EARLY": early, "launch_pdl": early > 0}
 
 
 def power_of_two(number: int) -> int:
@@ -35,10 +49,10 @@ def product(
 ) -> Tensor:
     """residual + activation(norm(x) @ weight.T + bias) · (norm(x) @ up.T + its bias): x [B, 1, K] -> [B, 1, N].
 
-    weight [N, K], in the type of x, or int8 with a `scale` [N].
+    weight [N, K], in the type of x, or int8 with a `scale` [N]; int4 as in triton_int4_kernels.py.
     """
     x = x.contiguous()
-    rows, (outputs, inputs) = x.numel() // x.shape[-1], weight.shape
+    rows, outputs, inputs = x.numel() // x.shape[-1], len(weight), x.shape[-1]
     if rows > 1 and norm is not None:
         x, norm = normalised(x, *norm), None
     out = x.new_empty(*x.shape[:-1], outputs)
@@ -70,18 +84,31 @@ def launch_product(
     BN, BK = tile.outputs, tile.inputs
     shared = dict(
         K=inputs, ACTIVATION=activation, GATED=gated, BIAS=bias is not None, RESIDUAL=residual is not None,
-        INT8=scale is not None, BN=BN, BK=BK, num_warps=tile.warps, num_stages=tile.stages, **FUSED_ADDS,
+        BN=BN, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
+    module: Any = kernels
+    if scale is not None and scale.dim() == 2:  # int4: BK counts bytes of a row
+        module, group = triton_int4_kernels, inputs // scale.shape[1]
+        shared |= {
+            "GROUP": group,
+            **({"BG": max(1, 2 * BK // group)} if rows == 1 else {"BK": BK}),
+            **FUSED_ADDS,
+        }
+    else:
+        shared |= {"INT8": scale is not None, "BK": BK, "PTX": triton_tiles.on_gpu(x.device)}
+        shared |= _early(x, min(inputs, outputs))
+        if rows == 1:
+            shared |= {"AHEAD": tile.ahead, "FOLD": tile.fold}
     second = up[0], _or(up[1], x), _or(up[2], x)
     blocks = -(-outputs // BN)
     if rows == 1:
-        kernels.matvec[(blocks,)](
+        module.matvec[(blocks,)](
             x, norm_weight, _or(norm_bias, x), weight, _or(scale, x), _or(bias, x), *second, _or(residual, x), out,
             outputs, eps, K_PADDED=power_of_two(inputs), EVEN_N=outputs % BN == 0, NORM=kind,
             NORM_BIAS=norm_bias is not None, **shared,
         )  # fmt: skip
         return
-    kernels.matmul_rows[(blocks, -(-rows // tile.rows))](
+    module.matmul_rows[(blocks, -(-rows // tile.rows))](
         x,
         weight,
         _or(scale, x),
@@ -116,18 +143,18 @@ def _normalised(
     total = x if added is None else torch.empty_like(x)
     kernels.norm_rows[(x.numel() // inputs,)](
         x, _or(added, x), weight, _or(bias, x), total, out, eps, K=inputs, K_PADDED=power_of_two(inputs), NORM=kind,
-        BIAS=bias is not None, ADDED=added is not None, num_warps=4 if inputs <= 4096 else 8, **FUSED_ADDS,
+        BIAS=bias is not None, ADDED=added is not None, num_warps=4 if inputs <= 4096 else 8, **_early(x, inputs),
     )  # fmt: skip
     return total, out
 
 
 def gated(x: Tensor, up: Tensor, activation: int) -> Tensor:
-    """activation(x) · up for [B, 1, N], each perhaps a part of a wider product."""
+    """activation(x) · up for [B, T, N], each perhaps a part of a wider product."""
     rows, outputs = x.numel() // x.shape[-1], x.shape[-1]
     out = x.new_empty(x.shape)
     x, up = _rows(x), _rows(up)
     block = 1024
-    kernels.gate_rows[(-(-outputs // block), rows)](
+    kernels.gate_rows[(rows, -(-outputs // block))](
         x,
         up,
         out,
@@ -137,7 +164,7 @@ def gated(x: Tensor, up: Tensor, activation: int) -> Tensor:
         ACTIVATION=activation,
         BLOCK=block,
         num_warps=4,
-        **FUSED_ADDS,
+        **_early(x, outputs),
     )
     return out
 
@@ -153,7 +180,7 @@ def rope_tables(
     out = torch.empty(kinds, 2, rows, 2 * half, dtype=torch.float32, device=places.device)
     kernels.rope_tables[(kinds, rows)](
         places, origin, starts, frequencies, out, factor, HALF=half, HALF_PADDED=power_of_two(half), SINKS=sinks,
-        SLOTS=slots, num_warps=1,
+        SLOTS=slots, num_warps=1, **_early(places, triton_tiles.NARROW + 1),
     )  # fmt: skip
     return tuple(out[kind if sinks else 0, part] for kind in range(3) for part in range(2))
 
@@ -197,9 +224,17 @@ def attended(
     shared_padded = 1 if shared == 1 else max(16, power_of_two(shared))  # matrix units need 16 rows
     partial, log_sums = out, out
     if splits > 1:
-        sums = batch * heads * splits * shared_padded
+        sums = batch * heads * splits * shared
         partial = torch.empty(sums * dim_padded, dtype=torch.float32, device=q.device)
         log_sums = torch.empty(sums, dtype=torch.float32, device=q.device)
+    joined_heads = power_of_two(shared)
+    joined_splits = max(1, min(power_of_two(splits), JOINED // (joined_heads * dim_padded)))
+    sink_block = block if shared == 1 else min(block, max(16, power_of_two(sinks)))
+    early = _early(q, q.shape[1])
+    if early["launch_pdl"] and batch * heads * splits < 2 * triton_tiles.multiprocessors(q.device):
+        # So few programs, started early, crowd where the kernel in front ends first: with some tiles, a token of 8B
+        # then took 4.6 ms instead of 4.1 (tools/gpu_check.py --parts decode-8b, H200, 2026-11).
+        early["launch_pdl"] = False
     q_norm, k_norm, q_eps, k_eps = (q, k, 0.0, 0.0) if head_norms is None else head_norms
     slopes, bias_scale = (q, 0.0) if alibi is None else alibi
     triton_attention_kernel.attention[(batch * heads, splits)](
@@ -210,14 +245,15 @@ def attended(
         SINKS=sinks, SLOTS=slots, HEADS=heads, SHARED=shared, D=dim, D_PADDED=dim_padded,
         SHARED_PADDED=shared_padded, ROTATED=tables[0].shape[-1] if tables else 0,
         HEAD_NORMS=head_norms is not None, ALIBI=alibi is not None, CLIP=clip is not None, INT8=len(ring) > 2,
-        SPLITS=splits, BLOCK=block, num_warps=warps, num_stages=stages, **FUSED_ADDS,
+        SPLITS=splits, BLOCK=block, SINK_BLOCK=sink_block, JOINED_HEADS=joined_heads, JOINED_SPLITS=joined_splits,
+        PTX=triton_tiles.on_gpu(q.device), num_warps=warps, num_stages=stages, **early,
     )  # fmt: skip
     return out
 
 
 def _rows(x: Tensor) -> Tensor:
-    """[B, 1, N] -> [B, N] with adjacent numbers in a row; rows may be at any stride."""
-    x = x[:, 0]
+    """[B, T, N] -> [B · T, N] with adjacent numbers in a row; rows may be at any stride."""
+    x = x.reshape(-1, x.shape[-1])
     return x if x.stride(1) == 1 else x.contiguous()
 
 

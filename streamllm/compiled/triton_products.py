@@ -20,7 +20,7 @@ from streamllm.compiled.triton_graph import Recorded, is_method, item, only_user
 from streamllm.compiled.triton_support import DTYPES
 from streamllm.models import base, linear
 
-NOTED = (base.RMSNorm.forward, base._gelu_fast, base._quick_gelu, linear.int8_kernel)
+NOTED = (base.RMSNorm.forward, base._gelu_fast, base._quick_gelu, linear.quantized_kernel)
 ACTIVATIONS: dict[Any, int] = {F.silu: kernels.SILU, F.relu: kernels.RELU}
 ACTIVATION_CALLS = {base._gelu_fast: kernels.GELU_FAST, base._quick_gelu: kernels.QUICK_GELU}
 
@@ -55,6 +55,10 @@ class ProductFusion:
             for product in products:
                 if product.scale is None:
                     self._keep_for_cublas(product)
+            for group in self._groups(product for product in products if product.scale is None):
+                self._join_weights(
+                    group
+                )  # as with one row, so that one recording does not move another's weights
             products = [product for product in products if product.scale is not None]
         products = self._join(products)
         self._fuse_sums(products)
@@ -70,7 +74,7 @@ class ProductFusion:
             x, weight, bias = (*node.args, None)[:3]
             if self._is_weight(weight, DTYPES) and (bias is None or bias.op == "get_attr"):
                 found.append(_Product(node, x, weight, None, bias))
-        for call in self.recorded.calls(linear.int8_kernel):
+        for call in self.recorded.calls(linear.quantized_kernel):
             given = call.arguments
             tensors = call.result, given["x"], given["weight"], given["scale"]
             out, x, weight, scale = (self.recorded.node(tensor) for tensor in tensors)
@@ -79,7 +83,8 @@ class ProductFusion:
                 out is not None
                 and x is not None
                 and weight is not None
-                and self._is_weight(weight, (torch.int8,))
+                and self._is_weight(weight, (torch.int8, torch.uint8))
+                and given["scale"].dim() < 3  # the blocks of a CPU
             ):
                 found.append(_Product(out, x, weight, scale, bias))
         return sorted(found, key=lambda product: self.recorded.order[product.out])
@@ -140,6 +145,8 @@ class ProductFusion:
                 del by_out[up.out], by_out[gate.out]
                 gate.up, gate.out = up, user
                 by_out[user] = gate
+                if gate.scale is None:  # joined once: recordings of chunks and of many rows read them as one
+                    self._join_weights([gate, up])
         return sorted(by_out.values(), key=lambda product: self.recorded.order[product.out])
 
     def _keep_for_cublas(self, product: _Product) -> None:
@@ -161,20 +168,13 @@ class ProductFusion:
 
     def _join(self, products: Iterable[_Product]) -> list[_Product]:
         """Products of one input become one, such as queries, keys and values. Their outputs become parts of its."""
-        groups: dict[Any, list[_Product]] = {}
-        for product in products:
-            plain = product.activation == kernels.NONE and product.up is None
-            groups.setdefault(
-                (product.x, product.scale is None, product.bias is None, None if plain else product.out), []
-            ).append(product)
         joined = []
-        for group in groups.values():
-            weights = [self._weight(product) for product in group]
-            if len(group) == 1 or len({id(weight) for weight in weights}) < len(group):
+        for group in self._groups(products):
+            if len(group) == 1:
                 joined += group
                 continue
-            with torch.no_grad():
-                weight = fusion.join(weights, by_columns=False)
+            weights = [self._weight(product) for product in group]
+            weight = self._join_weights(group)
             first = group[0].product
             with self.graph.inserting_before(first):
                 scale, bias = self._joined(group, "scale"), self._joined(group, "bias")
@@ -187,6 +187,29 @@ class ProductFusion:
                 self.recorded.replace(product.out, output)
                 start += len(part)
         return sorted(joined, key=lambda product: self.recorded.order[product.out])
+
+    def _groups(self, products: Iterable[_Product]) -> list[list[_Product]]:
+        """Products that become one, in groups: of one input, with nothing behind them."""
+        groups: dict[Any, list[_Product]] = {}
+        for product in products:
+            plain = product.activation == kernels.NONE and product.up is None
+            dtype = self._weight(product).dtype  # that of a quantised weight, too
+            key = product.x, dtype, product.bias is None, None if plain else product.out
+            groups.setdefault(key, []).append(product)
+        made: list[list[_Product]] = []
+        for group in groups.values():
+            weights = {id(self._weight(product)) for product in group}
+            made += [group] if len(weights) == len(group) else [[product] for product in group]
+        return made
+
+    def _join_weights(self, group: Sequence[_Product]) -> Tensor:
+        """The weights of a group in one tensor. Its biases become one, too."""
+        with torch.no_grad():
+            if len(group) > 1 and group[0].bias is not None:
+                fusion.join(
+                    [self.recorded.value(product.bias) for product in group if product.bias], by_columns=False
+                )
+            return fusion.join([self._weight(product) for product in group], by_columns=False)
 
     def _joined(self, group: Sequence[_Product], name: str) -> fx.Node | None:
         """The scales or biases of all, in one tensor; None where they have none."""

@@ -16,6 +16,10 @@ from streamllm.compiled import library
 
 MAX_MATVEC_ROWS = 16  # up to this many rows, a product reads its weights by our kernels; above, by cuBLAS
 INTERPRETED_SPLITS = 3
+# When a kernel lets the next one start: before its loop, or behind it. On an H200 (2026-11, tools/gpu_check.py --parts
+# decode-8b decode-1b), 8B is 1.08 times as fast with the second, and 1B 1.06 times as fast with the first.
+FROM_THE_START, AT_THE_END = 1, 2
+NARROW = 2048
 
 
 class Tile(NamedTuple):
@@ -26,6 +30,8 @@ class Tile(NamedTuple):
     warps: int
     stages: int = 3
     rows: int = 16  # not for one row
+    ahead: int = 0  # for one row: tiles that are loaded before the kernel in front has ended, 0 or 1
+    fold: int = 1  # for one row: adjacent products that share a sum
 
 
 class AttentionTile(NamedTuple):
@@ -37,34 +43,48 @@ class AttentionTile(NamedTuple):
     stages: int
 
 
-INTERPRETED_TILE = Tile(64, 32, 4)  # a program costs milliseconds there
+# A program costs milliseconds there.
+INTERPRETED_TILES = {1: Tile(64, 32, 4, fold=4), 2: Tile(64, 32, 4, ahead=1), 4: Tile(64, 32, 4, ahead=1)}
 # By outputs, inputs, gated and bytes of a weight, for a product with one row: the fastest tile on an H200 (torch 2.11,
 # triton 3.6), 2026-11. tools/gpu_check.py --parts tiles measures them again.
 TILES = {
     (6144, 4096, False, 2): Tile(2, 2048, 8),
-    (4096, 4096, False, 2): Tile(1, 2048, 8),
+    (4096, 4096, False, 2): Tile(4, 2048, 8, ahead=1),
     (14336, 4096, True, 2): Tile(1, 2048, 8),
-    (4096, 14336, False, 2): Tile(8, 512, 8),
-    (128256, 4096, False, 2): Tile(4, 2048, 8),
-    (12288, 4096, False, 2): Tile(2, 2048, 8),
+    (4096, 14336, False, 2): Tile(8, 512, 8, ahead=1),
+    (128256, 4096, False, 2): Tile(4, 1024, 4),
+    (12288, 4096, False, 2): Tile(4, 2048, 8, fold=8),
     (11008, 4096, True, 2): Tile(1, 2048, 8),
-    (4096, 11008, False, 2): Tile(4, 1024, 4),
-    (3072, 2048, False, 2): Tile(2, 2048, 4),
-    (2048, 2048, False, 2): Tile(2, 2048, 4),
-    (8192, 2048, True, 2): Tile(2, 2048, 4),
-    (2048, 8192, False, 2): Tile(2, 512, 4),
+    (4096, 11008, False, 2): Tile(2, 1024, 4, fold=8),
+    (3072, 2048, False, 2): Tile(2, 1024, 2, ahead=1, fold=8),
+    (2048, 2048, False, 2): Tile(2, 1024, 4, ahead=1, fold=8),
+    (8192, 2048, True, 2): Tile(2, 1024, 4, ahead=1, fold=8),
+    (2048, 8192, False, 2): Tile(4, 2048, 8, ahead=1, fold=8),
     (128256, 2048, False, 2): Tile(4, 2048, 4),
-    (6144, 4096, False, 1): Tile(4, 2048, 8),
-    (4096, 4096, False, 1): Tile(1, 2048, 8),
-    (14336, 4096, True, 1): Tile(2, 2048, 8),
-    (4096, 14336, False, 1): Tile(2, 2048, 8),
-    (128256, 4096, False, 1): Tile(4, 2048, 8),
+    (6144, 4096, False, 1): Tile(8, 1024, 4, fold=16),
+    (4096, 4096, False, 1): Tile(8, 2048, 8, fold=16),
+    (14336, 4096, True, 1): Tile(8, 512, 4, fold=16),
+    (4096, 14336, False, 1): Tile(8, 2048, 8, fold=16),
+    (128256, 4096, False, 1): Tile(8, 512, 2, fold=16),
+}
+# By pairs, query heads of a key head, slots, head dimension and bytes of a number in the cache, from the same runs.
+ATTENTION_TILES = {
+    (64, 4, 4096, 128, 2): AttentionTile(2, 128, 8, 3),
+    (512, 4, 1024, 128, 2): AttentionTile(1, 64, 4, 2),
+    (8, 4, 4096, 128, 1): AttentionTile(32, 64, 4, 2),
+    (512, 4, 1024, 128, 1): AttentionTile(1, 64, 2, 3),
 }
 
 
 def on_gpu(device: torch.device) -> bool:
     """Whether kernels are compiled for a GPU, not interpreted."""
     return device.type == "cuda"
+
+
+@lru_cache(maxsize=16)
+def starts_early(device: torch.device) -> bool:
+    """Whether a kernel may be launched before the one in front of it has ended: programmatic dependent launch."""
+    return on_gpu(device) and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def multiprocessors(device: torch.device) -> int:
@@ -75,7 +95,12 @@ def product_key(outputs: int, inputs: int, gated: bool, itemsize: int) -> str:
     return f"product {outputs} x {inputs}{' gated' if gated else ''}, {itemsize} bytes"
 
 
+def rows_key(outputs: int, inputs: int, gated: bool, itemsize: int) -> str:
+    return f"{product_key(outputs, inputs, gated, itemsize)}, 2 to {MAX_MATVEC_ROWS} rows"
+
+
 def attention_key(pairs: int, shared: int, slots: int, dim: int, itemsize: int) -> str:
+    """itemsize: bytes of a number in the cache."""
     return f"attention {pairs} x {shared} heads, {slots} slots of {dim}, {itemsize} bytes"
 
 
@@ -83,41 +108,60 @@ def tile_of(rows: int, weight: Tensor, gated: bool) -> Tile:
     """The tile of a product of `rows` rows with a weight [N, K]."""
     outputs, inputs = weight.shape
     if not on_gpu(weight.device):
-        return INTERPRETED_TILE
+        return INTERPRETED_TILES[weight.itemsize]
+    if 1 < rows <= MAX_MATVEC_ROWS:
+        kept = kept_tiles(_name(weight.device)).get(rows_key(outputs, inputs, gated, weight.itemsize))
+        if kept is not None:
+            return Tile(*kept)
     if rows > 1:
-        columns = max(16, min(512 // max(2, weight.itemsize), _power_of_two(inputs)))
-        return Tile(16, columns, 4, 4, 16 if rows <= 16 else 32)  # not measured
+        columns = max(16, min(64 if weight.itemsize > 2 else 128, _power_of_two(inputs)))
+        many = max(16, min(64, _power_of_two_below(outputs // 64)))
+        return Tile(many, columns, 4, 3 if gated else 5, 16 if rows <= 16 else 32)
     kept = kept_tiles(_name(weight.device)).get(product_key(outputs, inputs, gated, weight.itemsize))
     if kept is not None:
         return Tile(*kept)
-    return TILES.get((outputs, inputs, gated, weight.itemsize)) or _rule(outputs, inputs, gated)
+    return TILES.get((outputs, inputs, gated, weight.itemsize)) or _rule(
+        outputs, inputs, gated, weight.itemsize
+    )
 
 
-def _rule(outputs: int, inputs: int, gated: bool) -> Tile:
-    """Two rows of a few thousand weights, divided without a rest where that is possible."""
-    most = min(1024 if gated else 2048, _power_of_two(inputs))
-    columns = next((size for size in (2048, 1024, 512, 256) if size <= most and inputs % size == 0), most)
-    return Tile(2 if outputs >= 1024 else 1, columns, 8 if columns >= 2048 else 4)
+def _rule(outputs: int, inputs: int, gated: bool, itemsize: int) -> Tile:
+    """A few rows, so that each thread uses what it has loaded of x for all of them."""
+    columns = min(512 if gated else 1024, _power_of_two(inputs))
+    rows = min(8 if itemsize == 1 else 4 if itemsize == 2 else 2, _power_of_two(outputs))
+    fold = 16 // itemsize if columns >= 512 else 1
+    return Tile(rows, columns, 4, ahead=int(min(outputs, inputs) <= NARROW and itemsize > 1), fold=fold)
 
 
 def attention_tile(
-    pairs: int, shared: int, slots: int, dim: int, dtype: torch.dtype, device: torch.device
+    pairs: int,
+    shared: int,
+    slots: int,
+    dim: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    int8: bool = False,
 ) -> AttentionTile:
-    """For B · G pairs, `shared` query heads each.
+    """For B · G pairs, `shared` query heads each, and a cache in `dtype` or int8.
 
-    By the rule, each multiprocessor has at least two programs; up to eight, where each still reads four blocks.
+    By the rule, each multiprocessor has about one program, which fills it; without matrix units, four.
     """
+    itemsize = 1 if int8 else dtype.itemsize
     small = shared == 1 or dtype.itemsize > 2 or dim > 128
     block = 32 if small else 64
     block = max(16, min(block, _power_of_two(slots)))
     blocks = -(-slots // block)
     if not on_gpu(device):
         return AttentionTile(min(INTERPRETED_SPLITS, blocks), block, 4, 2)
-    kept = kept_tiles(_name(device)).get(attention_key(pairs, shared, slots, dim, dtype.itemsize))
+    kept = kept_tiles(_name(device)).get(attention_key(pairs, shared, slots, dim, itemsize))
     if kept is not None:
         return AttentionTile(*kept)
-    few, many = (_power_of_two_below(programs * multiprocessors(device) // pairs) for programs in (2, 8))
-    return AttentionTile(min(64, max(min(few, blocks), min(many, blocks // 4))), block, 4, 2)
+    found = ATTENTION_TILES.get((pairs, shared, slots, dim, itemsize))
+    if found is not None:
+        return found
+    splits = _power_of_two_below((4 if shared == 1 else 1) * multiprocessors(device) // pairs)
+    stages = 3 if dtype.itemsize == 2 and dim <= 128 else 2
+    return AttentionTile(min(64, splits, _power_of_two_below(blocks)), block, 4, stages)
 
 
 @lru_cache(maxsize=8)

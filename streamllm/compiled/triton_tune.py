@@ -10,36 +10,54 @@ import torch
 
 from streamllm.compiled import triton_kernels as kernels
 from streamllm.compiled import triton_launch as launch
-from streamllm.compiled.triton_tiles import AttentionTile, Tile
+from streamllm.compiled.triton_tiles import NARROW, AttentionTile, Tile
 
 BYTES_PER_ROUND = 1 << 29  # far more than any cache holds, so that each product reads from memory
-MAX_TILE_NUMBERS = 8192  # of a tile's float32 sums; a gated product keeps twice as many
+# Rows, columns and warps of a tile that was the fastest, or next to it, for some shape on an H200.
+SHAPES = {
+    2: ((1, 2048, 8), (2, 2048, 8), (4, 2048, 8), (1, 512, 2), (2, 512, 4), (1, 1024, 2), (2, 1024, 2), (2, 1024, 4),
+        (4, 1024, 4), (2, 2048, 4), (4, 2048, 4), (8, 512, 8), (8, 1024, 8)),
+    1: ((4, 512, 2), (8, 512, 2), (16, 512, 2), (8, 512, 4), (4, 1024, 2), (8, 1024, 4), (16, 1024, 4), (4, 2048, 4),
+        (8, 2048, 8)),
+}  # fmt: skip
+MAX_NUMBERS = 64  # of a weight in flight, per thread and round: more would not fit its registers
 
 
-def product_tiles(outputs: int, inputs: int, gated: bool) -> list[Tile]:
-    """The tiles worth a measurement for one row: wide enough that each thread loads 16 bytes, without spills."""
+def product_tiles(outputs: int, inputs: int, gated: bool, itemsize: int) -> list[Tile]:
+    """The tiles worth a measurement for one row. A measurement of one product alone cannot tell `ahead` in a step of a
+    wide model: there it costs more than it brings.
+    """
     tiles = []
-    for rows, columns, warps in every((1, 2, 4, 8), (256, 512, 1024, 2048), (4, 8)):
-        numbers = rows * columns
-        fits = warps * 256 <= numbers <= MAX_TILE_NUMBERS // (2 if gated else 1)
-        if rows == 1 and columns < 2048:
-            continue
-        if fits and columns < 2 * inputs and (inputs % columns == 0 or columns >= 1024):
-            tiles.append(Tile(rows, columns, warps))
+    for rows, columns, warps in SHAPES[1 if itemsize == 1 else 2]:
+        numbers = rows * columns // (warps * 32)  # per thread
+        fits = numbers <= MAX_NUMBERS // (2 if gated else 1) and columns < 2 * inputs
+        if fits and (inputs % columns == 0 or columns >= 1024):
+            aheads = (0, 1) if min(outputs, inputs) <= NARROW else (0,)
+            folds = (1, 16 // itemsize)
+            tiles += [Tile(rows, columns, warps, ahead=a, fold=fold) for a, fold in every(aheads, folds)]
     return tiles
 
 
-def attention_tiles(default: AttentionTile, shared: int) -> list[AttentionTile]:
-    """The tiles worth a measurement, around the rule's."""
-    splits = {max(1, default.splits // 2), default.splits, min(64, default.splits * 2)}
-    blocks, warps = (
-        ((64, 128), ((4, 2), (4, 3), (8, 2))) if shared > 1 else ((32, 64), ((4, 2), (4, 3), (8, 3)))
-    )
-    if shared == 1:
-        splits.add(min(64, default.splits * 4))
+def rows_tiles(rows: int) -> list[Tile]:
+    """The tiles worth a measurement for 2 to 16 rows."""
+    return [
+        Tile(outputs, inputs, 4, stages, max(16, rows))
+        for outputs, inputs, stages in every((16, 32, 64), (128, 256), (3, 5))
+    ]
+
+
+def attention_tiles(pairs: int, shared: int, slots: int, processors: int) -> list[AttentionTile]:
+    """The tiles worth a measurement: between half a program and sixteen for each multiprocessor."""
+    splits = [
+        split for split in (1, 2, 4, 8, 16, 32, 64) if processors // 2 <= pairs * split <= processors * 16
+    ]
+    if pairs > processors * 4:
+        splits = [1, 2, 4]
+    blocks = (64, 128) if shared > 1 else (32, 64)
     return [
         AttentionTile(split, block, warp, stages)
-        for split, block, (warp, stages) in every(sorted(splits), blocks, warps)
+        for split, block, (warp, stages) in every(splits, blocks, ((2, 3), (4, 2), (4, 3), (4, 4), (8, 3)))
+        if split * block <= slots
     ]
 
 
@@ -50,8 +68,9 @@ def product_launches(
     dtype: torch.dtype,
     device: torch.device,
     copies: int | None = None,
+    rows: int = 1,
 ) -> tuple[Callable[[Tile], Iterator[Any]], Callable[[], Iterator[Any]]]:
-    """Launches products of one row with each of some weights in turn: ours with a tile, and cuBLAS's.
+    """Launches products of some rows with each of some weights in turn: ours with a tile, and cuBLAS's.
 
     A product that widens has an RMS norm before it, another adds a residual, as in Llama.
     """
@@ -65,11 +84,11 @@ def product_launches(
             weights.append(torch.randint(-127, 128, (numbers // inputs, inputs), dtype=dtype, device=device))
         else:
             weights.append(torch.randn(numbers // inputs, inputs, dtype=dtype, device=device))
-    x, weight = (torch.randn(1, 1, inputs, dtype=kind, device=device) for _ in range(2))
+    x, weight = (torch.randn(count, 1, inputs, dtype=kind, device=device) for count in (rows, 1))
     scale = torch.ones(outputs, dtype=kind, device=device) if dtype == torch.int8 else None
-    residual = torch.randn(1, 1, outputs, dtype=kind, device=device)
+    residual = torch.randn(rows, 1, outputs, dtype=kind, device=device)
     widens = outputs > inputs or gated
-    norm = (kernels.RMS_NORM, weight.view(-1), None, 1e-5) if widens else None
+    norm = (kernels.RMS_NORM, weight.view(-1), None, 1e-5) if widens and rows == 1 else None
     out = torch.empty_like(residual)
 
     def ours(tile: Tile) -> Iterator[Any]:
@@ -77,7 +96,7 @@ def product_launches(
             up = one[outputs:] if gated else one
             launch.launch_product(
                 tile, x, one[:outputs], scale, None, norm, (up, scale, None), gated,
-                None if widens else residual, int(gated), out, 1, outputs, inputs,
+                None if widens else residual, int(gated), out, rows, outputs, inputs,
             )  # fmt: skip
             yield
 
@@ -90,38 +109,43 @@ def product_launches(
 
 
 def attention_launches(
-    heads: int, shared: int, slots: int, dim: int, dtype: torch.dtype, device: torch.device, layers: int = 16
+    batch: int,
+    heads: int,
+    shared: int,
+    slots: int,
+    dim: int,
+    int8: bool,
+    device: torch.device,
+    layers: int | None = None,
 ) -> Callable[[AttentionTile], Iterator[Any]]:
-    """Launches attention of one token over a full ring of each of some layers in turn."""
-    rings = [
-        [torch.randn(1, heads, slots, dim, dtype=dtype, device=device) for _ in range(2)]
-        for _ in range(layers)
-    ]
-    q = torch.randn(1, 1, heads * shared * dim, dtype=dtype, device=device)
-    k = torch.randn(1, 1, heads * dim, dtype=dtype, device=device)
+    """Launches attention of one token in bfloat16 over a full ring of each of some layers in turn."""
+    dtype, sinks = torch.bfloat16, 4
+    layers = layers or max(2, BYTES_PER_ROUND // (2 * batch * heads * slots * dim * (1 if int8 else 2)))
+    rings: list[list[torch.Tensor]] = []
+    for _ in range(layers):
+        if int8:
+            numbers = torch.randint(
+                -127, 128, (2, batch, heads, slots - sinks, dim), dtype=torch.int8, device=device
+            )
+            scales = torch.full((2, batch, heads, slots - sinks, 1), 0.02, dtype=dtype, device=device)
+            rings.append(
+                [torch.randn(2, batch, heads, sinks, dim, dtype=dtype, device=device), scales, numbers]
+            )
+        else:
+            shape = batch, heads, slots, dim
+            rings.append([torch.randn(shape, dtype=dtype, device=device) for _ in range(2)])
+    q = torch.randn(batch, 1, heads * shared * dim, dtype=dtype, device=device)
+    k = torch.randn(batch, 1, heads * dim, dtype=dtype, device=device)
     places = torch.full((1,), 10 * slots, dtype=torch.int64, device=device)
-    starts = torch.full((1,), min(4, slots - 1), dtype=torch.int64, device=device)
+    starts = torch.full((batch,), sinks, dtype=torch.int64, device=device)
     table = torch.ones(1, dim, dtype=torch.float32, device=device)
 
     def ours(tile: AttentionTile) -> Iterator[Any]:
-        counters = torch.zeros(layers, heads, dtype=torch.int32, device=device)
+        counters = torch.zeros(layers, batch * heads, dtype=torch.int32, device=device)
         for ring, arrived in zip(rings, counters, strict=True):
+            tables = [table] * 6
             yield launch.attended(
-                q,
-                k,
-                k,
-                ring,
-                places,
-                starts,
-                arrived,
-                [table] * 6,
-                None,
-                None,
-                dim,
-                min(4, slots - 1),
-                0.1,
-                None,
-                tile,
+                q, k, k, ring, places, starts, arrived, tables, None, None, dim, sinks, 0.1, None, tile
             )
 
     return ours
@@ -150,8 +174,8 @@ def microseconds(launches: Callable[[], Iterator[Any]], repeats: int = 3, rounds
     return sorted(times)[len(times) // 2]
 
 
-def best_tile(tiles: Sequence[Any], measure: Callable[[Any], float]) -> tuple[float, Any]:
-    """The fastest of the tiles, with its time. A tile that does not fit the GPU is left out."""
+def by_time(tiles: Sequence[Any], measure: Callable[[Any], float]) -> list[tuple[float, Any]]:
+    """The tiles with their times, the fastest first. A tile that does not fit the GPU is left out."""
     found = []
     for tile in tiles:
         try:
@@ -160,4 +184,4 @@ def best_tile(tiles: Sequence[Any], measure: Callable[[Any], float]) -> tuple[fl
             raise
         except Exception:  # such as too much shared memory
             continue
-    return min(found)
+    return sorted(found)

@@ -13,11 +13,13 @@ from streamllm.evaluate.recall import (
     stream_eval_script,
 )
 from streamllm.evaluate.result import Bucket, Result
+from streamllm.evaluate.ruler import TASKS, ruler, ruler_script
 from streamllm.evaluate.saving import load, save
 from streamllm.evaluate.scoring import MODES, perplexity
 
 __all__ = [
     "MODES",
+    "TASKS",
     "WORDINGS",
     "Attention",
     "Bucket",
@@ -34,6 +36,8 @@ __all__ = [
     "passkey_script",
     "perplexity",
     "recommend",
+    "ruler",
+    "ruler_script",
     "save",
     "stream_eval",
     "stream_eval_script",

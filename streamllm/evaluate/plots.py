@@ -79,7 +79,7 @@ def perplexity_curves(
     last = max(result.total for result in results)  # where the text ends
     repeated = len({result.mode for result in results}) < len(results)
     for index, result in enumerate(results):
-        style = CURVE_STYLES[index % len(CURVE_STYLES)] if repeated else MODE_STYLES[result.mode]
+        style = curve_style(index) if repeated else MODE_STYLES[result.mode]
         scored = [bucket for bucket in result.buckets if bucket.tokens and bucket.start >= 16]
         buckets = [b for b in scored if b.tokens >= min(b.start, MIN_PREDICTIONS)] or scored
         x = [(bucket.start * min(bucket.stop - 1, max(bucket.start, last))) ** 0.5 for bucket in buckets]
@@ -155,7 +155,7 @@ def recall_curves(
     panels = figure.subplots(1, 2)
     whole = max(score.accuracy for scores in curves.values() for score in scores) >= 0.1
     for index, (name, scores) in enumerate(curves.items()):
-        style = CURVE_STYLES[index % len(CURVE_STYLES)]
+        style = curve_style(index)
         right = [100 * (score.accuracy if whole else score.token_accuracy) for score in scores]
         for panel, values in zip(panels, (right, [score.mean for score in scores]), strict=True):
             _curve(panel, [score.distance for score in scores], values, style, index, name, dark)
@@ -174,6 +174,16 @@ def recall_curves(
         figure.suptitle(title, color=page.ink, fontsize=10)
     _legend(figure, panels[0], page)
     return figure
+
+
+def curve_style(index: int) -> tuple[str, str, str]:
+    """Colour on light pages, colour on dark pages and marker of the curve number `index` of a picture."""
+    return CURVE_STYLES[index % len(CURVE_STYLES)]
+
+
+def line_style(index: int) -> str | tuple[int, tuple[int, ...]]:
+    """The stroke of a curve: curves of the same colour have different strokes, so the first 36 curves all differ."""
+    return LINE_STYLES[(index + index // len(CURVE_STYLES)) % len(LINE_STYLES)]
 
 
 def save_figure(figure: Figure, path: str | Path) -> None:
@@ -207,7 +217,7 @@ def _curve(
 ) -> None:  # fmt: skip
     on_light, on_dark, marker = style
     axes.plot(
-        x, y, color=on_dark if dark else on_light, marker=marker, linestyle=LINE_STYLES[index % len(LINE_STYLES)],
+        x, y, color=on_dark if dark else on_light, marker=marker, linestyle=line_style(index),
         markersize=5, linewidth=1.8, label=name,
     )  # fmt: skip
 

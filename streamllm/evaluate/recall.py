@@ -56,7 +56,7 @@ anchor apple arrow badge barrel basket beacon bell bottle bridge button cabin ca
 cloud corner crown desert dragon engine feather field forest garden hammer harbor island jacket
 kettle ladder lantern marble meadow mirror needle orchard paper pebble river
 """
-_ADJECTIVES, _NOUNS = (half.split() for half in _WORDS.split("\n\n"))
+ADJECTIVES, NOUNS = (half.split() for half in _WORDS.split("\n\n"))
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,9 +109,9 @@ def stream_eval_script(
     Raises ValueError for an unknown wording, for more lines than there are names (1,600), and where no
     question has a fact so far back.
     """
-    phrases, rng, pieces = _wording(wording), random.Random(seed), _Pieces(tokenizer)
-    if not 1 <= lines <= len(_ADJECTIVES) * len(_NOUNS):
-        raise ValueError(f"lines must be in 1 … {len(_ADJECTIVES) * len(_NOUNS)}, not {lines}")
+    phrases, rng, pieces = _wording(wording), random.Random(seed), Pieces(tokenizer)
+    if not 1 <= lines <= len(ADJECTIVES) * len(NOUNS):
+        raise ValueError(f"lines must be in 1 … {len(ADJECTIVES) * len(NOUNS)}, not {lines}")
     if every < 1 or not 1 <= back < lines:
         raise ValueError(f"every must be at least 1 and back in 1 … {lines - 1}, not {every} and {back}")
     keys = _keys()
@@ -119,7 +119,7 @@ def stream_eval_script(
     facts: list[tuple[str, str, int]] = []
     answers, distances = [], []
     for line, key in enumerate(keys[:lines]):
-        answer = _number(rng, digits)
+        answer = random_number(rng, digits)
         stated, _ = pieces.add(phrases.fact, key, answer)
         facts.append((key, answer, stated))
         if line % every == every - 1 and line >= back:
@@ -149,14 +149,14 @@ def passkey_script(
 
     Raises ValueError for an unknown wording, and for a distance too short for fact and question.
     """
-    phrases, rng, pieces = _wording(wording), random.Random(seed), _Pieces(tokenizer)
+    phrases, rng, pieces = _wording(wording), random.Random(seed), Pieces(tokenizer)
 
-    adjective, noun, answer = rng.choice(_ADJECTIVES), rng.choice(_NOUNS), _number(rng, digits)
+    adjective, noun, answer = rng.choice(ADJECTIVES), rng.choice(NOUNS), random_number(rng, digits)
     key = f"{adjective}_{noun}"
-    others = [word for word in _ADJECTIVES if word != adjective]  # so that no filler contains the key
+    others = [word for word in ADJECTIVES if word != adjective]  # so that no filler contains the key
 
     def filler() -> list[int]:
-        words = {"a": others, "b": _NOUNS, "c": others, "d": _NOUNS}
+        words = {"a": others, "b": NOUNS, "c": others, "d": NOUNS}
         return pieces.encode(
             phrases.filler.format(**{name: rng.choice(some) for name, some in words.items()})
         )
@@ -214,7 +214,7 @@ def stream_eval(
         script = stream_eval_script(
             tokenizer, lines=lines, every=every, back=distance, digits=digits, wording=wording, seed=seed
         )
-        scores.append(_score(model, [script], mode, sinks, window, chunk, distance))
+        scores.append(score_scripts(model, [script], mode, sinks, window, chunk, distance))
         if progress is not None:
             progress(done + 1, len(back))
     return tuple(scores)
@@ -256,7 +256,7 @@ def passkey(
             )
             for sample in range(samples)
         ]
-        scores.append(_score(model, scripts, mode, sinks, window, chunk, None))
+        scores.append(score_scripts(model, scripts, mode, sinks, window, chunk, None))
         if progress is not None:
             progress(done + 1, len(distances))
     return tuple(scores)
@@ -264,7 +264,7 @@ def passkey(
 
 def _shortest_passkey(tokenizer: Tokenizer, wording: str, digits: int) -> int:
     """A distance that is long enough for every fact and question."""
-    phrases, pieces = _wording(wording), _Pieces(tokenizer)
+    phrases, pieces = _wording(wording), Pieces(tokenizer)
     longest = 0
     for key in _keys():
         question, fact = (pieces.parts(text, key, "8") for text in (phrases.question, phrases.fact))
@@ -272,7 +272,7 @@ def _shortest_passkey(tokenizer: Tokenizer, wording: str, digits: int) -> int:
     return longest + 2 * digits + 2  # leaves room for the tokens of the answer
 
 
-def _score(
+def score_scripts(
     model: nn.Module,
     scripts: Sequence[Script],
     mode: str,
@@ -303,7 +303,7 @@ def _score(
     return Recall(distances / questions, lines, questions, correct, nll, tokens, tokens_correct)
 
 
-class _Pieces:
+class Pieces:
     """A stream of token ids that grows piece by piece."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -329,10 +329,10 @@ class _Pieces:
 
 
 def _keys() -> list[str]:
-    return [f"{adjective}_{noun}" for adjective in _ADJECTIVES for noun in _NOUNS]
+    return [f"{adjective}_{noun}" for adjective in ADJECTIVES for noun in NOUNS]
 
 
-def _number(rng: random.Random, digits: int) -> str:
+def random_number(rng: random.Random, digits: int) -> str:
     if digits < 1:
         raise ValueError(f"digits must be at least 1, not {digits}")
     return str(rng.randrange(10 ** (digits - 1), 10**digits))

@@ -15,15 +15,18 @@ from streamllm.session.dialogue import (
     Message,
     Render,
     Turn,
+    content_of,
     next_text,
+    rendered_messages,
 )
 from streamllm.session.prompt import Spelled
-from streamllm.session.state import capture
+from streamllm.session.state import State, capture
 from streamllm.session.view import AnswerText
 
 if TYPE_CHECKING:
     from streamllm.stream import Stream
 
+DEFAULT_SINKS = 4  # the paper's; a system prompt may be shorter
 PROBE = {"role": "user", "content": "Hello"}  # a message that could follow a system prompt
 
 
@@ -79,10 +82,12 @@ def begin(
     last = loop.drawn if loop.drawn is not None else loop.log.tokens[-1] if loop.log.tokens else None
     ended = answer is not None and last is not None and stream._end > answer.begins and last in answer.eos
     eos_text = tokenizer.special_text(last) if ended and last is not None else None
-    spelled = Spelled(tokenizer, [*dialogue.messages, *new, {"role": "assistant", "content": text or ""}])
+    answered = [] if text is None else [{"role": "assistant", "content": text}]
+    rendered = rendered_messages([*dialogue.messages, *answered, *new])
+    spelled = Spelled(tokenizer, rendered)
     addition = next_text(
         _renderer(stream, variables),
-        spelled.hide(dialogue.messages),
+        spelled.hide(rendered[: len(rendered) - len(answered) - len(new)]),
         None if text is None else spelled.hide(text),
         eos_text,
         spelled.hide(new),
@@ -100,9 +105,9 @@ def begin(
         and not stream._end
         and addition.parts[0].role in ("system", "developer")
     ):
-        stream._make_cache(ends[0])
+        stream._make_cache(max(ends[0], DEFAULT_SINKS), dialogue)
     number = stream._end
-    call = Call(number, len(dialogue.messages), answer, _snapshot(stream))
+    call = Call(number, len(dialogue.messages), answer, _snapshot(stream), dialogue.waiting)
     before, dialogue = dialogue, closed(stream, dialogue, addition.strips_answer)
     turns = list(dialogue.turns)
     start = number
@@ -115,10 +120,11 @@ def begin(
     pushed_to = number + len(ids)
     messages = [*dialogue.messages, *(new[:-1] if continued else new)]
     prefix = str(new[-1].get("content", "")) if continued else ""
-    kept = stream.snapshots - 1
-    calls = [replace(old, snapshot=None) for old in dialogue.calls]
-    if kept > 0:
-        calls[-kept:] = dialogue.calls[-kept:]
+    calls = list(dialogue.calls)
+    for index in reversed(range(len(calls) - max(0, stream.snapshots - 1))):
+        if calls[index].snapshot is None:
+            break
+        calls[index] = replace(calls[index], snapshot=None)
     return ids, Dialogue(
         tuple(messages),
         tuple(turns),
@@ -140,7 +146,9 @@ def waits(stream: Stream, role: str, variables: Mapping[str, Any] | None, messag
     messages = [*dialogue.waiting, message]
     render = _renderer(stream, dict(dialogue.variables if variables is None else variables))
     try:
-        return not render([*messages, PROBE], True).startswith(render(messages, False))
+        alone = render(messages, False)
+        is_written = content_of(message).strip() in alone
+        return not (is_written and render([*messages, PROBE], True).startswith(alone))
     except ChatTemplateError:
         return True
 
@@ -174,8 +182,12 @@ def _encode(
     return ids, ends
 
 
-def _snapshot(stream: Stream) -> Any:
-    return capture(stream) if stream.snapshots else None
+def _snapshot(stream: Stream) -> State | None:
+    """The state before a call. The calls in it have no snapshots, or each snapshot would keep the one before it."""
+    if not stream.snapshots:
+        return None
+    state = capture(stream)
+    return replace(state, dialogue=replace(state.dialogue, calls=()))
 
 
 def undo_without_snapshot(stream: Stream, dialogue: Dialogue, call: Call) -> None:
@@ -183,12 +195,10 @@ def undo_without_snapshot(stream: Stream, dialogue: Dialogue, call: Call) -> Non
     messages, text = dialogue.messages, ""
     if call.answer is not None:  # it is the last answer again
         text = next((turn.text for turn in dialogue.turns if turn.start == call.answer.start), "")
-    stream._take_back(call.start)
     shown = None
     if call.answer is not None:
         shown = AnswerText(call.answer.begins, [text[len(call.answer.prefix) :]], 1)
-    stream._view = replace(stream._view, answer=shown)
-    stream._dialogue = replace(
+    before = replace(
         dialogue,
         messages=messages[: call.messages],
         turns=tuple(
@@ -198,6 +208,8 @@ def undo_without_snapshot(stream: Stream, dialogue: Dialogue, call: Call) -> Non
         ),
         answer=call.answer,
         calls=dialogue.calls[:-1],
+        waiting=call.waiting,
         pushed_to=0,
         before=None,
     )
+    stream._take_back(call.start, before, shown)

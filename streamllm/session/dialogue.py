@@ -52,6 +52,7 @@ class Call:
     messages: int
     answer: Answer | None  # the answer that the call completed
     snapshot: Any = None  # the `State` before it, if it is kept
+    waiting: tuple[Message, ...] = ()  # messages that it fed with its own
 
 
 @dataclass(frozen=True)
@@ -153,7 +154,7 @@ def next_text(
     """What the template adds to a conversation.
 
     Args:
-        known: the messages that were fed.
+        known: the messages that were fed, without those that `rendered_messages` leaves out.
         answer: the model's answer to them, if there is one.
         eos: the special token that ended it, if one did.
         new: the messages that follow.
@@ -166,15 +167,12 @@ def next_text(
     if answer is not None and answer != answer.strip():
         # The template may write the space in front of an answer itself.
         trimmed = answer.strip()
-        kept = rendered_messages([*known, {"role": "assistant", "content": trimmed}, *new])
-        before = render(kept[: len(kept) - 1 - len(new)], True)
-        stripped = render(kept, generate and not continued).startswith(before + answer)
+        every = [*known, {"role": "assistant", "content": trimmed}, *new]
+        stripped = render(every, generate and not continued).startswith(render(known, True) + answer)
         given = trimmed if stripped else answer
     answered = [] if given is None else [{"role": "assistant", "content": given}]
     every = [*known, *answered, *new]
-    kept = rendered_messages(every)
-    known = kept[: len(kept) - len(answered) - len(new)]
-    whole = render(kept, generate and not continued)
+    whole = render(every, generate and not continued)
     before = render(known, answer is not None) if known else ""
     if not whole.startswith(before):
         raise _rewrites()
@@ -189,7 +187,7 @@ def next_text(
             raise ChatTemplateError("the chat template does not write the message that is to be continued")
         stop = found + len(content)
     parts = list[Part]()
-    ends = _ends(render, kept, len(new), whole, at, stop, generate, continued)
+    ends = _ends(render, every, len(new), whole, at, stop, generate, continued)
     roles = [(None, ""), *((message["role"], content_of(message)) for message in new)]
     if continued:
         roles.pop()
@@ -250,7 +248,7 @@ def _end_of_prefix(render: Render, kept: Sequence[Message], count: int, whole: s
         text = render(kept[:count], False)
     except ChatTemplateError:
         text = None
-    if text is not None and whole.startswith(text):
+    if text is not None and whole.startswith(text) and content_of(kept[count - 1]).strip() in text:
         return len(text)
     if count == len(kept):
         return len(whole)

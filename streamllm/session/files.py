@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import tempfile
+import time
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, is_dataclass
@@ -15,12 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from streamllm.models.quantized import format_of
 from streamllm.models.step import geometry_of
 from streamllm.tokenizer import Tokenizer
 from streamllm.weights.errors import shorten
 
 FORMAT = "streamllm session"
 VERSION = 1
+PARTIAL = ".partial"  # ends the name of a file that is being written
+LEFT_AFTER = 3600  # seconds after which nobody writes such a file any more
 SAMPLES = 16  # values of each tensor in the fingerprint
 TOLERANCE = 0.02  # relative; a value in bfloat16 is off by at most 0.004, twice rounded by 0.008
 TOKENS = 512  # of a vocabulary in the fingerprint
@@ -46,7 +50,19 @@ def write(path: Path, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -
         "checksum": checksum(text, on_cpu),
     }
     data = save(on_cpu, metadata=metadata)
-    number, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
+    try:
+        _write_whole(path, data)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise OSError(
+            error.errno, f"the session was not saved, and the file stays as it was: {reason}", str(path)
+        ) from error
+    _sync_folder(path.parent)
+
+
+def _write_whole(path: Path, data: bytes) -> None:
+    """Write beside `path`, and rename."""
+    number, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=PARTIAL, dir=path.parent)
     try:
         with os.fdopen(number, "wb") as file:
             file.write(data)
@@ -57,7 +73,16 @@ def write(path: Path, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -
         with suppress(OSError):
             os.unlink(name)
         raise
-    _sync_folder(path.parent)
+
+
+def remove_leftovers(path: Path) -> None:
+    """Remove what processes that were killed while they saved to `path` have left beside it."""
+    with suppress(OSError), os.scandir(path.parent) as entries:
+        for entry in entries:
+            if entry.name.startswith(f".{path.name}.") and entry.name.endswith(PARTIAL):
+                with suppress(OSError):
+                    if time.time() - entry.stat().st_mtime > LEFT_AFTER:
+                        os.unlink(entry.path)
 
 
 def _sync_folder(folder: Path) -> None:
@@ -151,10 +176,16 @@ def check_fingerprint(path: Path, saved: Mapping[str, Any], own: Mapping[str, An
 
 
 def _agree(theirs: Any, here: Any) -> bool:
+    """Whether two samples may be of the same weights: each value may be rounded, by one step at most."""
     if theirs is None or here is None or theirs["shape"] != here["shape"]:
         return False
-    scale = max(map(abs, [*theirs["values"], *here["values"], 1e-30]))
-    return all(abs(a - b) <= TOLERANCE * scale for a, b in zip(theirs["values"], here["values"], strict=True))
+    allowed = TOLERANCE * max(map(abs, [*theirs["values"], *here["values"], 1e-30]))
+    none = [0.0] * len(here["values"])
+    steps = map(max, theirs.get("steps", none), here.get("steps", none))
+    return all(
+        abs(a - b) <= allowed + step
+        for a, b, step in zip(theirs["values"], here["values"], steps, strict=True)
+    )
 
 
 def _config(model: nn.Module) -> dict[str, Any]:
@@ -164,7 +195,7 @@ def _config(model: nn.Module) -> dict[str, Any]:
 
 
 def _samples(model: nn.Module) -> dict[str, Any]:
-    """The shape and some values of each weight [out, in], whatever its layout; int8 ones times their scales."""
+    """The shape and some values of each weight [out, in], whatever its layout; of a rounded one also the steps."""
     found: dict[str, Any] = {}
     for name, module in model.named_modules():
         for own, weight in module.named_parameters(recurse=False):
@@ -174,16 +205,29 @@ def _samples(model: nn.Module) -> dict[str, Any]:
 
 
 def _sample(weight: Tensor, scale: Tensor | None) -> dict[str, Any]:
-    weight = weight.to_dense() if weight.is_mkldnn else weight
-    count = weight.numel()
+    format = format_of(weight)
+    if weight.is_mkldnn:
+        weight = weight.to_dense()
+    shape = weight.shape if format is None else torch.Size(format.shape(weight))
+    count = shape.numel()
     places = torch.tensor(
         [count * step // SAMPLES for step in range(min(count, SAMPLES))], dtype=torch.int64, device="cpu"
     )
-    index = torch.unravel_index(places.to(weight.device), weight.shape)
-    values = weight[index].double()
-    if weight.dtype == torch.int8 and scale is not None:
-        values *= scale[index[0]].double()
-    return {"shape": list(weight.shape), "values": [float(f"{value:.4g}") for value in values.tolist()]}
+    index = torch.unravel_index(places, shape)
+    if format is None or scale is None:
+        values = weight[tuple(axis.to(weight.device) for axis in index)].double().tolist()
+        return {"shape": list(shape), "values": [_short(value) for value in values]}
+    outputs, inputs = (axis.tolist() for axis in index)
+    sampled = [format.sample(weight, scale, *place) for place in zip(outputs, inputs, strict=True)]
+    return {
+        "shape": list(shape),
+        "values": [_short(value) for value, _ in sampled],
+        "steps": [_short(step) for _, step in sampled],
+    }
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.4g}")
 
 
 def _tokenizer_digest(tokenizer: Tokenizer) -> str:

@@ -17,7 +17,7 @@ class Spelled:
 
     def __init__(self, tokenizer: Tokenizer, messages: Sequence[Message]) -> None:
         self._tokenizer = tokenizer
-        special = sorted(filter(None, tokenizer._backend.special_contents), key=len, reverse=True)
+        special = sorted(tokenizer.special_spellings, key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, special))) if special else None
         found = set[str]()
         used = set[str]()

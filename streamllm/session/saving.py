@@ -10,8 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from streamllm.loop import LoopState
 from streamllm.session.dialogue import Answer, Call, Dialogue, Turn
-from streamllm.session.files import SessionError, check_fingerprint, fingerprint, read, write
+from streamllm.session.files import (
+    SessionError,
+    check_fingerprint,
+    fingerprint,
+    read,
+    remove_leftovers,
+    write,
+)
 from streamllm.session.state import State, capture
 from streamllm.session.view import AnswerText, Cut, Removed, View
 from streamllm.stop_strings import Held, Segment
@@ -36,6 +44,7 @@ def autosave(path: str | os.PathLike[str] | None, every: int | str) -> Autosave 
     """The settings of `Stream.autosave`. Raises ValueError."""
     if path is None:
         return None
+    remove_leftovers(Path(path))
     if every == "turn":
         return Autosave(Path(path), None)
     if isinstance(every, bool) or not isinstance(every, int) or every < 1:
@@ -47,8 +56,8 @@ def save(stream: Stream, path: str | os.PathLike[str]) -> None:
     """See `Stream.save`."""
     state = capture(stream, share_cache=True)
     tensors = {CACHE + name: tensor for name, tensor in state.cache.items()}
-    if state.logits is not None:
-        tensors[LOGITS] = state.logits
+    if state.loop.logits is not None:
+        tensors[LOGITS] = state.loop.logits
     if stream._fingerprint is None:
         stream._fingerprint = fingerprint(stream.model, stream.tokenizer)
     saved = {
@@ -75,14 +84,14 @@ def open_file(
 
 def _state_to_json(state: State) -> dict[str, Any]:
     dialogue = replace(state.dialogue, calls=tuple(replace(c, snapshot=None) for c in state.dialogue.calls))
-    view = state.view
+    view, loop = state.view, state.loop
     return {
-        "first": state.first,
-        "tokens": state.tokens,
-        "history": state.history,
-        "history size": state.history_size,
-        "cuts": state.cuts,
-        "drawn": state.drawn,
+        "first": loop.first,
+        "tokens": loop.tokens,
+        "history": loop.history,
+        "history size": loop.history_size,
+        "cuts": loop.cuts,
+        "drawn": loop.drawn,
         "finish reason": state.finish_reason,
         "view": {
             **asdict(replace(view, answer=None)),
@@ -94,8 +103,7 @@ def _state_to_json(state: State) -> dict[str, Any]:
 
 def _state_from_json(saved: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> State:
     cache = {name[len(CACHE) :]: tensor for name, tensor in tensors.items() if name.startswith(CACHE)}
-    return State(
-        cache,
+    loop = LoopState(
         tensors.get(LOGITS),
         saved["first"],
         tuple(saved["tokens"]),
@@ -103,6 +111,10 @@ def _state_from_json(saved: Mapping[str, Any], tensors: Mapping[str, Tensor]) ->
         saved["history size"],
         saved["cuts"],
         saved["drawn"],
+    )
+    return State(
+        cache,
+        loop,
         _view(saved["view"]),
         _dialogue(saved["dialogue"]),
         saved["finish reason"],
@@ -130,11 +142,16 @@ def _dialogue(saved: Mapping[str, Any]) -> Dialogue:
             "messages": tuple(saved["messages"]),
             "turns": tuple(Turn(**turn) for turn in saved["turns"]),
             "answer": _answer(saved["answer"]),
-            "calls": tuple(Call(**{**call, "answer": _answer(call["answer"])}) for call in saved["calls"]),
+            "calls": tuple(map(_call, saved["calls"])),
             "waiting": tuple(saved["waiting"]),
             "before": None,
         }
     )
+
+
+def _call(saved: Mapping[str, Any]) -> Call:
+    waiting = tuple(saved.get("waiting", ()))
+    return Call(**{**saved, "answer": _answer(saved["answer"]), "waiting": waiting})
 
 
 def _answer(saved: Mapping[str, Any] | None) -> Answer | None:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from streamllm.chat import ChatTemplateError
+from streamllm.session.window import capacity
+from streamllm.status import REPEATS
 from streamllm.stream import Stream
 
 PROMPT = "> "
@@ -34,11 +38,26 @@ class Chat:
         self.stream, self.settings, self.system, self.session = stream, settings, system, session
         self.has_template = stream.tokenizer.chat_template is not None
         self._tokens, self._seconds = 0, 0.0
+        self._tries = 0  # of the last message
 
     def run(self) -> None:
-        """Read lines until the end of the input."""
+        """Read lines until the end of the input, or until the terminal is closed. The session is saved then."""
         read = line_reader()
-        self._tell(f"{self.stream!r}. /help lists the commands.")
+        for name in ("SIGTERM", "SIGHUP"):
+            if hasattr(signal, name):
+                signal.signal(getattr(signal, name), _exit)
+        try:
+            self._read_lines(read)
+        finally:
+            if self.stream._end != self.stream._saved_at:  # an answer was interrupted
+                self._save()
+
+    def _read_lines(self, read: Callable[[str], str]) -> None:
+        cache = self.stream.cache
+        self._tell(
+            f"{len(self.stream.turns)} turns; sinks={cache.sinks}, window={cache.window}, {cache.nbytes / 1e6:.1f} MB. "
+            f"/help lists the commands."
+        )
         if not self.has_template:
             self._tell("The model has no chat template: it continues the text that you type.")
         while True:
@@ -70,20 +89,20 @@ class Chat:
                 self.answer(line)
         except KeyboardInterrupt:
             self._tell("\n(interrupted; the session goes on)")
+            self._save()
         except (ValueError, OSError, ChatTemplateError) as error:
             self._tell(f"Error: {' '.join(str(error).split())}")
 
     def answer(self, text: str) -> None:
         """Print the answer to a message, as it is generated."""
-        self._print(self._pieces(text))
-
-    def _pieces(self, text: str) -> Iterator[str]:
+        self._tries = 0
         if not self.has_template:
-            return self.stream.generate(text, **self.settings)
+            self._print(self.stream.generate(text, **self.settings))
+            return
         messages = [{"role": "user", "content": text}]
         if self.system and not self.stream.turns:
             messages.insert(0, {"role": "system", "content": self.system})
-        return self.stream.chat(messages, **self.settings)
+        self._print(self.stream.chat(messages, **self.settings))
 
     def _print(self, pieces: Iterator[str]) -> None:
         waiting = len(self.stream._loop.unfed)
@@ -99,6 +118,17 @@ class Chat:
             self._seconds += time.monotonic() - started
             sys.stdout.write("\n")
             sys.stdout.flush()
+        share = self.stream.repeated
+        if share > REPEATS:
+            self._tell(f"({share:.0%} of the last text repeats itself; /undo, or start with --dry 0.8)")
+
+    def _save(self) -> None:
+        """Save the session now, if it has a file: an answer was interrupted, or turns were taken out."""
+        if self.session is not None and self.stream.seen:
+            try:
+                self.stream.save(self.session)
+            except OSError as error:
+                self._tell(f"Error: {error}")
 
     def _read_with_progress(self, waiting: int) -> None:
         for left in self.stream.reading():
@@ -129,17 +159,28 @@ class Chat:
     def command_load(self, rest: str) -> None:
         path = self._path(rest)
         self.stream = Stream.load(path, self.stream.model, self.stream.tokenizer)
-        self.stream.autosave(self.session)
-        self._tell(f"{len(self.stream.turns)} turns from {path}")
+        where = ""
+        if self.session is not None:  # the session that was open before keeps its file
+            self.session, where = path, ", which is saved there from now on"
+            self.stream.autosave(path)
+        self._tell(f"{len(self.stream.turns)} turns from {path}{where}")
 
     def command_undo(self, rest: str) -> None:
         undone = self.stream.undo()
+        self._save()
         self._tell(f"took {len(undone)} turns back")
 
     def command_retry(self, rest: str) -> None:
-        undone = [turn for turn in self.stream.undo() if turn.role == "user"]
+        undone = [
+            {"role": turn.role, "content": turn.text}
+            for turn in self.stream.undo()
+            if turn.role != "assistant"
+        ]
+        self._tries += 1
+        seed = self.settings.get("seed")
+        settings = {**self.settings, "seed": None if seed is None else seed + self._tries}
         if undone:
-            self.answer(undone[-1].text)
+            self._print(self.stream.chat(undone, **settings))
 
     def command_drop(self, rest: str) -> None:
         turns = self.stream.turns
@@ -150,6 +191,7 @@ class Chat:
         if not rest.isdigit():
             raise ValueError(f"/drop takes the number of a turn, not {rest!r}; /drop alone lists them")
         self.stream.drop(int(rest))
+        self._save()
 
     def command_visible(self, rest: str) -> None:
         self._tell(self.stream.visible(special_tokens=True))
@@ -164,11 +206,10 @@ class Chat:
     def command_stats(self, rest: str) -> None:
         cache = self.stream.cache
         speed = f"{self._tokens / self._seconds:,.1f} tokens/s" if self._seconds else "– tokens/s"
-        share = self.stream._loop.log.history.loop_share()
         self._tell(
             f"{self.stream.seen:,} tokens seen, {self.stream.said:,} generated, {speed}, {int(cache.held[0]):,} of "
-            f"{cache.sinks + cache.window:,} entries held, cache {cache.nbytes / 1e6:.1f} MB, "
-            f"{len(self.stream.turns)} turns, {share:.0%} of the last text repeats itself"
+            f"{capacity(cache):,} entries held, cache {cache.nbytes / 1e6:.1f} MB, "
+            f"{len(self.stream.turns)} turns, {self.stream.repeated:.0%} of the last text repeats itself"
         )
 
     def _path(self, rest: str) -> Path:
@@ -181,6 +222,11 @@ class Chat:
         sys.stdout.flush()
 
 
+def _exit(number: int, frame: Any) -> None:
+    """The way out for SIGTERM and SIGHUP: the session is saved on it."""
+    raise SystemExit(128 + number)
+
+
 def line_reader() -> Callable[[str], str]:
     """prompt_toolkit where it is installed and the input is a terminal; else plain input."""
     if not sys.stdin.isatty():
@@ -190,6 +236,11 @@ def line_reader() -> Callable[[str], str]:
         from prompt_toolkit.history import FileHistory
         from prompt_toolkit.key_binding import KeyBindings
     except ImportError:
+        # A terminal alone cuts a line at 4,095 characters, and sends each line of a pasted text as a message.
+        with suppress(ImportError):
+            import readline
+
+            readline.parse_and_bind("set enable-bracketed-paste on")
         return _plain
     keys: Any = KeyBindings()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
+from streamllm.session.dialogue import Dialogue
 from streamllm.stop_strings import Held
 
 
@@ -14,6 +15,20 @@ class Cut:
     start: int  # the number of the first of them
     then: tuple[int, ...]  # the tokens of the text in front of the stop string
     cuts: int  # the cuts of the stream before this one
+    dialogue: Dialogue | None = None  # the conversation without them; None: it stays
+
+
+@dataclass(frozen=True)
+class Drop:
+    """A turn that leaves the window. It is noted before anything changes, so that an interrupt can be made good."""
+
+    start: int  # its tokens have the numbers `start` … `stop` - 1
+    stop: int
+    entries: tuple[int, int]  # of the cache
+    held: int  # the entries of the cache before
+    left: tuple[int, ...]  # the last tokens without them
+    oldest: int  # the first number that the window holds
+    dialogue: Dialogue
 
 
 @dataclass(frozen=True, eq=False)

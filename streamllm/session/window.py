@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 
-from streamllm.loop import Log
-from streamllm.sampling import History
-from streamllm.session.dialogue import Turn
-from streamllm.session.view import Removed
+from streamllm.cache import SinkCache
+from streamllm.session.dialogue import Dialogue, Turn
+from streamllm.session.view import Drop, Removed
 
 if TYPE_CHECKING:
     from streamllm.stream import Stream
@@ -66,28 +66,56 @@ def _text_goes_on(stream: Stream, start: int, stop: int) -> bool:
     )
 
 
-def oldest_turn(stream: Stream, turns: Sequence[Turn]) -> tuple[int, int] | None:
+def _oldest_number(stream: Stream, count: int) -> int:
+    """The number of the first of the last `count` tokens that the cache holds. As `numbers`, without a list."""
+    number = stream.seen
+    for part in reversed(stream._view.removed):
+        if part.start >= number:
+            continue
+        behind = max(0, number - part.stop)
+        if behind >= count:
+            break
+        count -= behind
+        number = part.start
+    return number - count
+
+
+def capacity(cache: SinkCache) -> int:
+    """How many entries the cache can hold: the sinks, and the longest window of a layer."""
+    return cache.sinks + max(min(cache.window, own or cache.window) for own in cache.geometry.windows)
+
+
+def _next_turn(dialogue: Dialogue, number: int) -> int | None:
+    """Where the first turn behind a token begins."""
+    later = bisect_right(dialogue.turns, number, key=lambda turn: turn.start)
+    if later < len(dialogue.turns):
+        return dialogue.turns[later].start
+    answer = dialogue.answer
+    return answer.start if answer is not None and answer.start > number else None
+
+
+def oldest_turn(stream: Stream) -> tuple[int, int] | None:
     """The entries of the oldest whole turn behind the sinks. None where they are all of one turn."""
-    held = numbers(stream)
-    sinks = stream.cache.sinks
-    recent = held[sinks:]
-    if not recent:
+    cache = stream.cache
+    count = int(cache.held[0]) - cache.sinks
+    if count <= 0:
         return None
-    first = recent[0]
-    later = [turn.start for turn in turns if turn.start > first]
-    if not later:
+    first = _oldest_number(stream, count)
+    stop = _next_turn(stream._now, first)
+    if stop is None:
         return None
-    count = sum(number < min(later) for number in recent)
-    return (sinks, sinks + count) if count < len(recent) else None
+    gone = sum(max(0, min(part.stop, stop) - max(part.start, first)) for part in stream._view.removed)
+    leave = stop - first - gone
+    return (cache.sinks, cache.sinks + leave) if leave < count else None
 
 
-def make_room(stream: Stream, turns: Sequence[Turn]) -> None:
+def make_room(stream: Stream) -> None:
     """Take the oldest whole turn out each time that the window is full and a token waits.
 
     Tokens that wait are fed as far as there is room, so the result is that of feeding them one by one.
     """
     loop, cache = stream._loop, stream.cache
-    size = cache.sinks + cache.window
+    size = capacity(cache)
     while True:
         waiting = len(loop.unfed)
         if not waiting or loop.logits is not None:
@@ -98,10 +126,15 @@ def make_room(stream: Stream, turns: Sequence[Turn]) -> None:
         if room > 0:
             read(stream, loop.unfed[:room])
             continue
-        entries = oldest_turn(stream, turns)
-        if entries is None:
+        entries = oldest_turn(stream)
+        if entries is not None:
+            cache.evict_range(*entries)
+            continue
+        # One turn fills the window: its oldest tokens leave, until the next turn begins.
+        start = _next_turn(stream._now, stream.seen - 1)
+        if start is None or start + 1 - stream.seen >= waiting:
             return
-        cache.evict_range(*entries)
+        read(stream, loop.unfed[: start + 1 - stream.seen])
 
 
 def read(stream: Stream, tokens: Sequence[int]) -> None:
@@ -111,15 +144,15 @@ def read(stream: Stream, tokens: Sequence[int]) -> None:
         stream.model(ids, stream.cache, logits_to_keep=1)
 
 
-def drop(stream: Stream, start: int, stop: int) -> None:
-    """Take the tokens with the numbers start … stop - 1 out of the window; those of the sinks stay."""
-    stream._settle()
+def drop(stream: Stream, turn: Turn, dialogue: Dialogue) -> None:
+    """Take a turn out of the window; its tokens among the sinks stay. dialogue: the conversation without it."""
     loop, cache = stream._loop, stream.cache
-    start = max(start, cache.sinks)
+    start, stop = max(turn.start, cache.sinks), turn.stop
     if start >= stop:
+        stream._dialogue = dialogue
         return
     if stop >= stream._end:
-        stream._take_back(start)
+        stream._take_back(start, dialogue)
         return
     loop.push_drawn()
     stream._feed()
@@ -133,11 +166,22 @@ def drop(stream: Stream, start: int, stop: int) -> None:
         token for number, token in zip(recent, history[early:], strict=True) if not start <= number < stop
     ]
     ranks = [rank for rank, number in enumerate(held) if start <= number < stop and rank >= cache.sinks]
-    if ranks:
-        cache.evict_range(ranks[0], ranks[-1] + 1)
-    shorter = History(log.history.size, left)
-    loop.log = Log(log.first, log.tokens, shorter, log.end - shorter.total, log.cuts)
-    loop._logits = None
-    view = stream._view
+    entries = (ranks[0], ranks[-1] + 1) if ranks else (cache.sinks, cache.sinks)
     oldest = recent[0] if recent else log.end
-    stream._view = replace(view, removed=Removed.add(view.removed, Removed(start, stop, True), oldest))
+    stream._dropping = Drop(start, stop, entries, len(held), tuple(left), oldest, dialogue)
+    finish_drop(stream)
+
+
+def finish_drop(stream: Stream) -> None:
+    """Complete a `drop`, if one was begun. Each step can be done twice."""
+    dropping, cache = stream._dropping, stream.cache
+    if dropping is None:
+        return
+    first, last = dropping.entries
+    if first < last and int(cache.held[0]) == dropping.held:
+        cache.evict_range(first, last)
+    stream._loop.forget(dropping.left)
+    view, gone = stream._view, Removed(dropping.start, dropping.stop, True)
+    stream._view = replace(view, removed=Removed.add(view.removed, gone, dropping.oldest))
+    stream._dialogue = dropping.dialogue
+    stream._dropping = None

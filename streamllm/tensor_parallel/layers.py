@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from streamllm.models.alibi import Alibi
 from streamllm.models.base import Embedding
 from streamllm.models.linear import Linear
+from streamllm.models.quantized import INT4_GROUP, has_whole_groups
 from streamllm.tensor_parallel.collectives import gather, maximum_, sum_
 
 
@@ -30,6 +31,18 @@ class SummedLinear(Linear):
     def row_maxima(self, weight: Tensor) -> Tensor:
         """Over the columns of all processes, so that int8 weights are rounded as in one process."""
         return maximum_(super().row_maxima(weight))
+
+    def has_whole_groups(self) -> bool:
+        """As in one process. Raises ValueError where a group would be in two processes."""
+        counts = [float(self.in_features), float(not has_whole_groups(self.in_features))]
+        inputs, cuts = sum_(torch.tensor(counts, dtype=torch.float64, device=self.weight.device)).tolist()
+        is_whole = has_whole_groups(int(inputs))
+        if is_whole and cuts:
+            raise ValueError(
+                f'quantize="int4" rounds groups of {INT4_GROUP} inputs, and the columns of a layer cannot be divided '
+                f'among so many processes at the borders of groups: start fewer, or take quantize="int8"'
+            )
+        return is_whole
 
 
 class SplitEmbedding(Embedding):

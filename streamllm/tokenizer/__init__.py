@@ -7,14 +7,22 @@ process if memory runs out within it, as it may under a limit of a few hundred m
 
 from streamllm.tokenizer.decoder import IncrementalDecoder
 from streamllm.tokenizer.errors import TokenizerError
-from streamllm.tokenizer.files import TOKENIZER_FILES, list_template_files, load_tokenizer_files
+from streamllm.tokenizer.files import (
+    COMPANION_FILES,
+    TOKENIZER_FILES,
+    files_of,
+    list_template_files,
+    load_tokenizer_files,
+)
 from streamllm.tokenizer.tokenizer import Tokenizer
 
 __all__ = [
+    "COMPANION_FILES",
     "TOKENIZER_FILES",
     "IncrementalDecoder",
     "Tokenizer",
     "TokenizerError",
+    "files_of",
     "list_template_files",
     "load_tokenizer_files",
 ]

@@ -33,6 +33,7 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "additional_chat_templates/tool_use.jinja",
 )
+COMPANION_FILES = ("vocab.json", "merges.txt")  # read by slow tokenizers of transformers, not here
 TEMPLATE_FOLDER = "additional_chat_templates"  # all its files *.jinja are read
 # Files of other tokenizers, which are named in the error if a folder has nothing else.
 UNSUPPORTED_FILES = ("vocab.json", "merges.txt", "vocab.txt", "tekken.json", "tiktoken.model", "spiece.model")
@@ -44,6 +45,17 @@ T = TypeVar("T")
 def list_template_files(source: Source) -> list[str]:
     """The names of the chat templates in TEMPLATE_FOLDER. Raises what `Source.files_in` raises."""
     return [name for name in source.files_in(TEMPLATE_FOLDER) if name.endswith(".jinja")]
+
+
+def files_of(tokenizer: Tokenizer) -> dict[str, Path]:
+    """The files that a tokenizer was loaded from: name -> path. Raises ValueError where they are gone."""
+    if tokenizer.folder is None or not tokenizer.folder.is_dir():
+        raise ValueError(
+            f"the files of the tokenizer are not in {tokenizer.folder} any more: load it again, or give None"
+        )
+    source = FolderSource(str(tokenizer.folder), tokenizer.folder)
+    names = (*TOKENIZER_FILES, *COMPANION_FILES, *list_template_files(source))
+    return {name: path for name in dict.fromkeys(names) if (path := source.find(name)) is not None}
 
 
 def load_tokenizer_files(folder: Path) -> Tokenizer:
@@ -59,6 +71,12 @@ def load_tokenizer_files(folder: Path) -> Tokenizer:
         TokenizerError: there is no such file, or one of them is damaged.
     """
     folder = Path(folder)
+    tokenizer = _read_tokenizer(folder)
+    tokenizer.folder = folder
+    return tokenizer
+
+
+def _read_tokenizer(folder: Path) -> Tokenizer:
     source = FolderSource(str(folder), folder)
     config = _read_optional_json(source, "tokenizer_config.json")
     # Newer writers put everything into tokenizer_config.json. Older files beside it may be out of date.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from streamllm.chat import Message, render
@@ -21,6 +22,7 @@ class Tokenizer:
         chat_template: the jinja2 template that makes a prompt from messages, or several by name, or None.
         ignored_flags: `add_bos_token` or `add_eos_token`, where tokenizer_config.json asks for a token that `encode`
             does not add. transformers 4 adds it for some classes, transformers 5 does not; see `adds_bos`.
+        folder: where its files are, if `load_tokenizer_files` made it.
         vocab_size: the largest id that it can decode, plus one. A model's vocabulary is often padded beyond
             it; larger ids decode to nothing.
     """
@@ -36,6 +38,7 @@ class Tokenizer:
         self.chat_template = chat_template
         self.vocab_size = backend.vocab_size
         self.ignored_flags: tuple[str, ...] = ()
+        self.folder: Path | None = None
         self._before, self._after = backend.before, backend.after
 
     def __repr__(self) -> str:
@@ -183,7 +186,7 @@ class Tokenizer:
 
     def _encode_special_as_text(self, text: str, prefix: bool) -> list[int]:
         """Cuts special tokens in the text in two, where the vocabulary finds them in ordinary text, too."""
-        special = "|".join(map(re.escape, self._backend.special_contents))
+        special = "|".join(map(re.escape, self.special_spellings))
         cuts = [found.start() + 1 for found in re.finditer(f"(?={special})", text)]
         parts = [text[start:end] for start, end in zip([0, *cuts], [*cuts, len(text)], strict=True)]
         first, *rest = (
@@ -194,6 +197,11 @@ class Tokenizer:
     def special_text(self, token: int) -> str | None:
         """A special token as a text spells it, None for an ordinary token."""
         return self._backend.id_to_token(token) if self._is_special(token) else None
+
+    @property
+    def special_spellings(self) -> list[str]:
+        """All special tokens as a text spells them, also those without a name in `special_tokens`."""
+        return list(filter(None, self._backend.special_contents))
 
     def _is_special(self, token: int) -> bool:
         found = self._backend.token_bytes(token)

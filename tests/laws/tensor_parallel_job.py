@@ -175,6 +175,11 @@ def main(folder: Path) -> None:
             assert all(text == texts[0] for text in texts), texts
         path = folder / "cases" / "llama-gqa"
         found["int8"] = results(load(path, True, quantize="int8"))
+        found["int4"] = results(load(folder / "grouped", True, quantize="int4"))
+        try:
+            load(folder / "not grouped", True, quantize="int4")
+        except ValueError as error:
+            found["groups of several processes"] = str(error)
         model = streamllm.compile(load(path, True), "flat")
         found["flat"] = {**results(model), "recordings": model.recordings}
         tokens = [job.rank, 5]

@@ -63,6 +63,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             path = folder / "one-head" if variant.name == "mpt-one-head" else folder / "cases" / variant.name
             path.mkdir(parents=True)
             make(path, variant)
+    grouped = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 8, "num_key_value_heads": 4,
+               "head_dim": 16, "vocab_size": 200}  # fmt: skip
+    tiny.write(folder / "grouped", tiny.checkpoint({**grouped, "intermediate_size": 256}))
+    tiny.write(folder / "not grouped", tiny.checkpoint({**grouped, "intermediate_size": 96}))
     tiny.write(folder / "large", tiny.checkpoint(LARGE, shards=LARGE_SHARDS))
     return folder
 
@@ -114,6 +118,15 @@ def test_a_cache_holds_the_heads_of_its_process(name, job, folder):
 
 def test_int8_weights_are_rounded_as_in_one_process(job, alone):
     assert_equal(job[1]["int8"], alone("llama-gqa", quantize="int8"))
+
+
+def test_int4_weights_are_rounded_as_in_one_process(job, folder):
+    with torch.inference_mode():
+        assert_equal(job[1]["int4"], results(load(folder / "grouped", False, quantize="int4")))
+
+
+def test_int4_groups_that_several_processes_would_hold_are_refused(job):
+    assert "at the borders of groups: start fewer" in job[1]["groups of several processes"]
 
 
 def test_the_flat_backend_records_the_sums(job, alone):

@@ -33,3 +33,19 @@ def test_a_full_ring_causes_no_new_compilation():
         assert len(GRAPHS) == graphs_until_full
     finally:
         torch._dynamo.reset()
+
+
+def test_dense_texts_of_any_length_share_their_graphs():
+    model, tokens = tiny_llama(layers=1, dtype=torch.float32), random_tokens(60, rows=2)
+    torch._dynamo.reset()
+    GRAPHS.clear()
+    try:
+        compiled = torch.compile(model, backend=counting)
+        for length in (20, 33):  # the second length makes the size a variable
+            assert error(compiled(tokens[:, :length]), model(tokens[:, :length])) <= 1e-4
+        graphs = len(GRAPHS)
+        for length in (34, 47, 58):
+            assert error(compiled(tokens[:, :length]), model(tokens[:, :length])) <= 1e-4
+        assert len(GRAPHS) == graphs > 0
+    finally:
+        torch._dynamo.reset()

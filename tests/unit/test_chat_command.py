@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -49,6 +52,69 @@ def test_a_session_is_resumed(folder: Path, tmp_path: Path) -> None:
     shown = run("--model", folder, "--session", session, "--resume", lines="/drop\nand more\n/drop\n")
     assert "user: Hello" in shown
     assert "3 assistant" in shown
+
+
+def turns_in(folder: Path, session: Path) -> str:
+    return run("--model", folder, "--session", session, "--resume", lines="/drop\n")
+
+
+def test_what_a_command_changes_is_saved(folder: Path, tmp_path: Path) -> None:
+    session = tmp_path / "talk.session"
+    run("--model", folder, "--session", session, lines="Hello\nmore\n/undo\n")
+    assert "more" not in turns_in(folder, session)
+    run("--model", folder, "--session", session, "--resume", lines="/drop 0\n")
+    assert "Hello" not in turns_in(folder, session)
+
+
+def test_a_session_is_not_written_over(folder: Path, tmp_path: Path) -> None:
+    session, other = tmp_path / "talk.session", tmp_path / "other.session"
+    run("--model", folder, "--session", session, lines="Hello\n")
+    before = session.read_bytes()
+    result = CliRunner().invoke(cli, ["chat", "--model", str(folder), "--session", str(session)])
+    assert result.exit_code == 2
+    assert "exists already: give --resume" in result.output
+    run("--model", folder, "--session", other, lines=f"Guten Tag\n/load {session}\nand then\n")
+    assert "Guten Tag" in turns_in(folder, other)
+    assert session.read_bytes() != before
+    shown = turns_in(folder, session)
+    assert "and then" in shown
+    assert "Hello" in shown
+
+
+def test_a_retry_says_the_system_prompt_again_and_draws_anew(folder: Path, tmp_path: Path) -> None:
+    session = tmp_path / "talk.session"
+    options = ("--model", folder, "--session", session, "--seed", 3, "-t", 1)
+    first = run(*options, "--system", "Be brief.", lines="Hello\n")
+    shown = run(*options, "--resume", lines="/retry\n/drop\n/retry\n")
+    assert "0 system: Be brief." in shown
+    answers = [line for line in [*first.splitlines()[1:], *shown.splitlines()[1:]] if line and line[0] != " "]
+    assert len(set(answers)) == 3
+
+
+def test_a_text_that_repeats_itself_is_told() -> None:
+    shown = run("-t", 0, "-n", 400, lines="a = 1\n" * 2)
+    assert "of the last text repeats itself; /undo" in shown
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_session_is_saved_when_the_terminal_is_closed(folder: Path, tmp_path: Path, number: int) -> None:
+    session = tmp_path / "talk.session"
+    command = [
+        sys.executable, "-m", "streamllm", "chat", "--device", "cpu", "-n", "forever", "--model", str(folder),
+        "--session", str(session),
+    ]  # fmt: skip
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as chat:
+        assert chat.stdin is not None
+        assert chat.stdout is not None
+        chat.stdin.write(b"Hello\n")
+        chat.stdin.flush()
+        while b"/help" not in chat.stdout.readline():
+            pass
+        chat.stdout.read(20)  # of the answer
+        chat.send_signal(number)
+        chat.stdout.read()
+    assert chat.returncode == 128 + number
+    assert "1 assistant" in turns_in(folder, session)
 
 
 def test_a_file_of_prompts(folder: Path, tmp_path: Path) -> None:

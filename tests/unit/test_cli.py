@@ -102,13 +102,14 @@ def test_the_cache_can_be_stored_in_int8(run, checkpoint, loaded) -> None:
     assert "'int4' is not 'int8'" in wrong.err
 
 
-def test_weights_can_be_stored_in_int8_with_a_compiled_step(run, checkpoint) -> None:
-    model = streamllm.load_model(checkpoint, quantize="int8")
+@pytest.mark.parametrize("quantize", ["int8", "int4"])
+def test_weights_can_be_rounded_with_a_compiled_step(run, checkpoint, quantize) -> None:
+    model = streamllm.load_model(checkpoint, quantize=quantize)
     stream = streamllm.Stream(
         streamllm.compile(model, "flat"), streamllm.load_tokenizer(checkpoint), window=9
     )
     pieces = stream.generate("one", max_new_tokens=40, temperature=0.0, eos=[])
-    options = ("-m", checkpoint, "-n", 40, "-t", 0, "--window", 9, "--ignore-eos", "--quantize", "int8")
+    options = ("-m", checkpoint, "-n", 40, "-t", 0, "--window", 9, "--ignore-eos", "--quantize", quantize)
     assert run("generate", "one", *options, "--compile", "flat").out == "one" + "".join(pieces) + "\n"
     wrong = run("generate", "one", *options, "--compile", "llvm")
     assert wrong.code == 2

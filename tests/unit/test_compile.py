@@ -178,7 +178,7 @@ def test_a_compiled_model_can_be_used_like_the_model():
 def test_other_models_and_unknown_backends_are_refused():
     with pytest.raises(TypeError, match="not a model of this library"):
         streamllm.compile(nn.Linear(2, 2))
-    with pytest.raises(ValueError, match="backend must be one of flat"):
+    with pytest.raises(ValueError, match="backend must be one of auto, flat"):
         streamllm.compile(tiny_llama(), backend="llvm")
 
 

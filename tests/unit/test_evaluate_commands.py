@@ -163,6 +163,33 @@ def test_recall_reports_scores_by_distance(run, tmp_path):
     assert not MATPLOTLIB or (tmp_path / "out.svg").read_text().startswith("<?xml")
 
 
+def test_recall_compares_modes_on_the_tasks_of_ruler(run, tmp_path):
+    file = tmp_path / "out.json"
+    output = run(
+        recall, "--mode", "all", "--task", "needle,variables,words", "--distances", "300", "--samples", "2",
+        "--window", "100", "--json", str(file), *plot_option(tmp_path / "out.svg"),
+    )  # fmt: skip
+    found = json.loads(file.read_text())
+    curves = [
+        f"{task}, {mode}"
+        for mode in ("sinks", "window", "dense")
+        for task in ("needle", "variables", "words")
+    ]
+    assert [name for name in found if isinstance(found[name], list)] == curves
+    assert [found[name][0]["questions"] for name in curves] == [2, 10, 2] * 3
+    assert "Variables, 2 texts for each distance, 4 sinks + window 100" in output
+    assert "Words, 2 texts for each distance, dense" in output
+
+
+@pytest.mark.skipif(not MATPLOTLIB, reason="matplotlib is not installed")
+def test_no_two_curves_of_a_picture_look_alike():
+    from streamllm.evaluate import plots
+
+    for page in (0, 1):
+        looks = {(plots.curve_style(index)[page], str(plots.line_style(index))) for index in range(36)}
+        assert len(looks) == 36
+
+
 @pytest.mark.skipif(not MATPLOTLIB, reason="matplotlib is not installed")
 @pytest.mark.parametrize("dark", [False, True])
 def test_every_mode_is_drawn(model, tokenizer, tmp_path, dark):

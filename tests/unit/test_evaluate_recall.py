@@ -1,10 +1,22 @@
 """Recall by distance, with a model that copies from the tokens in its window."""
 
+import re
+from collections import Counter
+
 import pytest
 import torch
 from torch import nn
 
-from streamllm.evaluate import WORDINGS, passkey, passkey_script, stream_eval, stream_eval_script
+from streamllm.evaluate import (
+    TASKS,
+    WORDINGS,
+    passkey,
+    passkey_script,
+    ruler,
+    ruler_script,
+    stream_eval,
+    stream_eval_script,
+)
 from streamllm.models.base import CausalLM
 from streamllm.models.step import Geometry
 from streamllm.tokenizer import load_tokenizer_files
@@ -120,3 +132,50 @@ def test_wrong_arguments_are_named(tokenizer):
         stream_eval_script(tokenizer, lines=20, back=20)
     with pytest.raises(ValueError, match="mode"):
         stream_eval(Copier(), tokenizer, mode="recompute")
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("distance", [None, 400, 777])
+def test_a_task_of_ruler_is_at_the_given_distance(tokenizer, task, distance):
+    script = ruler_script(tokenizer, task, distance=distance, seed=3)
+    text = tokenizer.decode(script.tokens.tolist())
+    said = text[: text.index("Question")]
+    answers = [tokenizer.decode(script.tokens[start:stop].tolist()).strip() for start, stop in script.answers]
+    places = [start - back for (start, _), back in zip(script.answers, script.distances, strict=True)]
+    for (start, stop), place in zip(script.answers, places, strict=True):
+        assert torch.equal(script.tokens[start:stop], script.tokens[place : place + stop - start])
+    if distance is not None:
+        assert script.answers[0][0] - max(places) == distance
+    assert min(places) > 32
+    if task == "needle":
+        key = re.search(r"what is the secret number of the (.+)\?", text)[1]
+        assert re.findall(rf"The secret number of the {key} is (\d+)\.", said) == answers
+    elif task == "variables":
+        value = re.search(r"have the value (\d+)\?", text)[1]
+        held = set()
+        for name, given in re.findall(r"VAR (\w+) = (?:VAR )?(\w+)\n", said):
+            if given == value or given in held:
+                held.add(name)
+        assert held == set(answers)
+        assert len(answers) == 5
+    else:
+        words = Counter(re.findall(r"\d+\. (\w+)", said))
+        assert answers == [words.most_common(1)[0][0]]
+        assert sorted(words.values()) == [2] * 10 + [20]
+
+
+def test_a_needle_in_the_window_is_recalled_and_another_is_not(tokenizer):
+    inside, beyond = ruler(Copier(), tokenizer, "needle", distances=(200, 400), samples=4, window=W)
+    assert inside.accuracy == 1
+    assert beyond.accuracy == 0
+    (dense,) = ruler(Copier(), tokenizer, "needle", distances=(400,), samples=4, mode="dense")
+    assert dense.accuracy == 1
+
+
+def test_wrong_arguments_of_ruler_are_named(tokenizer):
+    with pytest.raises(ValueError, match="task must be one of needle, variables, words"):
+        ruler_script(tokenizer, "poem", distance=100)
+    with pytest.raises(ValueError, match="too short for the task needle: give"):
+        ruler_script(tokenizer, "needle", distance=3)
+    with pytest.raises(ValueError, match="samples"):
+        ruler(Copier(), tokenizer, "needle", samples=0)

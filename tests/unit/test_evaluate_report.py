@@ -11,7 +11,8 @@ pytest.importorskip("matplotlib")
 TOOL = Path(__file__).parents[2] / "tools" / "report.py"
 
 
-def test_every_table_and_picture_is_written(checkpoint, tmp_path):
+def test_every_table_and_picture_is_written(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(TOOL.parent)
     spec = importlib.util.spec_from_file_location("report", TOOL)
     tool = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(tool)

@@ -56,6 +56,24 @@ LLAMA_31 = {
 }  # fmt: skip
 
 
+def test_rounded_weights_are_counted(tmp_path: Path) -> None:
+    sizes = {}
+    for name in (None, "int8", "int4"):
+        config = json.loads((Path(streamllm.loading.embedded_folder()) / "config.json").read_text())
+        sizes[name] = described(tmp_path, config, quantize=name)["parameters"]
+        model = streamllm.models.llama.Model(Checkpoint(open_source(tmp_path)).config).bfloat16()
+        for weight in model.parameters():
+            weight.data.fill_(0.01)
+        if name is not None:
+            streamllm.models.linear.quantize(model, name)
+        tensors = [*model.parameters(), *model.buffers()] if name else list(model.parameters())
+        held = sum(tensor.nbytes for tensor in tensors if tensor.dtype != torch.float64)
+        assert f": {held / 1e6:.1f} MB in {name or 'bfloat16'}" in sizes[name]
+    assert "int4, the rest in bfloat16 (the default with rounded weights)" in sizes["int4"]
+    with pytest.raises(ValueError, match='quantize must be None, "int8" or "int4"'):
+        described(tmp_path, quantize="int3")
+
+
 def test_a_llama_is_described_from_its_config_alone(tmp_path: Path) -> None:
     found = described(tmp_path, LLAMA_31)
     assert found["architecture"] == (

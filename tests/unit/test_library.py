@@ -32,11 +32,11 @@ def inputs() -> list[torch.Tensor]:
 
 
 @pytest.fixture
-def compiled(compiling, monkeypatch, tmp_path) -> list[library._Request]:
+def compiled(compiling, monkeypatch, tmp_path) -> list[library.Request]:
     """An empty folder for libraries. The list has the requests that were compiled."""
     requests, compile_elsewhere = [], library._compile_elsewhere
 
-    def recording(request, path):
+    def recording(request, path, low_priority=False):
         requests.append(request)
         compile_elsewhere(request, path)
 
@@ -46,11 +46,11 @@ def compiled(compiling, monkeypatch, tmp_path) -> list[library._Request]:
 
 
 @pytest.fixture
-def compiled_to_text(monkeypatch, tmp_path) -> list[library._Request]:
+def compiled_to_text(monkeypatch, tmp_path) -> list[library.Request]:
     """As `compiled`, but without a compiler: the file of a library is a text."""
     requests = []
 
-    def writing(request, path):
+    def writing(request, path, low_priority=False):
         requests.append(request)
         path.write_text("compiled")
 
@@ -141,7 +141,7 @@ def test_the_stride_of_a_dimension_of_size_1_does_not_matter(compiled_to_text):
 
 
 def test_the_key_depends_on_the_source_of_the_functions_in_the_graph():
-    request = library._Request.of(graph(2.0, cpu_loops._matmul), inputs(), {})
+    request = library.Request.of(graph(2.0, cpu_loops._matmul), inputs(), {})
     names, source = [], library._source
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(library, "_source", lambda name: names.append(name) or source(name))
@@ -173,7 +173,7 @@ def test_without_a_writable_folder_each_use_compiles(compiled_to_text, monkeypat
 def test_two_processes_may_compile_the_same_library(compiled_to_text, monkeypatch, tmp_path):
     compile_elsewhere = library._compile_elsewhere
 
-    def while_another_process_compiles(request, path):
+    def while_another_process_compiles(request, path, low_priority=False):
         with monkeypatch.context() as patch:
             patch.setattr(library, "_compile_elsewhere", compile_elsewhere)
             library.library(graph(), inputs(), {})

@@ -218,7 +218,38 @@ def test_products_in_row_blocks(dtype, rows, monkeypatch):
     blocks = linear_module.row_blocks(rows)
     assert sum(blocks) >= rows
     assert sum(blocks) <= max(4, 2 * rows)
-    assert all(size == 1 or (size >= 4 and size & (size - 1) == 0) for size in blocks)
+    few = {1, *linear_module.BLOCK_ROWS, *(2**power for power in range(7, 11))}
+    assert set(blocks) <= few
+    assert len(few) <= 15
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_onednn_meets_few_sizes(dtype, monkeypatch):
+    """Whatever the number of rows, and without much padding: MKL computes float32 products of other sizes."""
+    if linear_module.linear_pointwise is None:
+        pytest.skip("this torch has no oneDNN product")
+    monkeypatch.setattr(linear_module, "IS_INTEL", False)
+    product, met = linear_module.linear_pointwise, []
+
+    def spy(x, *rest):
+        met.append(x.shape[-2])
+        return product(x, *rest)
+
+    monkeypatch.setattr(linear_module, "linear_pointwise", spy)
+    linear = Linear(64, 48).to(dtype).requires_grad_(False)
+    for weight in linear.parameters():
+        weight.copy_(torch.randn(weight.shape))
+    arrange(linear)
+    if dtype == torch.bfloat16 and not isinstance(linear.weight, PackedWeight):
+        pytest.skip("this processor does not pack bfloat16")
+    for rows in range(2, 300):
+        met.clear()
+        linear(torch.randn(1, rows, 64).to(dtype))
+        assert set(met) <= {1, *linear_module.BLOCK_ROWS, 128, 256}
+        if dtype == torch.float32:
+            assert sum(met) <= 1.3 * rows + 4
+        else:
+            assert rows <= sum(met) <= 1.5 * rows + 4
 
 
 def test_a_strided_bias_is_read_as_it_is(monkeypatch):

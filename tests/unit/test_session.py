@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import itertools
 import os
+import random
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,10 +23,10 @@ from tokenizers import Tokenizer as Library
 import streamllm
 from streamllm import Stream
 from streamllm.chat import ChatTemplateError
-from streamllm.session import SessionError
+from streamllm.session import SessionError, window
 from tests.unit.chat.samples import STYLES
 from tests.unit.conftest import write_llama, write_tokenizer
-from tests.unit.test_signals import Strike
+from tests.unit.test_signals import EVERY_LINE, Strike
 
 SAMPLED = {"temperature": 1.0, "seed": 5}
 # Answers as these models give them: behind a template that opens an answer without a space, they begin with one.
@@ -161,6 +165,25 @@ def test_a_session_is_loaded_into_another_type(pair, tmp_path: Path) -> None:
     assert len(go_on(wide)) > 0
 
 
+@pytest.mark.parametrize("quantize", [None, "int8", "int4"])
+def test_a_session_goes_on_with_the_same_weights_rounded_otherwise(quantize, tmp_path: Path) -> None:
+    """The embedded checkpoint's, so that int4 weights are in groups."""
+    path = tmp_path / "session"
+    model, tokenizer = streamllm.load(quantize=quantize, device="cpu")
+    stream = Stream(model, tokenizer, window=30)
+    stream.feed("def one(self):")
+    stream.save(path)
+    for other in (None, "int8", "int4"):
+        for dtype in ("bfloat16", "float32") if other else ("bfloat16",):
+            rounded = streamllm.load_model(quantize=other, dtype=dtype, device="cpu")
+            assert Stream.load(path, rounded, tokenizer).cache.dtype == getattr(torch, dtype)
+    wrong = streamllm.load_model(quantize="int4", device="cpu")
+    weight = wrong.layers[2].mlp.up.weight
+    weight.data = weight.data.flip(0)
+    with pytest.raises(SessionError, match="those of layers.2.mlp.up.weight differ"):
+        Stream.load(path, wrong, tokenizer)
+
+
 def test_wrong_models_and_damaged_files_are_refused(pair, loaded, tmp_path: Path) -> None:
     model, tokenizer = pair
     path = tmp_path / "session"
@@ -200,6 +223,56 @@ def test_an_error_of_writing_keeps_the_old_file(pair, tmp_path: Path, monkeypatc
         stream.save(path)
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
+
+
+SAVES = """
+import os, resource, signal, sys, streamllm
+model, tokenizer = streamllm.load(sys.argv[1], device="cpu")
+stream = streamllm.Stream.load(sys.argv[2], model, tokenizer)
+list(stream.generate("", max_new_tokens=3))
+if sys.argv[3] == "full":
+    resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000))  # as a disk with so much room
+elif not os.geteuid():
+    os.setuid(65534)  # root may write to a folder that is read-only
+try:
+    stream.save(sys.argv[2])
+except OSError as error:
+    print(error)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="limits and users of POSIX")
+@pytest.mark.parametrize("kind", ["full", "read-only"])
+def test_a_full_disk_and_a_read_only_folder_keep_the_old_file(folder: Path, pair, kind: str) -> None:
+    with tempfile.TemporaryDirectory() as name:  # its parents are open to all users
+        path = Path(name) / "session"
+        talked(*pair).save(path)
+        before = path.read_bytes()
+        os.chmod(name, 0o555)
+        told = subprocess.run(
+            [sys.executable, "-c", SAVES, str(folder), str(path), kind], capture_output=True, text=True
+        )
+        os.chmod(name, 0o755)
+        assert "the session was not saved" in told.stdout, told.stderr
+        assert "the file stays as it was" in told.stdout
+        assert str(path) in told.stdout
+        assert path.read_bytes() == before
+        assert list(Path(name).iterdir()) == [path]
+
+
+def test_what_a_killed_process_left_is_removed_after_an_hour(pair, tmp_path: Path) -> None:
+    path = tmp_path / "talk [1].session"
+    parts = [tmp_path / f".{path.name}.{name}.partial" for name in ("old", "new")]
+    others = [tmp_path / ".other.old.partial", tmp_path / f"{path.name}.partial"]
+    for part in (*parts, *others):
+        part.write_bytes(b"")
+        os.utime(part, (0, 0))
+    os.utime(parts[1])
+    stream = Stream(*pair)
+    stream.autosave(path)
+    assert set(tmp_path.iterdir()) == {parts[1], *others}
+    stream.autosave(tmp_path / "missing" / "file")  # the error comes when it is saved
+    stream.autosave(None)
 
 
 @pytest.mark.parametrize("window", [40, 240])
@@ -288,6 +361,85 @@ def test_eviction_by_turn_equals_a_list_that_is_fed_token_by_token(pair) -> None
     assert (stream._loop.logits - logits).abs().max() < 1e-9 * logits.std()
 
 
+def plain_oldest_turn(stream: Stream) -> tuple[int, int] | None:
+    """By the numbers of all entries."""
+    sinks = stream.cache.sinks
+    recent = window.numbers(stream)[sinks:]
+    later = [turn.start for turn in stream.turns if recent and turn.start > recent[0]]
+    count = sum(number < min(later, default=0) for number in recent)
+    return (sinks, sinks + count) if 0 < count < len(recent) else None
+
+
+@pytest.mark.parametrize("evict", ["turn", "token"])
+def test_the_oldest_turn_is_found_without_a_list_of_the_entries(pair, evict: str) -> None:
+    draw = random.Random(3)
+    found = 0
+    for size in (40, 90, 200):
+        stream = Stream(*pair, window=size, evict=evict)
+        for number in range(12):
+            list(stream.chat(f"tell me more {number}", max_new_tokens=draw.choice([0, 3, 30]), seed=number))
+            if draw.random() < 0.6:
+                stream.drop(draw.randrange(len(stream.turns)))
+            if draw.random() < 0.2:
+                stream.undo()
+            stream._feed()
+            recent = window.numbers(stream)[stream.cache.sinks :]
+            assert not recent or window._oldest_number(stream, len(recent)) == recent[0]
+            assert window.oldest_turn(stream) == plain_oldest_turn(stream)
+            found += window.oldest_turn(stream) is not None
+    assert found > 10
+
+
+def test_a_stream_keeps_the_snapshots_that_it_was_asked_for(pair) -> None:
+    for asked in (0, 1, 3):
+        stream = Stream(*pair, window=40, snapshots=asked)
+        states = []
+        for number in range(6):
+            list(stream.chat(f"turn {number}", max_new_tokens=4))
+            states += [weakref.ref(call.snapshot) for call in stream._dialogue.calls[-1:] if call.snapshot]
+        gc.collect()
+        assert sum(state() is not None for state in states) == asked
+        assert sum(call.snapshot is not None for call in stream._dialogue.calls) == asked
+
+
+def test_undo_is_exact_as_often_as_there_are_snapshots(pair) -> None:
+    stream, plain = Stream(*pair, window=40, snapshots=2), Stream(*pair, window=40)
+    for each in (stream, plain):
+        list(each.chat("one", max_new_tokens=20))
+    for number in range(2):
+        list(stream.chat(f"more {number}", max_new_tokens=30))
+    for _ in range(2):
+        stream.undo()
+    assert go_on(stream, **SAMPLED) == go_on(plain, **SAMPLED)
+    assert stream.turns == plain.turns
+
+
+def test_a_new_conversation_pins_its_own_system_prompt(pair, tmp_path: Path) -> None:
+    stream = Stream(*pair, sinks="system", window=60)
+    stream.say("system", "Be very brief, please.")
+    long = stream.cache.sinks
+    stream.save(tmp_path / "session")
+    for other in (stream, stream.fork(), Stream.load(tmp_path / "session", *pair)):
+        assert other.cache.sinks == long > 10
+        other.reset()
+        assert other.cache.sinks == 4
+        other.say("system", "Hi")
+        assert other.cache.sinks == other.turns[0].stop < long
+
+
+def test_a_system_prompt_that_waits_is_there_after_undo(pair) -> None:
+    model, tokenizer = pair
+    tokenizer.chat_template = STYLES["llama_2"]
+    for snapshots in (0, 1):
+        stream = Stream(model, tokenizer, sinks="system", window=100, snapshots=snapshots)
+        stream.say("system", "Be brief.")
+        assert not stream.seen  # it is fed with the first message of the user
+        for _ in range(2):
+            list(stream.chat("Hello", max_new_tokens=3))
+            assert "Be brief." in stream.visible()
+            stream.undo()
+
+
 def test_a_pinned_text_becomes_the_sinks(pair) -> None:
     model, tokenizer = pair
     stream = Stream(model, tokenizer, pin="def once(upon):", window=30)
@@ -372,3 +524,45 @@ def test_ctrl_c_at_any_line_of_a_chat_leaves_a_conversation_that_goes_on(pair) -
             list(stream.generate("", max_new_tokens=11 - stream.said + stream._view.unsaid))
         assert "".join(stream.chat("third", max_new_tokens=6)) == wanted, f"at line event {at}"
         assert [turn.text for turn in stream.turns] == texts, f"at line event {at}"
+
+
+@pytest.mark.parametrize("change", ["drop", "drop the answer", "undo", "undo without a snapshot"])
+def test_ctrl_c_at_any_line_of_drop_and_undo_does_all_of_it_or_nothing(pair, change: str) -> None:
+    def begun() -> Stream:
+        stream = Stream(*pair, window=100, snapshots=0 if "without" in change else 1)
+        for text in ("one", "second", "third"):
+            list(stream.chat(text, max_new_tokens=7))
+        return stream
+
+    def do(stream: Stream) -> None:
+        if "undo" in change:
+            stream.undo()
+        else:
+            stream.drop(-1 if "answer" in change else 2)
+
+    def goes_on(stream: Stream) -> tuple[object, ...]:
+        stream._feed()
+        assert stream._loop.logits is not None
+        logits = stream._loop.logits.clone()
+        return logits, "".join(stream.chat("and then?", max_new_tokens=5)), stream.turns, stream.visible()
+
+    plain = begun()
+    untouched = plain.turns
+    do(plain)
+    changed = plain.turns
+    wanted = goes_on(plain)
+    base = begun()
+    at, done, moments = 1, False, 0
+    while not done:
+        stream = base.fork()
+        with Strike(at), contextlib.suppress(KeyboardInterrupt):
+            do(stream)
+            done = True
+        if stream.turns == untouched:
+            do(stream)
+        assert stream.turns == changed, f"at line event {at}"
+        got = goes_on(stream)
+        assert got[1:] == wanted[1:], f"at line event {at}"
+        assert (got[0] - wanted[0]).abs().max() < 1e-5 * wanted[0].std(), f"at line event {at}"
+        at, moments = at + (1 if EVERY_LINE else 37), moments + 1
+    assert moments > 8

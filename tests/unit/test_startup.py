@@ -12,7 +12,7 @@ import pytest
 
 import streamllm
 from streamllm.cli import COMMANDS
-from streamllm.commands import generate, parity, perplexity, recall
+from streamllm.commands import options, parity, perplexity, recall
 
 SLOW_MODULES = (
     "torch", "transformers", "tokenizers", "sentencepiece", "safetensors", "huggingface_hub", "numpy",
@@ -106,7 +106,7 @@ def test_choices_of_options_are_those_of_the_modules_that_import_torch() -> None
     from streamllm.evaluate import MODES, WORDINGS
     from streamllm.parity import DTYPES
 
-    assert generate.COMPILE_BACKENDS == BACKENDS
+    assert options.COMPILE_BACKENDS == BACKENDS
     assert perplexity.MODES == MODES
     assert tuple(WORDINGS) == recall.WORDINGS
     assert tuple(DTYPES) == parity.DTYPES

@@ -129,3 +129,13 @@ def test_a_short_prompt_and_a_file_show_no_reading(stream) -> None:
         with Status(stream, out, io.StringIO()) as status, status.reading(lambda: 1 / 0):
             stream.feed("one")
         assert "reading" not in out.getvalue()
+
+
+def test_the_line_tells_that_the_text_repeats_itself(model, tokenizer) -> None:
+    stream = Stream(model, tokenizer, window=240)
+    status = Status(stream, io.StringIO(), io.StringIO())
+    stream.feed("one two three " * 3)
+    assert "repeats" not in status.line()
+    stream.feed("one two three " * 60)
+    assert re.search(r" · repeats itself (9\d|100)% · ", status.line())
+    assert stream.repeated > 0.9

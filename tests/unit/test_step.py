@@ -32,12 +32,16 @@ def test_the_example_in_the_docstring_of_step():
 
 
 def test_a_first_chunk_sees_its_sinks_once():
-    step = SinkCache(tiny_llama(), sinks=2, window=3).plan(4).steps[None]
-    # The sinks, then the chunk, in which the sinks are masked.
-    assert step.key_place.tolist() == [[0, 1, 0, 1, 2, 3]]
+    cache = SinkCache(tiny_llama(), sinks=2, window=3)
+    seen_by_query = [[0], [0, 1], [0, 1, 2], [0, 1, 2, 3], [0, 1, 2, 3, 4], [0, 1, 3, 4, 5]]
+    step = cache.plan(5).steps[None]  # all fit: the plain causal triangle
+    assert step.is_causal
+    assert step.key_place.tolist() == [[0, 1, 2, 3, 4]]
+    assert [step.key_place[0, visible].tolist() for visible in step.mask()[0]] == seen_by_query[:5]
+    step = cache.plan(6).steps[None]  # the sinks, then the chunk, in which the sinks are masked
+    assert step.key_place.tolist() == [[0, 1, 0, 1, 2, 3, 4, 5]]
     assert not step.mask()[0, :, 2:4].any()
-    seen = [step.key_place[0, visible].tolist() for visible in step.mask()[0]]
-    assert seen == [[0], [0, 1], [0, 1, 2], [0, 1, 2, 3]]
+    assert [step.key_place[0, visible].tolist() for visible in step.mask()[0]] == seen_by_query
 
 
 def test_distances_of_the_visible_keys_are_consecutive():

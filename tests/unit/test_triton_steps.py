@@ -161,8 +161,9 @@ def test_streams_with_entries_taken_out_equal_the_model(name, rows) -> None:
 
 MUTATIONS = {
     "sinks are scored from the wrong place": ("SINKS), SLOTS - 1)\n    if k", "SINKS), t)\n    if k", "llama"),
-    "sinks meet the query of recent keys": ("if first < SINKS:", "if first < 0:", "llama"),
-    "a split is missing": ("in range(SPLITS):", "in range(SPLITS - 1):", "llama"),
+    "sinks meet the query of recent keys": ("scored(sink_query,", "scored(query,", "llama"),
+    "the new token is missing": ("& (split == 0)\n        best", "& (split < 0)\n        best", "llama"),
+    "a split is missing": ("(split < SPLITS)", "(split < SPLITS - 1)", "llama"),
     "a residual is dropped": ("    if RESIDUAL:", "    if RESIDUAL and N < 0:", "llama"),
     "a bias is dropped": ("    if BIAS:", "    if BIAS and N < 0:", "llama"),
     "the new key is stored unrotated": (
@@ -171,7 +172,7 @@ MUTATIONS = {
     "the clip is dropped": ("    if CLIP:", "    if CLIP and clip < 0:", "mpt storywriter"),
     "ALiBi forgets that sinks travel": ("SLOTS - 1).to(tl.int32)", "t).to(tl.int32)", "mpt"),
     "a layer norm keeps its mean": ("value = (value - mean) * deviation", "value = value * deviation", "mpt"),
-    "what was taken out is seen": ("| (t - back >= start_place))", "| (t >= 0))", "llama"),
+    "what was taken out is seen": ("(back <= reach)", "(back <= window)", "llama"),
     "head norms are dropped": ("    if HEAD_NORMS:", "    if HEAD_NORMS and clip < 0:", "qwen3"),
 }  # fmt: skip
 

@@ -23,7 +23,16 @@ PRODUCTS = (
     (6144, 4096, False, INT8), (4096, 4096, False, INT8), (14336, 4096, True, INT8), (4096, 14336, False, INT8),
     (128256, 4096, False, INT8),
 )  # fmt: skip
-ATTENTIONS = ((8, 4, 4096, 128), (32, 1, 4096, 128), (8, 4, 1024, 64))  # G, H / G, S + W, D: 8B, 7B, 1B
+# Products of 8 rows: 8B.
+ROWS = 8
+PRODUCTS_OF_ROWS = PRODUCTS[:5]
+# B, G, H / G, S + W, D, int8: 8B, 7B, 1B; 8B with several rows.
+ATTENTIONS = (
+    (1, 8, 4, 4096, 128, False), (1, 32, 1, 4096, 128, False), (1, 8, 4, 1024, 64, False), (64, 8, 4, 1024, 128, False),
+    (256, 8, 4, 1024, 128, False), (32, 8, 4, 4096, 128, False), (8, 8, 4, 4096, 128, False),
+    (1, 8, 4, 4096, 128, True), (64, 8, 4, 1024, 128, True), (256, 8, 4, 1024, 128, True),
+)  # fmt: skip
+SHOWN = 4  # of the fastest tiles
 
 
 def measure_tiles(log: Log, arguments: str, workers: int, spread: Callable[[Log, int], None]) -> None:
@@ -42,32 +51,44 @@ def measure_tiles(log: Log, arguments: str, workers: int, spread: Callable[[Log,
     kept: dict[str, tuple[int, ...]] = {}
     for shape in ATTENTIONS:
         log.attempt("attention tile", lambda shape=shape: attention_row(log, kept, *shape, device))
-    for shape in PRODUCTS:
-        log.attempt("product tile", lambda shape=shape: product_row(log, kept, *shape, device))
-        triton_tiles.keep_tiles(device, kept)
+        torch.cuda.empty_cache()
+    for shape, rows in [*((shape, 1) for shape in PRODUCTS), *((shape, ROWS) for shape in PRODUCTS_OF_ROWS)]:
+        log.attempt(
+            "product tile", lambda shape=shape, rows=rows: product_row(log, kept, *shape, rows, device)
+        )
+        torch.cuda.empty_cache()
+    triton_tiles.keep_tiles(device, kept)
 
 
 def compilations() -> Iterator[Callable[[], Any]]:
     """Each launches one kernel once, on tensors that hold no meaningful numbers."""
     device = torch.device("cuda", torch.cuda.current_device())
 
-    def product(shape: tuple[Any, ...], tile: triton_tiles.Tile) -> None:
-        ours, _ = triton_tune.product_launches(*shape, device, copies=1)
+    def product(shape: tuple[Any, ...], rows: int, tile: triton_tiles.Tile) -> None:
+        ours, _ = triton_tune.product_launches(*shape, device, copies=1, rows=rows)
         next(ours(tile))
 
-    def attention(shape: tuple[int, ...], tile: triton_tiles.AttentionTile) -> None:
-        next(triton_tune.attention_launches(*shape, BF16, device, layers=1)(tile))
+    def attention(shape: tuple[Any, ...], tile: triton_tiles.AttentionTile) -> None:
+        next(triton_tune.attention_launches(*shape, device, layers=1)(tile))
 
+    seen = set()
     for shape in ATTENTIONS:
-        for tile in triton_tune.attention_tiles(default_attention(*shape, device), shape[1]):
-            yield lambda shape=shape, tile=tile: attention(shape, tile)
+        for tile in tiles_of_attention(shape, device):
+            key = shape[1:], tile  # one kernel serves every batch
+            if key not in seen:
+                seen.add(key)
+                yield lambda shape=shape, tile=tile: attention((1, *shape[1:]), tile)
     for shape in PRODUCTS:
-        for tile in triton_tune.product_tiles(*shape[:3]):
-            yield lambda shape=shape, tile=tile: product(shape, tile)
+        for tile in triton_tune.product_tiles(*shape[:3], shape[3].itemsize):
+            yield lambda shape=shape, tile=tile: product(shape, 1, tile)
+    for shape in PRODUCTS_OF_ROWS:
+        for tile in triton_tune.rows_tiles(ROWS):
+            yield lambda shape=shape, tile=tile: product(shape, ROWS, tile)
 
 
-def default_attention(heads: int, shared: int, slots: int, dim: int, device: torch.device) -> Any:
-    return triton_tiles.attention_tile(heads, shared, slots, dim, BF16, device)
+def tiles_of_attention(shape: tuple[Any, ...], device: torch.device) -> list[triton_tiles.AttentionTile]:
+    batch, heads, shared, slots = shape[:4]
+    return triton_tune.attention_tiles(batch * heads, shared, slots, triton_tiles.multiprocessors(device))
 
 
 def product_row(
@@ -77,28 +98,50 @@ def product_row(
     inputs: int,
     gated: bool,
     dtype: torch.dtype,
-    device: Any,
+    rows: int,
+    device: torch.device,
 ) -> None:
-    ours, cublas = triton_tune.product_launches(outputs, inputs, gated, dtype, device)
-    default = triton_tiles.tile_of(1, torch.empty(outputs, inputs, dtype=dtype, device=device), gated)
-    measured = lambda tile: triton_tune.microseconds(lambda: ours(tile))  # noqa: E731
-    before = measured(default)
-    us, tile = triton_tune.best_tile(triton_tune.product_tiles(outputs, inputs, gated), measured)
-    kept[triton_tiles.product_key(outputs, inputs, gated, dtype.itemsize)] = tuple(tile)
-    nbytes = outputs * inputs * dtype.itemsize * (2 if gated else 1)
-    log.add(product=f"{outputs} x {inputs}{' gated' if gated else ''}, {dtype}", tile=str(tuple(tile)), us=us,
-            tb_per_s=nbytes / us / 1e6, cublas_us=triton_tune.microseconds(cublas) if dtype != INT8 else 0.0,
-            default_us=before)  # fmt: skip
+    ours, cublas = triton_tune.product_launches(outputs, inputs, gated, dtype, device, rows=rows)
+    default = triton_tiles.tile_of(rows, torch.empty(outputs, inputs, dtype=dtype, device=device), gated)
+    itemsize, arguments = dtype.itemsize, (outputs, inputs, gated)
+    if rows == 1:
+        key, tiles = (
+            triton_tiles.product_key(*arguments, itemsize),
+            triton_tune.product_tiles(*arguments, itemsize),
+        )
+    else:
+        key, tiles = triton_tiles.rows_key(*arguments, itemsize), triton_tune.rows_tiles(rows)
+    nbytes = outputs * inputs * itemsize * (2 if gated else 1)
+    name = f"{outputs} x {inputs}{' gated' if gated else ''}, {dtype}, {rows} rows"
+    add(log, kept, key, name, nbytes, tiles, default, ours, None if dtype == INT8 else cublas)
 
 
 def attention_row(
-    log: Log, kept: dict[str, tuple[int, ...]], heads: int, shared: int, slots: int, dim: int, device: Any
-) -> None:
-    ours = triton_tune.attention_launches(heads, shared, slots, dim, BF16, device)
-    default = default_attention(heads, shared, slots, dim, device)
+    log: Log, kept: dict[str, tuple[int, ...]], batch: int, heads: int, shared: int, slots: int, dim: int, int8: bool,
+    device: torch.device,
+) -> None:  # fmt: skip
+    shape, pairs = (batch, heads, shared, slots, dim, int8), batch * heads
+    ours = triton_tune.attention_launches(*shape, device)
+    default = triton_tiles.attention_tile(pairs, shared, slots, dim, BF16, device, int8)
+    itemsize = 1 if int8 else 2
+    key = triton_tiles.attention_key(pairs, shared, slots, dim, itemsize)
+    name = f"attention, {pairs} x {shared} heads of {dim}, {slots} slots{', int8' if int8 else ''}"
+    nbytes = 2 * pairs * slots * dim * itemsize
+    add(log, kept, key, name, nbytes, tiles_of_attention(shape, device), default, ours, None)
+
+
+def add(
+    log: Log, kept: dict[str, tuple[int, ...]], key: str, name: str, nbytes: int, tiles: list[Any], default: Any,
+    ours: Callable[[Any], Iterator[Any]], cublas: Callable[[], Iterator[Any]] | None,
+) -> None:  # fmt: skip
+    """Measure one shape, keep its best tile, and write a row."""
     measured = lambda tile: triton_tune.microseconds(lambda: ours(tile))  # noqa: E731
-    before = measured(default)
-    us, tile = triton_tune.best_tile(triton_tune.attention_tiles(default, shared), measured)
-    kept[triton_tiles.attention_key(heads, shared, slots, dim, 2)] = tuple(tile)
-    log.add(product=f"attention, {heads} x {shared} heads of {dim}, {slots} slots", tile=str(tuple(tile)), us=us,
-            tb_per_s=2 * heads * slots * dim * 2 / us / 1e6, cublas_us=0.0, default_us=before)  # fmt: skip
+    found = triton_tune.by_time([*tiles, default], measured)
+    us, tile = found[0]
+    kept[key] = tuple(tile)
+    log.add(
+        product=name, tile=str(tuple(tile)), us=us, tb_per_s=nbytes / us / 1e6,
+        cublas_us=0.0 if cublas is None else triton_tune.microseconds(cublas),
+        default_us=next((us for us, tile in found if tile == default), 0.0),
+        next=[(round(us, 1), tuple(tile)) for us, tile in found[1:SHOWN]], worst=found[-1][0], tried=len(found),
+    )  # fmt: skip

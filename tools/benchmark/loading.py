@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmark.spec import SIZES
+from benchmark.spec import ROUNDED, SIZES
 from benchmark.tables import timing_row
 
 
@@ -25,7 +25,7 @@ def load_rows(sizes: Sequence[str], dtypes: Sequence[str], rounds: int) -> list[
     rows = []
     for size in sizes:
         for dtype in dtypes:
-            if dtype == "int8":
+            if dtype in ROUNDED:
                 continue
             with tempfile.TemporaryDirectory() as folder:
                 write_checkpoint(folder, size, dtype)

@@ -32,7 +32,7 @@ def memory_rows(specs: Sequence[Spec]) -> Iterator[dict[str, Any]]:
 
 
 def _memory_row(spec: Spec, folder: str) -> dict[str, Any]:
-    stored = "bfloat16" if spec.dtype == "int8" else spec.dtype
+    stored = spec.computes_in
     checkpoints = {size: f"{folder}/{size}/{stored}" for size in ("tiny", spec.model)}
     for size, path in checkpoints.items():
         if not os.path.exists(path):
@@ -60,10 +60,9 @@ def measure_memory(spec: Spec, tiny: str, folder: str) -> dict[str, Any]:
 
     torch.set_num_threads(spec.threads)
     prompt = random_tokens(replace(spec, model="tiny"), SINKS + spec.window)
-    quantize = "int8" if spec.dtype == "int8" else None
 
     def decode(folder: str, measured_after: Sequence[int]) -> dict[str, Any]:
-        model: Any = streamllm.load_model(folder, device="cpu", quantize=quantize)
+        model: Any = streamllm.load_model(folder, device="cpu", quantize=spec.quantize)
         cache = streamllm.SinkCache(model, SINKS, spec.window, spec.batch)
         model = compiled_for(spec, model)
         resident = []

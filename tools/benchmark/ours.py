@@ -67,14 +67,14 @@ def random_llama(spec: Spec) -> Any:
         **size, head_dim=head, rope=Rope(10000.0, head), trained_length=1 << 20, norm_eps=1e-5,
         activation="silu", attention_bias=False, mlp_bias=False, tied=False,
     )  # fmt: skip
-    dtype = torch.bfloat16 if spec.dtype == "int8" else getattr(torch, spec.dtype)
+    dtype = getattr(torch, spec.computes_in)
     with torch.device("meta"):
         model = llama.Model(config).to(dtype)
     model = model.to_empty(device=spec.device).eval().requires_grad_(False)
     generator = torch.Generator(spec.device).manual_seed(0)
     for weight in model.parameters():
         weight.data.normal_(1.0 if weight.dim() == 1 else 0.0, 0.02, generator=generator)
-    if spec.dtype == "int8":
-        linear.quantize(model)
+    if spec.quantize:
+        linear.quantize(model, spec.quantize)
     linear.arrange(model)
     return model

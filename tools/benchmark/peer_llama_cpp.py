@@ -52,7 +52,9 @@ def _write_gguf(path: str, spec: Spec) -> None:
     writer.add_vocab_size(size["vocab_size"])
     writer.add_tokenizer_model("no_vocab")
     random = np.random.default_rng(0)
-    kind = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "int8": "Q8_0"}[spec.dtype]
+    kind = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "int8": "Q8_0", "int4": "Q4_0"}[
+        spec.dtype
+    ]
     kind = getattr(gguf.GGMLQuantizationType, kind)
 
     def add(name: str, *shape: int) -> None:

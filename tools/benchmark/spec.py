@@ -15,6 +15,7 @@ SIZES: dict[str, dict[str, int]] = {
     "1B": {"width": 2048, "layers": 16, "heads": 32, "kv_heads": 8, "mlp_width": 8192, "vocab_size": 128256},
 }
 SINKS = 4
+ROUNDED = ("int8", "int4")  # values of --dtype that round the weights
 
 Round = Callable[[], None]  # decodes, scores or prefills `Spec.tokens` tokens, and waits until that is done
 
@@ -32,6 +33,16 @@ class Spec:
     threads: int
     device: str
     tokens: int  # per round, decoded, scored or prefilled
+
+    @property
+    def quantize(self) -> str | None:
+        """What the weights are rounded to."""
+        return self.dtype if self.dtype in ROUNDED else None
+
+    @property
+    def computes_in(self) -> str:
+        """The type of activations and cache."""
+        return "bfloat16" if self.quantize else self.dtype
 
     @property
     def label(self) -> str:

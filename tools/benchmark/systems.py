@@ -29,9 +29,9 @@ TOKEN_LOOPS = ("streaming-llm", "attention-sinks")  # score by single tokens
 def is_supported(spec: Spec) -> bool:
     """Whether the system has the task and the dtype."""
     if spec.system in ("limit", "llama-cpp", "static-compiled"):
-        return spec.task == "decode" and (spec.dtype != "int8" or spec.system != "static-compiled")
+        return spec.task == "decode" and (not spec.quantize or spec.system != "static-compiled")
     if spec.system in ("dynamic", "static", "sliding", *TOKEN_LOOPS):
-        if spec.dtype == "int8":
+        if spec.quantize:
             return False
         return spec.task == "decode" or (spec.task == "score") == (spec.system in TOKEN_LOOPS)
     return spec.task == "decode" or spec.system == "ours"

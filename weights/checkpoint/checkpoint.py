@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from streamllm.models.linear import is_copied, linears_to_arrange
+from streamllm.models.linear import Linear, format_for, is_copied, linears_to_arrange
 from streamllm.weights.catalogue import FAMILIES
+from streamllm.weights.checkpoint.layout import Layout, attach, layout_of
 from streamllm.weights.checkpoint.part import Part, cut
 from streamllm.weights.checkpoint.placement import (
     LoadJob,
@@ -119,35 +120,51 @@ class Checkpoint:
         check_complete(name, find_parameters(model), jobs)
         return LoadPlan(jobs, config, model)
 
+    def layout(self, jobs: list[LoadJob], config: Any) -> Layout:
+        """How the files of a plan spell the model."""
+        found = self.source.find("generation_config.json")
+        generation = None if found is None else read_json(found)
+        untied = self.config.tied and not config.tied
+        return layout_of(self.family, self.config_reader.values, generation, jobs, untied)
+
     def load(
         self,
         dtype: torch.dtype | str = "auto",
         device: torch.device | str = "cpu",
         report: Callable[[int], object] | None = None,
         part: Part | None = None,
+        quantize: str | None = None,
     ) -> nn.Module:
         """The model with its weights, in `dtype` on `device`, ready for inference.
 
         The model is built on the meta device and filled tensor by tensor. A tensor that needs no change stays
         mapped to its file; one that is cast, split or moved is read and released. `report` is called with the
-        bytes of each tensor that is done. `part`: build and read only this part of the model.
+        bytes of each tensor that is done. `part`: build and read only this part of the model. `quantize`: the
+        type that weights of linear layers are rounded to, one by one: only one is in memory unrounded.
         """
         dtype, device = self.dtype(dtype), torch.device(device)
         jobs, config, model = self.plan()
         if part is not None:
             model = part.build(self.build, config)
+        else:
+            attach(model, self.layout(jobs, config))
         parameters = find_parameters(model)
-        linears = {id(linear.weight): linear for linear in linears_to_arrange(model, dtype, device)}
+        arranged = [] if quantize else linears_to_arrange(model, dtype, device)
+        linears = {id(linear.weight): linear for linear in arranged}
         reader = TensorReader()
         not_finite: set[str] = set()
         for stored, names, split in jobs:
             targets = [parameters[name] for name in names]
             slices = [None if part is None else part.slice(name) for name in names]
             to_lay_out = [linears[id(target.meta)] for target in targets if id(target.meta) in linears]
+            slots = [slot for target in targets for slot in target.slots if slot.attribute == "weight"]
+            users = [slot.module for slot in slots] if quantize else []
+            to_round = [module for module in users if isinstance(module, Linear)]
             # A mapped tensor keeps its whole map in memory, so a tensor that is copied must not be mapped.
             is_copy = split is not None or any(slices) or stored.nbytes < MIN_MAPPED_BYTES
             stays = not is_copy and SAFETENSORS_DTYPES[stored.dtype] == dtype and device.type == "cpu"
             stays = stays and not any(is_copied(linear.weight, dtype) for linear in to_lay_out)
+            stays = stays and (not to_round or len(to_round) < len(users))
             whole = reader.read(stored, keep=stays)
             if any(slices):
                 tensors = cut(whole, split, config, slices)
@@ -166,6 +183,8 @@ class Checkpoint:
                 del tensor
             for linear in to_lay_out:
                 linear.arrange()  # one by one, so that only one weight is in memory twice
+            for linear in to_round:
+                linear.quantize(format_for(model, linear, str(quantize)))
             if report is not None:
                 report(stored.nbytes)
         if not_finite:
