@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from streamllm.commands.batch_lines import Line, Results, read_lines
-from streamllm.commands.generate import COMPILE_BACKENDS
 from streamllm.commands.loading import ModelChoice
 from streamllm.commands.memory import check_cache_fits
 from streamllm.commands.options import (
     OUTPUT_FILE,
+    compile_option,
+    dry_option,
     model_options,
     quantize_cache_option,
     repetition_penalty_option,
@@ -44,22 +45,20 @@ MAX_SLOTS = 4096
 @sinks_option
 @window_option
 @quantize_cache_option
-@click.option(
-    "--compile", "backend", type=click.Choice(COMPILE_BACKENDS),
-    help="Compile the step that computes the next tokens.",
-)  # fmt: skip
+@compile_option
 @click.option("--max-new-tokens", "-n", type=TOKENS, default=200, show_default=True, help="The longest text.")
 @temperature_option
 @top_p_option
 @repetition_penalty_option
+@dry_option
 @sampling_seed_option
 @click.option("--stop", multiple=True, help="Stop before this text; may be given several times.")
 @click.option("--ignore-eos", is_flag=True, help="Continue after the model's end-of-text token.")
 def batch(
     file: Path, output: Path | None, slots: int, retry_failed: bool, chosen: ModelChoice, sinks: int,
     window: int | None, quantize_cache: str | None, backend: str | None, max_new_tokens: int,
-    temperature: float | None, top_p: float | None, repetition_penalty: float | None, seed: int | None,
-    stop: tuple[str, ...], ignore_eos: bool,
+    temperature: float | None, top_p: float | None, repetition_penalty: float | None, dry: float | None,
+    seed: int | None, stop: tuple[str, ...], ignore_eos: bool,
 ) -> int:  # fmt: skip
     """Run a list of prompts through a model, many at once.
 
@@ -75,7 +74,8 @@ def batch(
         raise click.UsageError("a stop string must not be empty")
     options = {
         "max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p,
-        "repetition_penalty": repetition_penalty, "stop": list(stop), **({"eos": []} if ignore_eos else {}),
+        "repetition_penalty": repetition_penalty, "dry_multiplier": dry, "stop": list(stop),
+        **({"eos": []} if ignore_eos else {}),
     }  # fmt: skip
     same = {
         "model": chosen.name, "revision": chosen.revision, "precision": chosen.precision, "sinks": sinks,

@@ -165,6 +165,8 @@ class Engine:
         if key in self._in_use:
             raise ValueError("the stream is in this engine already: wait until its request has ended")
         pieces = begin(stream)
+        slots.check(stream.cache)  # again: sinks="system" makes it anew for the first message
+        key = id(stream.cache)
         self._in_use.add(key)
         in_use, batch = (
             self._in_use,

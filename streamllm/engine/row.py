@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import nn
 
 from streamllm.cache import SinkCache
 from streamllm.loop import Loop
 from streamllm.sampling import Sampler
+from streamllm.session.dialogue import Dialogue
 from streamllm.stream import Stream
 from streamllm.tokenizer import Tokenizer
 
@@ -168,6 +169,9 @@ class SlotStream(Stream):
             model, tokenizer, cache.sinks, cache.window, cache.chunk, cache.quantize, snapshots=0
         )
 
-    def _make_cache(self, sinks: int) -> None:
-        self.cache = self._given
-        self._start(self._model)
+    def _make_cache(self, sinks: int, dialogue: Dialogue | None = None) -> None:
+        self._start(self._model, self._given, dialogue)
+
+    @classmethod
+    def _like(cls, model: nn.Module, tokenizer: Tokenizer, settings: dict[str, Any]) -> Stream:
+        return Stream._like(model, tokenizer, settings)
