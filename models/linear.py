@@ -231,7 +231,7 @@ def onednn_kernel(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if bias is not None and bias.stride(0) != 1:  # it would read the numbers between, too
         bias = bias.contiguous()
     if x.dim() < 2 or x.shape[-2] == 1:  # one token of each stream of a batch is one size, whatever the batch
-        return linear_pointwise(x, weight, bias, "none", [], "")
+        return linear_pointwise(x, weight, bias, "none", [], "")  # type: ignore[no-any-return]
     return in_row_blocks(lambda part: linear_pointwise(part, weight, bias, "none", [], ""), x)
 
 

@@ -17,6 +17,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from streamllm.compiled import triton_attention_kernel as attention_kernel
+from streamllm.compiled import triton_chunk as chunk
+from streamllm.compiled import triton_chunk_kernels as chunk_kernels
 from streamllm.compiled import triton_int4_kernels as int4_kernels
 from streamllm.compiled import triton_kernels as kernels
 from streamllm.compiled import triton_launch as launch
@@ -27,10 +29,14 @@ TYPES = {
     torch.int8: "i8", torch.uint8: "u8", torch.int32: "i32", torch.int64: "i64",
 }  # fmt: skip
 OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion", "launch_pdl")
-INT4_KERNELS = ("matvec", "matmul_rows")
-KERNELS = ("matvec", "matmul_rows", "norm_rows", "gate_rows", "rope_tables", "attention")
-SOURCES = {name: getattr(attention_kernel if name == "attention" else kernels, name) for name in KERNELS}
-INT4_SOURCES = {name: getattr(int4_kernels, name) for name in INT4_KERNELS}
+# By the name under which a kernel is shown: its module, and its name there.
+KERNELS = {
+    **{name: (kernels, name) for name in ("matvec", "matmul_rows", "norm_rows", "gate_rows", "rope_tables")},
+    "attention": (attention_kernel, "attention"),
+    **{name: (chunk_kernels, name) for name in ("rotate_heads", "join_sinks")},
+    **{f"int4 {name}": (int4_kernels, name) for name in ("matvec", "matmul_rows")},
+}
+SOURCES = {shown: getattr(module, name) for shown, (module, name) in KERNELS.items()}
 
 
 class Launches:
@@ -70,11 +76,8 @@ def launched(capability: int) -> list[tuple[str, Any, dict[str, Any]]]:
     tiles.starts_early = lambda device: capability >= 90
     tiles.multiprocessors = lambda device: 132
     tiles.kept_tiles = lambda name: {}
-    modules = {name: attention_kernel if name == "attention" else kernels for name in KERNELS}
-    replaced = [(modules[name], name, name, SOURCES[name]) for name in KERNELS]
-    replaced += [(int4_kernels, name, f"int4 {name}", INT4_SOURCES[name]) for name in INT4_KERNELS]
-    collected = {shown: Launches(source) for _, _, shown, source in replaced}
-    for module, name, shown, _ in replaced:
+    collected = {shown: Launches(source) for shown, source in SOURCES.items()}
+    for shown, (module, name) in KERNELS.items():
         setattr(module, name, collected[shown])
     for _ in calls():
         pass
@@ -123,6 +126,10 @@ def calls() -> Iterator[Any]:
     x = empty(64, 1, 4096)
     yield launch.added_and_normalised(x, x, kernels.RMS_NORM, empty(4096), None, 1e-5)
     yield launch.gated(empty(64, 1, 14336), empty(64, 1, 14336), kernels.SILU)
+    query, keys = empty(1, 2048, 32, 128).transpose(1, 2), empty(1, 8, 4, 128)
+    table = empty(1, 1, 2048, 128), empty(1, 1, 2048, 128)
+    yield chunk.rotated(query, table, table)
+    yield chunk.with_sinks(query, keys, keys, query, empty(1, 32, 2048, dtype=f32), 10**4, 0.1)
     places, origin = empty(1, dtype=i64), empty(1, dtype=i64)
     tables = launch.rope_tables(places, origin, places, empty(64, dtype=torch.float64), 1.0, 4, 4096)
 

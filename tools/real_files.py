@@ -19,6 +19,7 @@ import transformers
 from real_configs import Config, compare_config, find_configs
 from real_templates import compare_template, find_templates
 from real_tokenizers import compare_tokenizer, find_tokenizers
+from real_turns import compare_turns
 
 
 def table(title: str, names: tuple[str, ...], rows: Iterable[tuple[object, ...]]) -> bool:
@@ -37,7 +38,9 @@ def table(title: str, names: tuple[str, ...], rows: Iterable[tuple[object, ...]]
 @click.argument("folders", nargs=-1, required=True, type=click.Path(exists=True, path_type=Path))
 @click.option("--texts", default=500, show_default=True, help="Texts for each tokenizer.")
 @click.option("--chats", default=40, show_default=True, help="Chats for each template.")
-@click.option("--only", type=click.Choice(["tokenizers", "templates", "configs"]), help="One kind alone.")
+@click.option(
+    "--only", type=click.Choice(["tokenizers", "templates", "turns", "configs"]), help="One kind alone."
+)
 def main(folders: tuple[Path, ...], texts: int, chats: int, only: str | None) -> None:
     """Compare everything in FOLDERS with transformers."""
     warnings.simplefilter("ignore")
@@ -53,6 +56,18 @@ def main(folders: tuple[Path, ...], texts: int, chats: int, only: str | None) ->
             f"Chat templates, {chats} chats each",
             ("template", "rendered", "refused by both", "differences"),
             (compare_template(name, source, chats) for name, source in find_templates(folders)),
+        ),
+        "turns": lambda: table(
+            "Chat templates turn by turn, 8 conversations each",
+            (
+                "template",
+                "equal",
+                "up to spaces",
+                "rewrites earlier turns",
+                "refused by the template",
+                "differences",
+            ),
+            (compare_turns(name, source) for name, source in find_templates(folders)),
         ),
         "configs": lambda: table(
             "Configs, scaled down",

@@ -223,11 +223,11 @@ def plan_chunk(
     to_end = min(
         length - kept, layout.slots - free
     )  # of the tokens that stay, those up to the end of the ring
-    ranges = (kept, free, to_end), (kept + to_end, sinks, length - kept - to_end)
+    moved = (kept, free, to_end), (kept + to_end, sinks, length - kept - to_end)
     return step, Writes(
         reads=reads,
         now=Move(None, tokens[:new_sinks], slots[0, :new_sinks], True, False) if new_sinks else None,
-        on_commit=Move(None, tokens[kept:] if kept else None, slots[0, kept:], False, True, ranges),
+        on_commit=Move(None, tokens[kept:] if kept else None, slots[0, kept:], False, True, moved),
     )
 
 
@@ -359,7 +359,8 @@ def in_a_row(parts: Sequence[Tensor]) -> Tensor:
         return torch.cat(list(parts), 2)
     # torch's kernel that joins parts of unequal strides reaches half the speed of plain copies.
     out = parts[0].new_empty(*parts[0].shape[:2], sum(part.shape[2] for part in parts), parts[0].shape[3])
-    for place, part in zip(out.split([part.shape[2] for part in parts], 2), parts, strict=True):
+    sizes = [part.shape[2] for part in parts]
+    for place, part in zip(torch.split(out, sizes, 2), parts, strict=True):
         place.copy_(part)
     return out
 

@@ -14,6 +14,7 @@ from streamllm.commands.memory import check_cache_fits
 from streamllm.commands.options import (
     OUTPUT_FILE,
     compile_option,
+    compiled,
     dry_option,
     model_options,
     quantize_cache_option,
@@ -56,7 +57,7 @@ MAX_SLOTS = 4096
 @click.option("--ignore-eos", is_flag=True, help="Continue after the model's end-of-text token.")
 def batch(
     file: Path, output: Path | None, slots: int, retry_failed: bool, chosen: ModelChoice, sinks: int,
-    window: int | None, quantize_cache: str | None, backend: str | None, max_new_tokens: int,
+    window: int | None, quantize_cache: str | None, backend: str, max_new_tokens: int,
     temperature: float | None, top_p: float | None, repetition_penalty: float | None, dry: float | None,
     seed: int | None, stop: tuple[str, ...], ignore_eos: bool,
 ) -> int:  # fmt: skip
@@ -110,7 +111,7 @@ def batch(
 
 def _results(
     lines: Sequence[Line], chosen: ModelChoice, slots: int, sinks: int, window: int | None,
-    quantize: str | None, backend: str | None, seed: int | None, options: Mapping[str, Any],
+    quantize: str | None, backend: str, seed: int | None, options: Mapping[str, Any],
 ) -> Iterator[tuple[Line, dict[str, Any]]]:  # fmt: skip
     """Each line with its result, as they are there."""
     for line in lines:
@@ -120,14 +121,12 @@ def _results(
     if not good:
         return
 
-    from streamllm import compile
     from streamllm.engine import completions
 
     model, tokenizer = chosen.load()
     slots = min(slots, len(good))
     check_cache_fits(model, sinks, window, quantize, slots)
-    if backend is not None:
-        model = compile(model, backend)
+    model = compiled(model, backend)
     each = [{**({} if seed is None else {"seed": seed + line.number}), **line.settings} for line in good]
     found = completions(
         model, tokenizer, [line.prompt for line in good], slots=slots, sinks=sinks, window=window,

@@ -12,6 +12,7 @@ from streamllm.commands.options import (
     OUTPUT_FILE,
     chunk_option,
     compile_option,
+    compiled,
     dry_option,
     max_new_tokens_option,
     model_options,
@@ -78,7 +79,7 @@ class SinksParamType(click.ParamType):  # type: ignore[type-arg]
 @click.option("--resume", is_flag=True, help="Go on with the session in --session.")
 def chat(
     chosen: ModelChoice, sinks: int | str, window: int | None, start_size: int | None,
-    recent_size: int | None, dense: bool, evict: str, quantize_cache: str | None, backend: str | None,
+    recent_size: int | None, dense: bool, evict: str, quantize_cache: str | None, backend: str,
     chunk: int | None, system: str | None, max_new_tokens: int | str, temperature: float | None, top_p: float | None,
     repetition_penalty: float | None, dry: float | None, seed: int | None, prompts: Path | None,
     session: Path | None, resume: bool,
@@ -101,7 +102,7 @@ def chat(
     if prompts is not None and resume:
         raise click.UsageError("--prompts begins a new session: give it without --resume")
 
-    from streamllm import Stream, compile
+    from streamllm import Stream
     from streamllm.models.step import geometry_of
     from streamllm.session.terminal import Chat, answer_prompts
 
@@ -116,8 +117,7 @@ def chat(
             )
         sinks = 0 if start_size is None else start_size
         window = trained - sinks
-    if backend is not None:
-        loaded = compile(loaded, backend)
+    loaded = compiled(loaded, backend)
     if resume and session is not None:
         stream = Stream.load(session, loaded, tokenizer)
     else:

@@ -15,6 +15,7 @@ from streamllm.commands.memory import check_cache_fits
 from streamllm.commands.options import (
     chunk_option,
     compile_option,
+    compiled,
     dry_option,
     max_new_tokens_option,
     model_options,
@@ -63,7 +64,7 @@ from streamllm.commands.types import NumberParamType
 @click.option("--quiet", "-q", is_flag=True, help="Show no status line.")
 def generate(
     prompt: str | None, file: IO[str] | None, chosen: ModelChoice, sinks: int, window: int | None,
-    quantize_cache: str | None, backend: str | None, chunk: int | None, max_new_tokens: int | str,
+    quantize_cache: str | None, backend: str, chunk: int | None, max_new_tokens: int | str,
     temperature: float | None, top_k: int | None, top_p: float | None, min_p: float | None,
     repetition_penalty: float | None, dry: float | None, seed: int | None, stop: tuple[str, ...], ignore_eos: bool,
     tokenizer_eos: bool, tensor_parallel: bool, no_echo: bool, quiet: bool,
@@ -84,15 +85,14 @@ def generate(
     if prompt is None:
         prompt = job.from_first(lambda: _read_prompt(file)) if job else _read_prompt(file)
 
-    from streamllm import Stream, compile
+    from streamllm import Stream
     from streamllm.status import Status
 
     with job.all_or_none() if job else nullcontext():
         loaded, tokenizer = chosen.load(tensor_parallel)
         check_cache_fits(loaded, sinks, window, quantize_cache)
         eos = [] if ignore_eos else tokenizer.eos_token_ids(loaded) if tokenizer_eos else None
-        if backend is not None:
-            loaded = compile(loaded, backend)
+        loaded = compiled(loaded, backend)
         stream = Stream(loaded, tokenizer, sinks=sinks, window=window, chunk=chunk, quantize=quantize_cache)
         pieces = stream.generate(
             prompt,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
@@ -21,6 +21,9 @@ from streamllm.commands.types import (
     SeedParamType,
     TemperatureParamType,
 )
+
+if TYPE_CHECKING:
+    from torch import nn
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -98,12 +101,24 @@ quantize_cache_option = click.option(
 )
 
 
-COMPILE_BACKENDS = ("flat", "inductor", "cudagraphs")  # streamllm.compiled.BACKENDS, which imports torch
+COMPILE_BACKENDS = (
+    "auto",
+    "flat",
+    "inductor",
+    "cudagraphs",
+)  # streamllm.compiled.BACKENDS, which imports torch
 compile_option = click.option(
-    "--compile", "backend", type=click.Choice(COMPILE_BACKENDS),
-    help="Compile the step that computes the next token. "
-    "inductor is the fastest, and compiles for half a minute the first time.",
+    "--compile", "backend", type=click.Choice((*COMPILE_BACKENDS, "off")), default="auto", show_default=True,
+    help="How the next token is computed. inductor is the fastest on a CPU, and compiles for half a minute the first "
+    "time. auto begins at once and takes inductor's code when it is ready; flat gives the same text on each run.",
 )  # fmt: skip
+
+
+def compiled(model: nn.Module, backend: str) -> nn.Module:
+    """The model, compiled as `--compile` says."""
+    from streamllm import compile
+
+    return model if backend == "off" else compile(model, backend)
 
 
 def chunk_option(default: int | None) -> Callable[[Command], Command]:

@@ -144,7 +144,7 @@ class Compiled(nn.Module):
                     cache.commit_token()
                 return logits
         model = self._model_of_chunks(cache) if isinstance(cache, SinkCache) else self.model
-        return model.forward(tokens, cache, lengths=lengths, logits_to_keep=logits_to_keep)  # type: ignore[no-any-return]
+        return model(tokens, cache, lengths=lengths, logits_to_keep=logits_to_keep)  # type: ignore[no-any-return]
 
     def _model_of_chunks(self, cache: SinkCache) -> Any:
         """What computes a chunk of a prompt: the model, or the same with fused kernels."""

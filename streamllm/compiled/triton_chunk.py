@@ -39,7 +39,7 @@ class FusedChunks:
     """
 
     _stream = CausalLM._stream
-    forward = CausalLM.forward
+    __call__ = CausalLM.forward
 
     def __init__(self, model: nn.Module, recorded: Callable[[], object]) -> None:
         self._model, self._note = model, recorded
@@ -77,7 +77,7 @@ class FusedChunks:
         module = recorder.finish(result)
         recorded = Recorded(module, recorder, [tokens])
         recorded.rows = 1 << 30  # products stay cuBLAS's
-        if recorded.calls(linear.int8_kernel) or not self._keep_attention(recorded, plan):
+        if recorded.calls(linear.quantized_kernel) or not self._keep_attention(recorded, plan):
             self.usable = False
             return result  # type: ignore[no-any-return]
         triton_products.ProductFusion(recorded).fuse()

@@ -109,6 +109,8 @@ def tile_of(rows: int, weight: Tensor, gated: bool) -> Tile:
     outputs, inputs = weight.shape
     if not on_gpu(weight.device):
         return INTERPRETED_TILES[weight.itemsize]
+    if weight.dtype == torch.uint8:
+        return _int4_tile(rows, outputs, inputs, gated)
     if 1 < rows <= MAX_MATVEC_ROWS:
         kept = kept_tiles(_name(weight.device)).get(rows_key(outputs, inputs, gated, weight.itemsize))
         if kept is not None:
@@ -123,6 +125,15 @@ def tile_of(rows: int, weight: Tensor, gated: bool) -> Tile:
     return TILES.get((outputs, inputs, gated, weight.itemsize)) or _rule(
         outputs, inputs, gated, weight.itemsize
     )
+
+
+def _int4_tile(rows: int, outputs: int, inputs: int, gated: bool) -> Tile:
+    """inputs: bytes of a row. Not measured on a GPU."""
+    if rows > 1:
+        return Tile(16, max(16, min(256, _power_of_two(inputs))), 4, 4, 16 if rows <= 16 else 32)
+    most = min(1024 if gated else 2048, _power_of_two(inputs))
+    columns = next((size for size in (2048, 1024, 512, 256) if size <= most and inputs % size == 0), most)
+    return Tile(2 if outputs >= 1024 else 1, columns, 8 if columns >= 2048 else 4)
 
 
 def _rule(outputs: int, inputs: int, gated: bool, itemsize: int) -> Tile:

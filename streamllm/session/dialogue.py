@@ -7,7 +7,7 @@ so, and is refused.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +15,7 @@ from streamllm.chat import ChatTemplateError
 
 # A longer conversation is rendered without messages in its middle, so that a turn costs the same at any length.
 MAX_RENDERED_MESSAGES = 32
+REASONING = ("<think>", "</think>")
 
 Message = Mapping[str, Any]
 Render = Callable[[Sequence[Message], bool], str]  # messages, and whether the text begins the model's answer
@@ -174,11 +175,11 @@ def next_text(
     every = [*known, *answered, *new]
     whole = render(every, generate and not continued)
     before = render(known, answer is not None) if known else ""
-    if not whole.startswith(before):
-        raise _rewrites()
     at, drop_eos = len(before), False
     if answer is not None:
-        at, drop_eos = _behind_answer(whole, at, answer, eos)
+        at, drop_eos = _behind_answer(whole, before, answer, eos)
+    elif not whole.startswith(before):
+        raise _rewrites()
     stop = len(whole)
     if continued:
         content = content_of(new[-1]).strip()
@@ -199,22 +200,37 @@ def next_text(
     return Addition(tuple(parts), whole[start:stop], drop_eos, stripped)
 
 
-def _behind_answer(whole: str, at: int, answer: str, eos: str | None) -> tuple[int, bool]:
+def _behind_answer(whole: str, before: str, answer: str, eos: str | None) -> tuple[int, bool]:
     """Where the text behind an answer begins, and whether something else than its end token follows.
 
-    Templates strip an answer, or put a space around it. What the model generated stays as it was.
+    Templates strip an answer, put a space around it, or leave its reasoning out. What the model generated stays as
+    it was.
     """
-    rest, stripped = whole[at:], answer.strip()
-    lead = len(rest) - len(rest.lstrip())
-    if rest.startswith(answer):
-        at += len(answer)
-    elif rest.startswith(stripped, lead):
-        at += lead + len(stripped)
+    for begin, text in _as_written(before, answer):
+        at, stripped = len(begin), text.strip()
+        lead = len(whole[at:]) - len(whole[at:].lstrip())
+        if whole.startswith(begin) and whole.startswith(text, at):
+            at += len(text)
+            break
+        if whole.startswith(begin) and whole.startswith(stripped, at + lead):
+            at += lead + len(stripped)
+            break
     else:
         raise _rewrites()
     if eos is None:
         return at, False
     return (at + len(eos), False) if whole.startswith(eos, at) else (at, True)
+
+
+def _as_written(before: str, answer: str) -> Iterator[tuple[str, str]]:
+    """The text in front of an answer, and the answer, as templates write them once there are later messages."""
+    yield before, answer
+    opening, begun, _ = before.rstrip().rpartition(REASONING[0])
+    _, ended, text = answer.rpartition(REASONING[1])
+    if ended:
+        yield before, text
+    if begun and before.rstrip().endswith(begun):  # the template begins the reasoning for the model
+        yield opening, text if ended else answer
 
 
 def _ends(

@@ -6,7 +6,10 @@ A stream in float64 talks, beside a plain list that is fed token by token and cl
 from __future__ import annotations
 
 import copy
+import json
 import random
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -25,13 +28,18 @@ SINKS, WINDOW = 4, 70
 
 
 @pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> streamllm.Tokenizer:
-    folder: Path = tmp_path_factory.mktemp("tokenizer")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tokenizer")
     write_tokenizer(folder, bos=True)
     library = Library.from_file(str(folder / "tokenizer.json"))
     library.add_special_tokens(["<|im_start|>", "<|im_end|>"])
     library.save(str(folder / "tokenizer.json"))
     (folder / "chat_template.jinja").write_text(STYLES["chatml"])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tokenizer(folder: Path) -> streamllm.Tokenizer:
     return streamllm.load_tokenizer(folder)
 
 
@@ -146,3 +154,59 @@ def test_a_conversation_equals_the_definition(name: str, evict: str, tokenizer) 
         talk.chat(f"more {number}", draw.choice([1, 9]))
         worst = max(worst, talk.error)
     assert worst <= TOLERANCE
+
+
+SETTINGS = {"greedy": {}, "sampled": {"temperature": 1.0, "seed": 3, "repetition_penalty": 1.1}}
+KINDS = {
+    "modules": (None, None),
+    "flat": ("flat", None),
+    "int8": (None, "int8"),
+    "flat, int8": ("flat", "int8"),
+}
+GOES_ON = """
+import json, sys
+from pathlib import Path
+from tests.laws.test_conversation import goes_on_from
+print(json.dumps({path.name: goes_on_from(path, sys.argv[1]) for path in Path(sys.argv[2]).iterdir()}))
+"""
+
+
+def model_of(name: str, kind: str, vocab_size: int) -> torch.nn.Module:
+    plain = tiny_model(name, vocab_size=vocab_size)
+    backend = KINDS[kind][0]
+    return plain if backend is None else streamllm.compile(plain, backend)
+
+
+def goes_on(stream: Stream) -> dict[str, str]:
+    """What streams from here say, by settings."""
+    return {
+        name: "".join(other.generate("", max_new_tokens=5, **settings))
+        + "".join(other.chat("and then?", max_new_tokens=6, **settings))
+        for (name, settings), other in ((pair, stream.fork()) for pair in SETTINGS.items())
+    }
+
+
+def goes_on_from(path: Path, tokenizer_folder: str) -> dict[str, str]:
+    tokenizer = streamllm.load_tokenizer(tokenizer_folder)
+    name, kind = path.name.split("; ")
+    return goes_on(Stream.load(path, model_of(name, kind, tokenizer.vocab_size), tokenizer))
+
+
+def test_another_process_goes_on_as_if_not_stopped(tokenizer, folder: Path, tmp_path: Path) -> None:
+    wanted = {}
+    for number, name in enumerate(CONFIGS):
+        for kind in list(KINDS)[number % 2 :: 2]:
+            model = model_of(name, kind, tokenizer.vocab_size)
+            stream = Stream(model, tokenizer, SINKS, 40, quantize=KINDS[kind][1], evict="turn")
+            for text in ("one", "two"):
+                list(stream.chat(text, max_new_tokens=9))
+            stream.drop(1)
+            path = tmp_path / f"{name}; {kind}"
+            stream.save(path)
+            wanted[path.name] = goes_on(stream)
+    done = subprocess.run(
+        [sys.executable, "-c", GOES_ON, str(folder), str(tmp_path)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == wanted
+    assert len(wanted) == 2 * len(CONFIGS)

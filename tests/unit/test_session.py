@@ -99,6 +99,39 @@ def test_turn_by_turn_equals_the_template_of_the_whole(
     assert all(one.stop == two.start for one, two in itertools.pairwise(turns))
 
 
+OPENS_REASONING = (
+    "{% for m in messages %}{% if m.role == 'user' %}User: {{ m.content }}\n{% else %}"
+    "Bot: {{ m.content.split('</think>')[-1] }}</s>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}Bot: <think>\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    "template", [STYLES["qwen_3"], OPENS_REASONING], ids=["removed", "begun and removed"]
+)
+def test_reasoning_that_a_template_leaves_out_of_earlier_turns_stays_as_it_was_generated(
+    pair, template: str
+) -> None:
+    model, tokenizer = pair
+    tokenizer.chat_template = template
+    stream = Stream(model, tokenizer, window=240)
+    opened = template is OPENS_REASONING
+    answers = ["hm, one\n</think>\n\nFine.", "hm", "\n</think>\n\nYes."]
+    text, messages = "", []
+    for number, given in enumerate(answers):
+        messages.append({"role": "user", "content": f"question {number}"})
+        list(stream.chat(messages[-1]["content"], max_new_tokens=0))
+        whole = tokenizer.render_chat_template(messages, add_generation_prompt=True)
+        got = tokenizer.decode(stream._loop.last_tokens(1_000), skip_special_tokens=False).removeprefix("<s>")
+        assert got.startswith(text)
+        question = whole[whole.rindex("question") :]
+        assert got.endswith(("User: " if opened else "<|im_start|>user\n") + question)
+        given = given if opened or number == 1 else "<think>\n" + given
+        answer(stream, given, number != 1)
+        text = got + given
+        messages.append({"role": "assistant", "content": given})
+
+
 def test_special_tokens_that_a_user_spells_stay_text(pair) -> None:
     model, tokenizer = pair
     stream = Stream(model, tokenizer, window=240)
@@ -180,7 +213,7 @@ def test_a_session_goes_on_with_the_same_weights_rounded_otherwise(quantize, tmp
     wrong = streamllm.load_model(quantize="int4", device="cpu")
     weight = wrong.layers[2].mlp.up.weight
     weight.data = weight.data.flip(0)
-    with pytest.raises(SessionError, match="those of layers.2.mlp.up.weight differ"):
+    with pytest.raises(SessionError, match=r"those of layers\.2\.mlp\.up\.weight differ"):
         Stream.load(path, wrong, tokenizer)
 
 

@@ -27,7 +27,7 @@ def test_kernels_compile(capability, tmp_path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     made = [json.loads(line) for line in done.stdout.splitlines()]
     assert {one["kernel"] for one in made} == {
-        "matvec", "matmul_rows", "norm_rows", "gate_rows", "rope_tables", "attention",
-        "int4 matvec", "int4 matmul_rows",
+        "matvec", "matmul_rows", "norm_rows", "gate_rows", "rope_tables", "attention", "rotate_heads",
+        "join_sinks", "int4 matvec", "int4 matmul_rows",
     }  # fmt: skip
     assert all(one["cubin"] > 0 and one["shared"] <= SHARED_MEMORY[capability] for one in made)

@@ -44,7 +44,7 @@ def command_lines() -> list[tuple[str, ...]]:
         lines += [(command, *name, "--dtype", dtype) for dtype in ("int4", "", "FLOAT32")]
     for command in MODEL_COMMANDS:
         lines += [
-            (command, "--quantize", "int4"),
+            (command, "--quantize", "int2"),
             (command, "--seed", HUGE),
             (command, "--seed", "x"),
             (command, "-m", "./nowhere"),
