@@ -14,6 +14,9 @@ from streamllm.commands.memory import check_cache_fits
 from streamllm.commands.options import (
     COMPILE_BACKENDS,
     OUTPUT_FILE,
+    compile_option,
+    compiled,
+    dry_option,
     model_options,
     quantize_cache_option,
     repetition_penalty_option,
@@ -44,22 +47,20 @@ MAX_SLOTS = 4096
 @sinks_option
 @window_option
 @quantize_cache_option
-@click.option(
-    "--compile", "backend", type=click.Choice(COMPILE_BACKENDS),
-    help="Compile the step that computes the next tokens.",
-)  # fmt: skip
+@compile_option
 @click.option("--max-new-tokens", "-n", type=TOKENS, default=200, show_default=True, help="The longest text.")
 @temperature_option
 @top_p_option
 @repetition_penalty_option
+@dry_option
 @sampling_seed_option
 @click.option("--stop", multiple=True, help="Stop before this text; may be given several times.")
 @click.option("--ignore-eos", is_flag=True, help="Continue after the model's end-of-text token.")
 def batch(
     file: Path, output: Path | None, slots: int, retry_failed: bool, chosen: ModelChoice, sinks: int,
-    window: int | None, quantize_cache: str | None, backend: str | None, max_new_tokens: int,
-    temperature: float | None, top_p: float | None, repetition_penalty: float | None, seed: int | None,
-    stop: tuple[str, ...], ignore_eos: bool,
+    window: int | None, quantize_cache: str | None, backend: str, max_new_tokens: int,
+    temperature: float | None, top_p: float | None, repetition_penalty: float | None, dry: float | None,
+    seed: int | None, stop: tuple[str, ...], ignore_eos: bool,
 ) -> int:  # fmt: skip
     """Run a list of prompts through a model, many at once.
 
@@ -75,7 +76,8 @@ def batch(
         raise click.UsageError("a stop string must not be empty")
     options = {
         "max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p,
-        "repetition_penalty": repetition_penalty, "stop": list(stop), **({"eos": []} if ignore_eos else {}),
+        "repetition_penalty": repetition_penalty, "dry_multiplier": dry, "stop": list(stop),
+        **({"eos": []} if ignore_eos else {}),
     }  # fmt: skip
     same = {
         "model": chosen.name, "revision": chosen.revision, "precision": chosen.precision, "sinks": sinks,
@@ -110,7 +112,7 @@ def batch(
 
 def _results(
     lines: Sequence[Line], chosen: ModelChoice, slots: int, sinks: int, window: int | None,
-    quantize: str | None, backend: str | None, seed: int | None, options: Mapping[str, Any],
+    quantize: str | None, backend: str, seed: int | None, options: Mapping[str, Any],
 ) -> Iterator[tuple[Line, dict[str, Any]]]:  # fmt: skip
     """Each line with its result, as they are there."""
     for line in lines:
@@ -120,14 +122,12 @@ def _results(
     if not good:
         return
 
-    from streamllm import compile
     from streamllm.engine import completions
 
     model, tokenizer = chosen.load()
     slots = min(slots, len(good))
     check_cache_fits(model, sinks, window, quantize, slots)
-    if backend is not None:
-        model = compile(model, backend)
+    model = compiled(model, backend)
     each = [{**({} if seed is None else {"seed": seed + line.number}), **line.settings} for line in good]
     found = completions(
         model, tokenizer, [line.prompt for line in good], slots=slots, sinks=sinks, window=window,

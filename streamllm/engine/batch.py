@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from streamllm.compiled import Compiled
+from streamllm.compiled import Compiled, compile
 from streamllm.engine.row import Row
 from streamllm.engine.slots import Slots
 from streamllm.models.checks import whole_number
@@ -40,10 +40,14 @@ class Batch:
     ) -> None:
         count = whole_number("slots", count, 1)
         compiled = model if isinstance(model, Compiled) else None
-        one_size = compiled is not None and compiled.backend in ONE_SIZE_BACKENDS
-        self.slots = Slots(model, count, sinks, window, chunk, quantize, one_size)
-        # Prompts go without the compiled step, which would be made once more for a chunk of one token.
+        # Chunks of one token go without the compiled step, which would be made once more for a single row.
         self.plain: nn.Module = model if compiled is None else compiled.model
+        if compiled is not None and compiled.backend == "auto":
+            # The library that "auto" compiles meanwhile is fast for one row. The steps of a batch have several sizes.
+            model = compile(self.plain, "flat")
+        one_size = isinstance(model, Compiled) and model.backend in ONE_SIZE_BACKENDS
+        self.slots = Slots(model, count, sinks, window, chunk, quantize, one_size)
+        self._model = model
         if prefill_tokens is None:
             on_cuda = self.slots.memory.device.type == "cuda"
             prefill_tokens = CUDA_PREFILL if on_cuda else max(LEAST_PREFILL, 2 * count)
@@ -130,7 +134,8 @@ class Batch:
             with self._taking_out(row), torch.inference_mode():
                 cache, row.served = row.loop.cache, self._steps
                 ids = torch.tensor([waiting[row][:count]], dtype=torch.int64, device=cache.device)
-                self.plain(ids, cache, logits_to_keep=1)
+                model = self.plain if count == 1 else self._model
+                model(ids, cache, logits_to_keep=1)
                 waiting[row] = waiting[row][count:]
             room -= count
 

@@ -155,7 +155,7 @@ class Engine:
         self._worker.check_open()
         slots = self._batch.slots
         if stream is None:
-            stream = SlotStream(self._batch.plain, self.tokenizer, slots.new_cache())
+            stream = SlotStream(self.model, self.tokenizer, slots.new_cache())
         else:
             own = stream.model.model if isinstance(stream.model, Compiled) else stream.model
             if own is not self._batch.plain:
@@ -165,6 +165,8 @@ class Engine:
         if key in self._in_use:
             raise ValueError("the stream is in this engine already: wait until its request has ended")
         pieces = begin(stream)
+        slots.check(stream.cache)  # again: sinks="system" makes it anew for the first message
+        key = id(stream.cache)
         self._in_use.add(key)
         in_use, batch = (
             self._in_use,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import nn
 
@@ -171,3 +171,7 @@ class SlotStream(Stream):
 
     def _make_cache(self, sinks: int, dialogue: Dialogue | None = None) -> None:
         self._start(self._model, self._given, dialogue)
+
+    @classmethod
+    def _like(cls, model: nn.Module, tokenizer: Tokenizer, settings: dict[str, Any]) -> Stream:
+        return Stream._like(model, tokenizer, settings)

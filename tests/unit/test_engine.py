@@ -109,6 +109,9 @@ def test_wrong_arguments_are_refused_at_the_call(pair, engine):
         engine.submit("x", stream=Stream(*pair, sinks=4, window=30))
     with pytest.raises(ValueError, match="slots"):
         Engine(*pair, slots=0)
+    with pytest.raises(ValueError, match="sinks="):
+        engine.chat([{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello"}],
+                    stream=Stream(*pair, sinks="system", window=40))  # fmt: skip
     other, _ = streamllm.load(device="cpu")
     with pytest.raises(ValueError, match="another model"):
         engine.submit("x", stream=Stream(other, pair[1], **SIZES))
@@ -201,6 +204,8 @@ def test_a_detached_stream_is_saved_and_goes_on_in_an_engine(pair, engine, tmp_p
         assert stream.cache.nbytes == Stream(*pair, **SIZES).cache.nbytes
         stream.save(tmp_path / "session")
         loaded = Stream.load(tmp_path / "session", *pair)
+        forked = "".join(stream.fork().generate("", max_new_tokens=9, **options))
+        assert (text + forked) == wanted[: len(text + forked)]
         again = engine.submit("", stream=loaded, max_new_tokens=40, **options)
         with pytest.raises(ValueError, match="in this engine already"):
             engine.submit("", stream=loaded)
