@@ -12,7 +12,6 @@ from streamllm.commands.batch_lines import Line, Results, read_lines
 from streamllm.commands.loading import ModelChoice
 from streamllm.commands.memory import check_cache_fits
 from streamllm.commands.options import (
-    COMPILE_BACKENDS,
     OUTPUT_FILE,
     compile_option,
     compiled,
