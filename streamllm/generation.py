@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
@@ -108,7 +108,7 @@ def make_sampler(
 
 def token_ids(tokens: Sequence[int] | Tensor) -> list[int]:
     """The ids [T] or [1, T] as a list. Raises ValueError for another shape, TypeError for other types."""
-    if isinstance(tokens, str):
+    if isinstance(tokens, (str, bytes)):
         raise TypeError("tokens must be ids, not text: encode it, or use a Stream")
     if isinstance(tokens, Tensor):
         if tokens.dim() == 2 and len(tokens) == 1:
@@ -116,6 +116,8 @@ def token_ids(tokens: Sequence[int] | Tensor) -> list[int]:
         if tokens.dim() != 1:
             raise ValueError(f"tokens of one stream have the shape [T] or [1, T], not {list(tokens.shape)}")
         tokens = tokens.tolist()
+    elif not isinstance(tokens, Iterable):
+        raise TypeError(f"tokens must be a list of ids, not {tokens!r}")
     return [_token_id(token) for token in tokens]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 
@@ -80,6 +80,8 @@ class Stop:
 
 def check_stops(stop: str | Sequence[str]) -> list[str]:
     """The stop strings of a call. Raises TypeError for anything else, ValueError for an empty one."""
+    if not isinstance(stop, Iterable):
+        raise TypeError(f"stop must be a string or a list of strings, not {stop!r}")
     stops = [stop] if isinstance(stop, str) else list(stop)
     for text in stops:
         if not isinstance(text, str):

@@ -123,6 +123,7 @@ class Stream(TextStream):
         Raises ChatTemplateError where the tokenizer has no template, or its template refuses the messages or rewrites
         earlier turns. Otherwise as `generate`. After any error at the call, nothing was pushed.
         """
+        self._check_free()
         new = without_known(check_messages(text_or_messages), self._messages())
         variables = self._template_variables(tools, template_variables)
         if options.get("eos") is None and options.get("generation_config") is None:
@@ -142,6 +143,7 @@ class Stream(TextStream):
         ChatTemplateError as `chat`.
         """
         message = {"role": role, "content": text}
+        self._check_free()
         check_messages([message])
         self._finish()
         if chatting.waits(self, role, None, message):

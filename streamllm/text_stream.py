@@ -31,6 +31,7 @@ class TextStream:
     """The base of `Stream`: a text that is decoded, shown and cut at stop strings, also after an interrupt."""
 
     tokenizer: Tokenizer
+    _is_in_engine = False  # a thread of a `streamllm.Engine` computes it now
 
     def _start(self, model: nn.Module, cache: SinkCache, dialogue: Dialogue | None = None) -> None:
         """Begin a text with an empty cache. dialogue: messages that wait."""
@@ -117,6 +118,7 @@ class TextStream:
         Raises ValueError for an empty text at the start of a stream whose tokenizer adds no BOS token. After any
         error at the call, nothing was pushed.
         """
+        self._check_free()
         config = resolve(self.model, generation_config, settings)
         stops = check_stops(stop)
         limit = check_max_new_tokens(max_new_tokens)
@@ -129,6 +131,11 @@ class TextStream:
         self.finish_reason, self.logprobs = None, []
         self._sampler, self._goes_on = sampler, limit != 0
         return self._pieces(sampler, stops, limit, top)
+
+    def _check_free(self) -> None:
+        """Raises ValueError where an engine computes the stream now."""
+        if self._is_in_engine:
+            raise ValueError("the stream is in an engine already: wait until its request has ended, or detach it")
 
     # What a stream with conversations and files adds
 

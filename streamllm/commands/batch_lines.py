@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -9,7 +10,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, BinaryIO
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 BEGINNING = b'{"line": '  # of a result
 # What a line may hold besides the settings of generation.
@@ -38,7 +44,7 @@ def read_lines(path: Path, known: Sequence[str], settings: Mapping[str, Any]) ->
     common = json.dumps(settings, sort_keys=True, default=str)
     found = []
     try:
-        texts = path.read_text(encoding="utf-8").split("\n")
+        texts = path.read_text(encoding="utf-8-sig").split("\n")  # some editors write a BOM
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8: {error}") from None
     for number, text in enumerate(texts, 1):
@@ -54,6 +60,8 @@ def _line(number: int, key: str, text: str, known: set[str]) -> Line:
 
     try:
         entry = json.loads(text)
+    except RecursionError:
+        return wrong("the line is not a prompt: it is nested too deeply")
     except ValueError as error:
         return wrong(f"the line is not JSON: {error}")
     if not isinstance(entry, dict):
@@ -84,14 +92,33 @@ class Results:
     Attributes:
         done: the numbers of the lines that have a result. failed: of those whose result is an error.
 
-    Raises ValueError for a file that belongs to other lines or settings, or that is no file of results.
+    The file is locked until the end of the `with`: a second process would compute the same lines again.
+
+    Raises ValueError for a file that belongs to other lines or settings, that is no file of results, or to which
+    another process writes.
     """
 
     def __init__(self, path: Path, lines: Sequence[Line], retry_failed: bool = False) -> None:
         self._path = path
         keys = {line.number: line.key for line in lines}
-        kept, self.done, self.failed = list[bytes](), set[int](), set[int]()
-        whole = path.read_bytes() if path.exists() else b""
+        self.done, self.failed = set[int](), set[int]()
+        with contextlib.ExitStack() as files:
+            self._file = files.enter_context(_locked(path))
+            whole = path.read_bytes() if path.is_file() else b""  # not a pipe or a device, which may have no end
+            left = self._known(whole, keys, retry_failed)
+            if left != whole:
+                partial = path.with_name(path.name + ".partial")
+                partial.unlink(missing_ok=True)
+                # The lock of the old file is kept: a process may have opened it just before.
+                self._file = files.enter_context(_locked(partial))
+                self._file.write(left)
+                self._file.flush()
+                os.replace(partial, path)
+            self._files = files.pop_all()
+
+    def _known(self, whole: bytes, keys: Mapping[int, str], retry_failed: bool) -> bytes:
+        """Count the results in a file. Returns what stays of it."""
+        path, kept = self._path, list[bytes]()
         *texts, unfinished = whole.split(b"\n")
         if unfinished[: len(BEGINNING)] != BEGINNING[: len(unfinished)]:
             raise _not_results(path)
@@ -99,8 +126,10 @@ class Results:
             try:
                 result = json.loads(text)
                 number, key = result["line"], result["key"]
-            except (ValueError, TypeError, KeyError):
+            except (ValueError, TypeError, KeyError, RecursionError):
                 raise _not_results(path) from None
+            if not isinstance(number, int):
+                raise _not_results(path)
             if keys.get(number) != key:
                 raise ValueError(
                     f"{path} belongs to another run: line {number} had other text or settings; give the same again, "
@@ -110,12 +139,7 @@ class Results:
                 continue
             self._count(number, result)
             kept.append(text)
-        left = b"".join(text + b"\n" for text in kept)
-        if left != whole:
-            partial = path.with_name(path.name + ".partial")
-            partial.write_bytes(left)
-            os.replace(partial, path)
-        self._file = path.open("a", encoding="utf-8")
+        return b"".join(text + b"\n" for text in kept)
 
     def __enter__(self) -> Results:
         return self
@@ -123,12 +147,17 @@ class Results:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._file.close()
+        self._files.close()
 
     def add(self, line: Line, result: Mapping[str, Any]) -> None:
         """Write the result of a line. In one call, so that an interrupt leaves all of it or nothing."""
         entry = {"line": line.number, **line.copied, **result, "key": line.key}
-        self._file.write(json.dumps(entry, ensure_ascii=False) + "\n")
+        text = json.dumps(entry, ensure_ascii=False)
+        try:
+            written = text.encode()
+        except UnicodeEncodeError:  # an id with half of a surrogate pair, which JSON can only escape
+            written = json.dumps(entry).encode()
+        self._file.write(written + b"\n")
         self._file.flush()
         self._count(line.number, result)
 
@@ -136,6 +165,22 @@ class Results:
         self.done.add(number)
         if "error" in result:
             self.failed.add(number)
+
+
+def _locked(path: Path) -> BinaryIO:
+    """The file, opened for appending. Raises ValueError where another process has it."""
+    file = path.open("ab")
+    if fcntl is not None and path.is_file():
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            raise ValueError(
+                f"another process writes to {path}: wait until it has ended, or give another --output"
+            ) from None
+        except OSError:  # a file system without locks
+            pass
+    return file
 
 
 def _not_results(path: Path) -> ValueError:

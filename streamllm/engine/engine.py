@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import weakref
 from collections import deque
@@ -16,7 +17,9 @@ from streamllm.engine.batch import Batch
 from streamllm.engine.request import Mailbox, Request
 from streamllm.engine.row import SlotStream, TextRow
 from streamllm.models.checks import whole_number
+from streamllm.models.step import geometry_of
 from streamllm.tensor_parallel import is_tensor_parallel
+from streamllm.text_stream import TextStream
 from streamllm.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -46,7 +49,7 @@ class Engine:
             so that they do not stall. None: 512 on CUDA, elsewhere twice the number of slots, at least 16.
 
     A compiled model (`streamllm.compile`) steps all slots by one recording. Raises ValueError for wrong arguments
-    and for a tensor-parallel model.
+    and for a tensor-parallel model, TypeError for a model of another library.
     """
 
     def __init__(
@@ -61,6 +64,7 @@ class Engine:
         quantize: str | None = None,
         prefill_tokens: int | None = None,
     ) -> None:
+        geometry_of(model)
         if is_tensor_parallel(model):
             raise ValueError(
                 "an engine takes requests in one process, and a tensor-parallel model needs the same steps in all of "
@@ -72,7 +76,6 @@ class Engine:
             prefill_tokens=prefill_tokens,
         )  # fmt: skip
         self._worker = _Worker(self._batch)
-        self._in_use: set[int] = set()  # ids of the caches of streams that were submitted
         # Also when the engine is dropped, or the interpreter exits.
         self._stop = weakref.finalize(self, _Worker.stop, self._worker)
 
@@ -156,25 +159,24 @@ class Engine:
         slots = self._batch.slots
         if stream is None:
             stream = SlotStream(self.model, self.tokenizer, slots.new_cache())
+        elif not isinstance(stream, TextStream):
+            raise TypeError(f"stream must be a streamllm.Stream or None, not {stream!r}")
         else:
             own = stream.model.model if isinstance(stream.model, Compiled) else stream.model
             if own is not self._batch.plain:
                 raise ValueError("the stream belongs to another model: make an engine for that model")
             slots.check(stream.cache)
-        key = id(stream.cache)
-        if key in self._in_use:
-            raise ValueError("the stream is in this engine already: wait until its request has ended")
+        batch = self._batch  # the thread must not hold the engine, which ends it when dropped
         pieces = begin(stream)
         slots.check(stream.cache)  # again: sinks="system" makes it anew for the first message
-        key = id(stream.cache)
-        self._in_use.add(key)
-        in_use, batch = (
-            self._in_use,
-            self._batch,
-        )  # the thread must not hold the engine, which ends it when dropped
-        mailbox = Mailbox(ahead, on_piece, self._worker.wake, lambda: in_use.discard(key))
-        row = TextRow(stream, pieces, mailbox)
-        self._worker.run_soon(lambda: batch.add(row))
+        free = _take(stream)
+        try:
+            mailbox = Mailbox(ahead, on_piece, self._worker.wake, free)
+            row = TextRow(stream, pieces, mailbox)
+            self._worker.run_soon(lambda: batch.add(row))
+        except BaseException:
+            free()
+            raise
         return Request(stream, mailbox, lambda: self._detach(row), on_piece is not None)
 
     def _detach(self, row: TextRow) -> None:
@@ -191,6 +193,21 @@ class Engine:
             )
 
 
+_taking = threading.Lock()
+
+
+def _take(stream: Stream) -> Callable[[], None]:
+    """Mark a stream as taken. Returns what frees it. Raises ValueError where it is in an engine already."""
+    with _taking:
+        stream._check_free()
+        stream._is_in_engine = True
+
+    def free() -> None:
+        stream._is_in_engine = False
+
+    return free
+
+
 class _Worker:
     """The thread that steps a batch. All that changes the batch is done there, between two steps."""
 
@@ -199,6 +216,7 @@ class _Worker:
         self._changed = threading.Condition()
         self._jobs: deque[Callable[[], None]] = deque()
         self._awake = self._closing = False
+        self._process = os.getpid()
         self._thread = threading.Thread(target=self._run, name="streamllm engine", daemon=True)
         self._thread.start()
 
@@ -236,8 +254,12 @@ class _Worker:
     def check_open(self) -> None:
         if self._closing:
             raise RuntimeError("the engine is closed: make another one")
+        if self._process != os.getpid():
+            raise RuntimeError("the engine's thread is in the process that forked this one: make another engine")
 
     def stop(self) -> None:
+        if self._process != os.getpid():
+            return  # a fork has no thread to end, and may have copied a lock that is held
         with self._changed:
             self._closing = True
             self._changed.notify()

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 DEFAULT_SLOTS = 32
+CHECKED_TOKEN = 0  # a prompt that every model takes
+OF_CHATS = ("tools", "continue_final_message", "template_variables")  # options of `Stream.chat` alone
 
 
 def generate_batch(
@@ -48,9 +50,12 @@ def generate_batch(
 
     Raises ValueError and TypeError as `streamllm.generate`, with the number of the prompt.
     """
+    _check_lists(prompts, each)
     batch = Batch(model, _slots(slots, prompts), sinks=sinks, window=window, quantize=quantize)
-    resolve(model, settings.get("generation_config"), _sampling(settings))  # the settings for all fail now
-    return _tokens(model, batch, _jobs(prompts, each, seed, settings))
+    # The settings for all fail now.
+    resolve(model, settings.get("generation_config"), _sampling(settings))
+    check_max_new_tokens(settings.get("max_new_tokens"))
+    return _tokens(model, batch, _jobs(prompts, each, check_seed(seed), settings))
 
 
 def _tokens(model: nn.Module, batch: Batch, jobs: Iterator[_Job]) -> Iterator[tuple[int, int]]:
@@ -119,6 +124,8 @@ def complete(
     `options` are those of `Stream.generate`, for messages of `Stream.chat`; give `max_new_tokens`, `stop` or `eos`, so
     that each has an end. The other arguments are those of `generate_batch`. A prompt that fails has its error in its
     Completion, and the others go on.
+
+    Raises ValueError and TypeError for wrong options for all prompts.
     """
     found = completions(
         model, tokenizer, prompts, slots=slots, sinks=sinks, window=window, quantize=quantize, each=each,
@@ -141,8 +148,14 @@ def completions(
     **options: Any,
 ) -> Iterator[tuple[int, Completion]]:
     """As `complete`, but yields each prompt's number and its Completion as soon as it has ended."""
+    _check_lists(prompts, each)
     batch = Batch(model, _slots(slots, prompts), sinks=sinks, window=window, quantize=quantize)
-    return _completions(tokenizer, batch, _jobs(prompts, each, seed, options))
+    # The options for all fail now, not once for each prompt.
+    stream = SlotStream(batch.plain, tokenizer, batch.slots.new_cache())
+    stream.generate(
+        [CHECKED_TOKEN], **{name: given for name, given in options.items() if name not in OF_CHATS}
+    )
+    return _completions(tokenizer, batch, _jobs(prompts, each, check_seed(seed), options))
 
 
 def _completions(
@@ -211,9 +224,11 @@ def _jobs(
     seed: int | None,
     options: Mapping[str, Any],
 ) -> Iterator[_Job]:
-    seed = check_seed(seed)
-    pairs = zip(prompts, repeat({}) if each is None else each, strict=False)
-    for number, (prompt, own) in enumerate(pairs):
+    settings = iter(repeat({}) if each is None else each)
+    for number, prompt in enumerate(prompts):
+        own = next(settings, None)
+        if not isinstance(own, Mapping):
+            raise _wrong_each(f"prompt {number} has {'none' if own is None else repr(own)}")
         yield _Job(number, prompt, {"seed": None if seed is None else seed + number, **options, **own})
 
 
@@ -235,6 +250,22 @@ def _run(batch: Batch, jobs: Iterator[_Job], make: Callable[[_Job], Row | None])
         batch.step()
         left = set(batch.rows())
         yield [row for row in before if row not in left]
+
+
+def _check_lists(prompts: Iterable[Any], each: Iterable[Mapping[str, Any]] | None) -> None:
+    """Raises TypeError where one prompt or one set of settings was given instead of a list; ValueError for lengths."""
+    if isinstance(prompts, (str, bytes, Mapping)) or not isinstance(prompts, (Iterable, Tensor)):
+        raise TypeError(f"prompts must be a list of prompts, not {prompts!r}: put a single one into a list")
+    if each is None:
+        return
+    if isinstance(each, (str, Mapping)) or not isinstance(each, Iterable):
+        raise _wrong_each(f"{each!r} was given")
+    if isinstance(prompts, Sized) and isinstance(each, Sized) and len(prompts) != len(each):
+        raise ValueError(f"each has settings for {len(each)} prompts, and there are {len(prompts)}")
+
+
+def _wrong_each(found: str) -> TypeError:
+    return TypeError(f"each must have a mapping of settings for each prompt, and {found}")
 
 
 def _slots(slots: int | None, prompts: Iterable[Any]) -> int:

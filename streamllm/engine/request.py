@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 import weakref
 from collections import deque
@@ -48,7 +49,12 @@ class Mailbox:
 
     def give(self, piece: str) -> None:
         if self._on_piece is not None:
-            self._on_piece(piece)
+            try:
+                self._on_piece(piece)
+            except Exception:
+                raise
+            except BaseException as error:  # such as SystemExit: it would end the engine's thread
+                raise RuntimeError(f"on_piece raised {error!r}") from error
             return
         with self._changed:
             self._pieces.append(piece)
@@ -164,7 +170,7 @@ class Request:
             changed = asyncio.Event()
 
             def call_later(changed: asyncio.Event = changed) -> None:
-                if not loop.is_closed():
+                with contextlib.suppress(RuntimeError):  # the loop is closed
                     loop.call_soon_threadsafe(changed.set)
 
             try:

@@ -207,7 +207,7 @@ def test_a_detached_stream_is_saved_and_goes_on_in_an_engine(pair, engine, tmp_p
         forked = "".join(stream.fork().generate("", max_new_tokens=9, **options))
         assert (text + forked) == wanted[: len(text + forked)]
         again = engine.submit("", stream=loaded, max_new_tokens=40, **options)
-        with pytest.raises(ValueError, match="in this engine already"):
+        with pytest.raises(ValueError, match="in an engine already"):
             engine.submit("", stream=loaded)
         text += again.text()
         text += "".join(loaded.generate("", max_new_tokens=110 - count, **options))  # by itself
