@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from contextlib import suppress
 from typing import Generic, TypeVar
 
 Key = TypeVar("Key")
@@ -22,14 +23,16 @@ class LRU(Generic[Key, Value]):
     def get(self, key: Key) -> Value | None:
         value = self._values.get(key)
         if value is not None:
-            self._values.move_to_end(key)
+            with suppress(KeyError):  # another thread has pushed it out
+                self._values.move_to_end(key)
         return value
 
     def put(self, key: Key, value: Value) -> None:
         self._values[key] = value
-        self._values.move_to_end(key)
-        while len(self._values) > self._size:
-            self._values.popitem(last=False)
+        with suppress(KeyError):  # another thread has cleared it
+            self._values.move_to_end(key)
+            while len(self._values) > self._size:
+                self._values.popitem(last=False)
 
     def clear(self) -> None:
         self._values.clear()

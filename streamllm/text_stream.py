@@ -135,7 +135,9 @@ class TextStream:
     def _check_free(self) -> None:
         """Raises ValueError where an engine computes the stream now."""
         if self._is_in_engine:
-            raise ValueError("the stream is in an engine already: wait until its request has ended, or detach it")
+            raise ValueError(
+                "the stream is in an engine already: wait until its request has ended, or detach it"
+            )
 
     # What a stream with conversations and files adds
 

@@ -104,7 +104,9 @@ class Results:
         self.done, self.failed = set[int](), set[int]()
         with contextlib.ExitStack() as files:
             self._file = files.enter_context(_locked(path))
-            whole = path.read_bytes() if path.is_file() else b""  # not a pipe or a device, which may have no end
+            whole = (
+                path.read_bytes() if path.is_file() else b""
+            )  # not a pipe or a device, which may have no end
             left = self._known(whole, keys, retry_failed)
             if left != whole:
                 partial = path.with_name(path.name + ".partial")

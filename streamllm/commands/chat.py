@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
+from click.core import ParameterSource
 
 from streamllm.commands.loading import ModelChoice
 from streamllm.commands.memory import check_cache_fits
@@ -24,6 +27,9 @@ from streamllm.commands.options import (
     window_option,
 )
 
+if TYPE_CHECKING:
+    from streamllm.stream import Stream
+
 FILE = click.Path(dir_okay=False, path_type=Path)
 
 
@@ -42,6 +48,37 @@ class SinksParamType(click.ParamType):  # type: ignore[type-arg]
         if number < 0:
             self.fail(f"{value!r} is neither a number of tokens nor 'system'", param, ctx)
         return number
+
+
+# The options of a setting that a session keeps.
+OPTIONS_OF = {
+    "sinks": ("sinks", "start_size", "dense"),
+    "window": ("window", "recent_size", "dense"),
+    "chunk": ("chunk",),
+    "quantize": ("quantize_cache",),
+    "evict": ("evict",),
+}
+
+
+def _check_same(stream: Stream, session: Path, given: Mapping[str, object], system: str | None) -> None:
+    """Raises click.UsageError where the command line asks for another setting than that of a resumed session."""
+    source = click.get_current_context().get_parameter_source
+    kept = stream._settings()
+    if kept["pins_system"] and given["sinks"] == "system":
+        kept["sinks"] = "system"
+    for name, wanted in given.items():
+        asked = [option for option in OPTIONS_OF[name] if source(option) is ParameterSource.COMMANDLINE]
+        if asked and wanted != kept[name]:
+            option = "--" + asked[0].replace("_", "-")
+            raise click.UsageError(
+                f"{session} goes on with {name}={kept[name]}, not {wanted}: leave {option} out, or begin a new session"
+            )
+    turns = stream.turns
+    if system and turns and (turns[0].role, turns[0].text) != ("system", system):
+        raise click.UsageError(
+            f"{session} goes on with its own system prompt: leave --system out, or type /system in the chat to "
+            f"start again"
+        )
 
 
 @click.command()
@@ -120,6 +157,8 @@ def chat(
     loaded = compiled(loaded, backend)
     if resume and session is not None:
         stream = Stream.load(session, loaded, tokenizer)
+        given = {"sinks": sinks, "window": window, "chunk": chunk, "quantize": quantize_cache, "evict": evict}
+        _check_same(stream, session, given, system)
     else:
         check_cache_fits(loaded, 4 if isinstance(sinks, str) else sinks, window, quantize_cache)
         stream = Stream(

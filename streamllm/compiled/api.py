@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 from streamllm.cache import SinkCache
 from streamllm.cache.sink_cache import TokenKinds
 from streamllm.compiled import cpu_loops, cuda, fusion, library, triton_support
+from streamllm.compiled.layout import layout_of
 from streamllm.compiled.recorder import Recorder
 from streamllm.compiled.takeover import Takeover, can_pay
 from streamllm.lru import LRU
@@ -109,10 +110,11 @@ class Compiled(nn.Module):
         self._by_rows = False  # whether the weights have the layout of loops
         self._weights = _WeightAddresses()
         self._chunks: FusedChunks | None = None
+        self._layout = layout_of(self.model)
 
     def __getstate__(self) -> dict[str, Any]:
         """For copy.deepcopy and pickle: a copy has its own weights, and nothing is recorded of them."""
-        recorded = "_recorded", "_bound", "_takeovers", "_weights", "_chunks"
+        recorded = "_recorded", "_bound", "_takeovers", "_weights", "_chunks", "_layout"
         return {name: value for name, value in self.__dict__.items() if name not in recorded}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -138,13 +140,14 @@ class Compiled(nn.Module):
             check_tokens(self.model, tokens, logits_to_keep)  # type: ignore[arg-type]
             if check_lengths(tokens, cache, lengths) is None:  # every row takes its token in
                 cache.check_model(self.geometry, tokens.device)
-                with cache.guard, torch.no_grad():
+                with self._layout, cache.guard, torch.no_grad():
                     cache.finish_commit()
                     logits = self._step(tokens, cache)(tokens, cache)
                     cache.commit_token()
                 return logits
         model = self._model_of_chunks(cache) if isinstance(cache, SinkCache) else self.model
-        return model(tokens, cache, lengths=lengths, logits_to_keep=logits_to_keep)  # type: ignore[no-any-return]
+        with self._layout:
+            return model(tokens, cache, lengths=lengths, logits_to_keep=logits_to_keep)  # type: ignore[no-any-return]
 
     def _model_of_chunks(self, cache: SinkCache) -> Any:
         """What computes a chunk of a prompt: the model, or the same with fused kernels."""
@@ -199,13 +202,14 @@ class Compiled(nn.Module):
 
         def request() -> library.Request:
             given = self._given(tokens, cache, kinds)
-            try:
-                recorded = self._loops_graph(given, self._function(cache, given, kinds, loops=True))
-                inputs = [*given, *cpu_loops.prepare(recorded, given)]
-                return library.Request.of(recorded, inputs, cpu_loops.options())
-            finally:
-                if not self._by_rows:
-                    linear.arrange(self.model)
+            with self._layout.changing():
+                try:
+                    recorded = self._loops_graph(given, self._function(cache, given, kinds, loops=True))
+                    inputs = [*given, *cpu_loops.prepare(recorded, given)]
+                    return library.Request.of(recorded, inputs, cpu_loops.options())
+                finally:
+                    if not self._by_rows:
+                        linear.arrange(self.model)
 
         takeover.advance(request)
         return takeover
@@ -246,7 +250,8 @@ class Compiled(nn.Module):
                 if recording is None:
                     return None
             elif loops:
-                recording = self._record_loops(given, step, self._takeovers.get(recording_key))
+                with self._layout.changing():
+                    recording = self._record_loops(given, step, self._takeovers.get(recording_key))
                 if recording is None:  # the model was quantized meanwhile, say
                     self._takeovers.put(recording_key, Takeover())
                     return None

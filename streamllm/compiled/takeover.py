@@ -20,6 +20,7 @@ LOOK_AFTER_TOKENS = 16
 COMPILE_AFTER_SECONDS = 5.0
 # Larger models spend their time on reading weights, where the flat list is nearly as fast (tools/bench.py decode).
 MAX_MODEL_BYTES = 2 << 30
+_one_at_a_time = threading.Lock()  # caches of many sizes must not start as many compilers
 
 
 def can_pay(model: nn.Module) -> bool:
@@ -68,6 +69,7 @@ class Takeover:
 
     def _compile(self, request: Request) -> None:
         try:
-            self.library = library.compiled(request, low_priority=True)
-        except (CompileError, OSError):  # the flat list goes on
+            with _one_at_a_time:
+                self.library = library.compiled(request, low_priority=True)
+        except Exception:  # the flat list goes on, whatever it was
             self._failed = True

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from streamllm.compiled import Compiled, compile
+from streamllm.compiled.layout import layout_of
 from streamllm.engine.row import Row
 from streamllm.engine.slots import Slots
 from streamllm.models.checks import whole_number
@@ -134,8 +135,11 @@ class Batch:
             with self._taking_out(row), torch.inference_mode():
                 cache, row.served = row.loop.cache, self._steps
                 ids = torch.tensor([waiting[row][:count]], dtype=torch.int64, device=cache.device)
-                model = self.plain if count == 1 else self._model
-                model(ids, cache, logits_to_keep=1)
+                if count == 1:
+                    with layout_of(self.plain):
+                        self.plain(ids, cache, logits_to_keep=1)
+                else:
+                    self._model(ids, cache, logits_to_keep=1)
                 waiting[row] = waiting[row][count:]
             room -= count
 

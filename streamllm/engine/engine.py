@@ -255,7 +255,9 @@ class _Worker:
         if self._closing:
             raise RuntimeError("the engine is closed: make another one")
         if self._process != os.getpid():
-            raise RuntimeError("the engine's thread is in the process that forked this one: make another engine")
+            raise RuntimeError(
+                "the engine's thread is in the process that forked this one: make another engine"
+            )
 
     def stop(self) -> None:
         if self._process != os.getpid():

@@ -81,6 +81,35 @@ def test_a_session_is_not_written_over(folder: Path, tmp_path: Path) -> None:
     assert "Hello" in shown
 
 
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        (["--window", "30"], "window=40, not 30"),
+        (["--recent-size", "30"], "leave --recent-size out"),
+        (["--sinks", "2"], "sinks=3, not 2"),
+        (["--sinks", "system"], "sinks=3, not system"),
+        (["--quantize-cache", "int8"], "quantize=None, not int8"),
+        (["--evict", "token"], "evict=turn, not token"),
+        (["--chunk", "7"], "chunk="),
+        (["--system", "Be long."], "its own system prompt"),
+    ],
+)
+def test_a_resumed_session_refuses_other_settings(
+    folder: Path, tmp_path: Path, arguments: list[str], match: str
+) -> None:
+    session = tmp_path / "talk.session"
+    same = ["--model", str(folder), "--session", str(session), "--window", "40", "--sinks", "3"]
+    run(*same, "--system", "Be brief.", lines="Hello\n")
+    before = session.read_bytes()
+    result = CliRunner().invoke(cli, ["chat", *same[:4], "--resume", *arguments], input="more\n")
+    assert result.exit_code == 2
+    assert match in result.output
+    assert session.read_bytes() == before
+    assert "2 assistant" in run(
+        *same, "--system", "Be brief.", "--evict", "turn", "--resume", lines="/drop\n"
+    )
+
+
 def test_a_retry_says_the_system_prompt_again_and_draws_anew(folder: Path, tmp_path: Path) -> None:
     session = tmp_path / "talk.session"
     options = ("--model", folder, "--session", session, "--seed", 3, "-t", 1)

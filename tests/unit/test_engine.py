@@ -103,6 +103,10 @@ def test_wrong_arguments_are_refused_at_the_call(pair, engine):
             engine.submit("x", **options)
     with pytest.raises(TypeError, match="not a setting"):
         engine.submit("x", heat=1)
+    with pytest.raises(TypeError, match="stream must be"):
+        engine.submit("x", stream=3)
+    with pytest.raises(TypeError, match="not a model of this library"):
+        Engine(pair[1], pair[0])
     with pytest.raises(TypeError, match="on_piece"):
         engine.submit("x", on_piece=3)
     with pytest.raises(ValueError, match="window=30"):
@@ -116,6 +120,56 @@ def test_wrong_arguments_are_refused_at_the_call(pair, engine):
     with pytest.raises(ValueError, match="another model"):
         engine.submit("x", stream=Stream(other, pair[1], **SIZES))
     assert engine.running == engine.queued == 0
+
+
+def test_a_stream_is_in_one_engine_at_a_time(pair, engine):
+    stream = Stream(*pair, **SIZES)
+    request = engine.submit("Once", stream=stream, eos=[])
+    until(lambda: stream.said > 3)
+    with Engine(*pair, slots=1, **SIZES) as other:
+        for call in (lambda: other.submit("x", stream=stream), lambda: stream.generate("x"),
+                     lambda: stream.chat("x"), lambda: stream.say("user", "x")):  # fmt: skip
+            with pytest.raises(ValueError, match="in an engine already"):
+                call()
+        assert next(request)
+        request.cancel()
+        text = request.text()
+        assert request.finish_reason == "cancelled", text
+        assert other.submit("and", stream=stream, max_new_tokens=4, eos=[]).text()
+    assert "".join(stream.generate("", max_new_tokens=4, eos=[]))
+
+
+def test_a_callback_that_exits_ends_its_stream_alone(pair, engine):
+    def leave(piece):
+        raise SystemExit(3)
+
+    neighbour = engine.submit("Once", max_new_tokens=30, eos=[])
+    request = engine.submit("x", max_new_tokens=9, eos=[], on_piece=leave)
+    with pytest.raises(RuntimeError, match=r"on_piece raised SystemExit\(3\)"):
+        request.text()
+    assert neighbour.text() == "".join(alone(pair, "Once", max_new_tokens=30, eos=[]))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_a_forked_process_is_told_that_the_thread_is_elsewhere(pair):
+    with Engine(*pair, slots=1, **SIZES) as engine:
+        child = os.fork()
+        if not child:
+            code = 1
+            try:
+                engine.submit("x", max_new_tokens=1)
+            except RuntimeError as error:
+                engine.close()  # returns
+                code = 0 if "forked" in str(error) else 2
+            finally:
+                os._exit(code)
+        end = time.monotonic() + 20
+        while (waited := os.waitpid(child, os.WNOHANG))[0] == 0 and time.monotonic() < end:
+            time.sleep(0.01)
+        if waited[0] == 0:
+            os.kill(child, signal.SIGKILL)
+        assert waited == (child, 0)
+        assert engine.submit("x", max_new_tokens=9).text()
 
 
 def test_a_slow_reader_stalls_only_itself(pair, engine):

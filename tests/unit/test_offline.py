@@ -16,6 +16,7 @@ import torch
 import streamllm
 from streamllm import SinkCache, Stream, complete, generate_batch, score
 from streamllm.cli import main
+from streamllm.commands.batch_lines import Results
 from streamllm.engine import completions
 
 SIZES = {"sinks": 4, "window": 40}
@@ -85,6 +86,35 @@ def test_errors_name_the_prompt(pair):
 
 def forbid(tokens, logits):
     return logits - torch.inf
+
+
+def test_wrong_lists_and_options_for_all_are_refused_at_the_call(pair):
+    model, tokenizer = pair
+    calls = [lambda *given, **options: generate_batch(model, *given, **options),
+             lambda *given, **options: complete(model, tokenizer, *given, max_new_tokens=3, **options)]  # fmt: skip
+    for call in calls:
+        for wrong in ("one text", b"x", {"prompt": "x"}, None, 3):
+            with pytest.raises(TypeError, match="must be a list of prompts"):
+                call(wrong)
+        for each in ({"seed": 3}, 3, "x"):
+            with pytest.raises(TypeError, match="each must have a mapping"):
+                call([[1], [2]], each=each)
+        for each in ([{}], [{}] * 3):
+            with pytest.raises(ValueError, match=f"settings for {len(each)} prompts, and there are 2"):
+                call([[1], [2]], each=each)
+        with pytest.raises(ValueError, match="seed must be"):
+            call([[1]], seed=1.5)
+        with pytest.raises(TypeError, match="heat is not a setting"):
+            call([[1]], heat=1)
+    with pytest.raises(ValueError, match="max_new_tokens must be"):
+        generate_batch(model, [[1]], max_new_tokens=-1)
+    for stop in (3, [3]):
+        with pytest.raises(TypeError, match="stop must be a string or a list of strings, not 3"):
+            complete(model, tokenizer, ["x"], max_new_tokens=3, stop=stop)
+    with pytest.raises(TypeError, match="prompt 1 has none"):
+        list(generate_batch(model, iter([[1], [2]]), each=iter([{}]), max_new_tokens=3, slots=1))
+    with pytest.raises(TypeError, match="prompt 0: tokens must be ids"):
+        list(generate_batch(model, [b"abc"], max_new_tokens=3))
 
 
 def test_complete(pair):
@@ -229,6 +259,69 @@ def test_batch_refuses_what_it_cannot_read(tmp_path, checkpoint, capsys):
     (tmp_path / "huge").write_text('{"prompt": "x"}\n' * 4000)
     assert run(tmp_path / "huge", "--model", checkpoint, "--window", 2**36, "--slots", 4000) == 2
     assert "4000 caches" in capsys.readouterr().err
+
+
+def batch(file, checkpoint, capsys, *options):
+    code = run(file, "--model", checkpoint, "-n", 3, *options)
+    return code, capsys.readouterr().err
+
+
+def test_batch_takes_odd_lines(tmp_path, checkpoint, capsys):
+    nested = "[" * 100_000
+    file = tmp_path / "lines.jsonl"
+    lines = [
+        '\ufeff{"prompt": "a"}',
+        nested,
+        '{"prompt": "a", "id": "\\ud800"}',
+        '{"prompt": "a", "stop": 3}',
+    ]
+    file.write_text("\n".join(lines), encoding="utf-8")
+    assert batch(file, checkpoint, capsys)[0] == 1
+    results = {
+        result["line"]: result
+        for result in map(
+            json.loads, (tmp_path / "lines.jsonl.results.jsonl").read_text("utf-8").splitlines()
+        )
+    }
+    assert results[1]["finish_reason"] == "length"
+    assert "nested too deeply" in results[2]["error"]
+    assert results[3]["id"] == "\ud800"
+    assert results[3]["text"] == results[1]["text"]
+    assert "stop must be a string" in results[4]["error"]
+
+
+@pytest.mark.parametrize("found", ['{"line": [1], "key": "a"}', '{"line": null, "key": null}', "[" * 100_000])
+def test_batch_refuses_a_file_that_has_no_results(tmp_path, checkpoint, capsys, found):
+    file, output = tmp_path / "lines.jsonl", tmp_path / "out.jsonl"
+    file.write_text('{"prompt": "a"}\n')
+    output.write_text(found + "\n")
+    code, error = batch(file, checkpoint, capsys, "-o", str(output))
+    assert code == 2
+    assert "not a file of results" in error
+    assert output.read_text() == found + "\n"
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no locks of this kind")
+@pytest.mark.parametrize("left", ["", '{"line": 1, "te'])
+def test_two_processes_do_not_write_one_file_of_results(tmp_path, checkpoint, capsys, left):
+    file, output = tmp_path / "lines.jsonl", tmp_path / "out.jsonl"
+    file.write_text('{"prompt": "a"}\n')
+    output.write_text(left)
+    with Results(output, []):
+        code, error = batch(file, checkpoint, capsys, "-o", str(output))
+        assert code == 2
+        assert "another process writes to" in error
+    assert batch(file, checkpoint, capsys, "-o", str(output))[0] == 0
+    assert len(output.read_text("utf-8").splitlines()) == 1
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
+def test_batch_writes_to_a_device_without_reading_it(tmp_path, checkpoint, capsys):
+    file = tmp_path / "lines.jsonl"
+    file.write_text('{"prompt": "a"}\n')
+    code, error = batch(file, checkpoint, capsys, "-o", "/dev/full")
+    assert code == 2
+    assert "No space left" in error
 
 
 def test_ctrl_c_keeps_the_results_and_the_same_command_goes_on(tmp_path, checkpoint):

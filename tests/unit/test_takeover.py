@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import threading
+import time
+
 import pytest
 import torch
 
 import streamllm
 from streamllm.cache import SinkCache
 from streamllm.compiled import library, takeover
+from streamllm.compiled.layout import Layout
 from streamllm.models import linear
 from tests.laws.scenarios import random_tokens, tiny_llama
 
@@ -128,3 +132,98 @@ def test_short_streams_start_no_compiler(monkeypatch):
     decode(model, SinkCache(model, 2, 9), random_tokens(takeover.LOOK_AFTER_TOKENS))
     assert not started
     assert not model._by_rows
+
+
+def test_threads_wait_while_the_weights_are_stored_anew(soon, monkeypatch):
+    """bfloat16 weights are packed; unpacking them under another thread's forward would fail there."""
+    monkeypatch.setattr(takeover, "can_pay", lambda model: True)
+    monkeypatch.setattr("streamllm.compiled.api.can_pay", lambda model: True)
+    monkeypatch.setattr(library, "kept", lambda request: None)
+
+    def failing(*_, **__):
+        raise library.CompileError("no")
+
+    monkeypatch.setattr(library, "compiled", failing)
+    plain, model = fresh_model().bfloat16(), fresh_model().bfloat16()
+    for each in (plain, model):
+        linear.arrange(each)
+    model = streamllm.compile(model)
+    computing, left = threading.Event(), threading.Event()
+    stored = []
+    tokens = random_tokens(12)
+    wanted = decode(plain, SinkCache(plain, 2, 9), tokens)
+    arrange_by_rows = linear.arrange_by_rows
+    monkeypatch.setattr(
+        linear, "arrange_by_rows", lambda given: (stored.append(left.is_set()), arrange_by_rows(given))
+    )
+
+    def hook(*_):
+        if threading.current_thread() is not threading.main_thread() and not computing.is_set():
+            computing.set()
+            time.sleep(0.3)
+            left.set()
+
+    handle = model.model.head.register_forward_hook(hook)
+    found = []
+
+    def other():
+        found.append(model(tokens, SinkCache(model, 2, 9)))
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    assert computing.wait(20)
+    got = decode(model, SinkCache(model, 2, 9), tokens)
+    thread.join(20)
+    handle.remove()
+    assert stored == [True]
+    torch.testing.assert_close(got, wanted, rtol=0.05, atol=0.2)
+    torch.testing.assert_close(found[0], plain(tokens, SinkCache(plain, 2, 9)), rtol=0.05, atol=0.2)
+
+
+def test_two_threads_that_change_a_layout_take_turns_and_one_that_ended_keeps_nothing():
+    layout, inside, most = Layout(), [], []
+
+    def change():
+        with layout:
+            for _ in range(20):
+                with layout.changing():
+                    inside.append(1)
+                    most.append(len(inside))
+                    time.sleep(0)
+                    inside.pop()
+
+    threads = [threading.Thread(target=change) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert most == [1] * 60
+    ended = threading.Thread(target=lambda: (layout.__enter__(), layout.changing().__enter__()))
+    ended.start()
+    ended.join()
+    with layout, layout.changing():
+        pass
+
+
+def test_caches_of_many_sizes_start_one_compiler_at_a_time(soon, monkeypatch):
+    monkeypatch.setattr(takeover, "can_pay", lambda model: True)
+    monkeypatch.setattr("streamllm.compiled.api.can_pay", lambda model: True)
+    monkeypatch.setattr(library, "kept", lambda request: None)
+    running, most = [], []
+
+    def failing(*_, **__):
+        running.append(1)
+        most.append(len(running))
+        time.sleep(0.05)
+        running.pop()
+        raise RuntimeError("no")
+
+    monkeypatch.setattr(library, "compiled", failing)
+    model = streamllm.compile(fresh_model())
+    for window in (5, 7, 9):
+        decode(model, SinkCache(model, 2, window), random_tokens(6))
+    ways = list(model._takeovers._values.values())
+    for way in ways:
+        way.wait()
+    assert most == [1, 1, 1]
+    assert all(way._failed for way in ways)
