@@ -49,8 +49,12 @@ class Takeover:
             return self.library is not None
         self._tokens += 1
         if self._request is None and self._tokens > LOOK_AFTER_TOKENS:
-            found = request()
-            self.library, self.key = library.kept(found), found.key()
+            try:
+                found = request()
+                self.library, self.key = library.kept(found), found.key()
+            except Exception:  # such as no memory for the other layout: the flat list goes on
+                self._failed = True
+                return False
             self._request = found
         elif self._request is not None and self._compiling is None and self._has_gone_on():
             # A daemon: a process that ends does not wait for it, and the compiler ends with the process.

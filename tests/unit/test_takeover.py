@@ -115,6 +115,19 @@ def test_a_compilation_that_fails_leaves_the_flat_list(soon, monkeypatch):
     torch.testing.assert_close(got, wanted, rtol=2e-5, atol=2e-5)
 
 
+def test_a_list_that_cannot_be_made_leaves_the_flat_list(soon, monkeypatch):
+    monkeypatch.setattr("streamllm.compiled.api.can_pay", lambda model: True)
+
+    def failing(*_):
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr("streamllm.compiled.api.cpu_loops.prepare", failing)
+    model, tokens = streamllm.compile(fresh_model()), random_tokens(20)
+    wanted = decode(fresh_model(), SinkCache(fresh_model(), 2, 9), tokens)
+    got = decode(model, SinkCache(model, 2, 9), tokens)
+    torch.testing.assert_close(got, wanted, rtol=2e-5, atol=2e-5)
+
+
 def test_without_a_compiler_it_is_the_flat_list(monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     assert streamllm.compile(fresh_model(), "auto").backend == "flat"
