@@ -9,6 +9,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from streamllm.compiled import Compiled
 from streamllm.loading import weights_progress
 from streamllm.shard_files import (
     Entry,
@@ -37,7 +38,7 @@ def save_pretrained(
     copied from that checkpoint. The folder appears when all of it is written.
 
     Args:
-        model: what `load` or `load_model` returned, perhaps trained since then; adapters must be merged.
+        model: what `load` or `load_model` returned, perhaps trained or compiled since then; adapters must be merged.
         tokenizer: what `load` or `load_tokenizer` returned; None writes no tokenizer.
         folder: the new folder.
         max_shard_size: as for `convert`.
@@ -50,6 +51,8 @@ def save_pretrained(
     target = Path(folder)
     check_new(target)
     max_bytes = parse_bytes(max_shard_size)
+    if isinstance(model, Compiled):
+        model = model.model
     layout = attached(model)
     if layout is None:
         raise ValueError(

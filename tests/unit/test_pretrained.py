@@ -76,6 +76,16 @@ def test_a_model_trained_in_bfloat16_is_saved_with_its_tokenizer(checkpoint, tmp
     assert difference < 0.02 * of_transformers(written).float().std()
 
 
+def test_a_compiled_model_is_saved(checkpoint, tmp_path):
+    model = streamllm.load_model(checkpoint, device="cpu")
+    compiled = streamllm.compile(model, "flat")
+    list(streamllm.generate(compiled, [1, 2, 3], max_new_tokens=4, eos=[]))
+    again = streamllm.load_model(
+        streamllm.save_pretrained(compiled, None, tmp_path / "written"), device="cpu"
+    )
+    assert all(map(torch.equal, model.state_dict().values(), again.state_dict().values()))
+
+
 def test_generation_config_is_written(copy, tmp_path):
     (copy / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 5], "temperature": 0.7}))
     model = streamllm.load_model(copy, device="cpu")
