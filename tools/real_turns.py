@@ -77,7 +77,7 @@ def _without_spaces(text: str) -> str:
 
 
 def _end_token(source: str) -> str | None:
-    """The token that ends an answer: the first one behind it."""
+    """The token that ends an answer: the first token after it."""
     question = [{"role": "user", "content": "Hi"}]
     whole = render(
         source, [*question, {"role": "assistant", "content": "ANSWER"}, *question], special_tokens=SPECIAL
