@@ -2,9 +2,10 @@
 
     python tools/chaos.py --minutes 10
 
-Each stream is one of a pool of prompts with settings, whose text alone was computed before, in float64. Whatever
-happens to a stream, the pieces that it gave must be a beginning of that text, and all of it where it was read to its
-end. After a warm-up, resident memory, threads and open files must not grow. Exits with 1 where something differs.
+Each stream has one of a pool of prompts with settings. The text of each was computed before in float64, by a stream
+alone. Whatever happens, the pieces of a stream must be a beginning of that text, and all of it where the stream was
+read to its end. After a warm-up, resident memory, threads and open files must not grow. Exits with 1 where something
+differs.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ SETTINGS: list[dict[str, Any]] = [
 POOL, LONGEST = 40, 40  # streams whose text is known, and their largest max_new_tokens
 # Fragments of the allocator, and steps that are recorded late; thousands of streams that leak would be more.
 MAY_GROW = {"resident bytes": 16e6, "objects": 20}
-MAX_WAIT = 60.0  # seconds; a client that waits longer has lost its stream
+MAX_WAIT = 60.0  # seconds; a client that waits longer has found a fault
 
 
 class Failed(Exception):
