@@ -1,8 +1,8 @@
 """The layout of int4 weights that torch's kernel for a CPU reads: conversion from numbers, and back.
 
-torch's converter stores blocks of some outputs, and in each block the outputs of one input side by side, in an order
-that depends on the processor. torch has no function for the way back. So the order is read off the converter: it
-gets a small weight whose numbers say which output they belong to.
+torch's converter divides the outputs into blocks. A block stores, input by input, the numbers of all its outputs, in an
+order that depends on the processor. torch has no function that converts back. So this module finds the order out: it
+converts a small weight whose numbers tell which output they belong to.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from torch import Tensor
 
 from streamllm.models.torch_private import int4_convert, int4_matmul
 
-OUTPUT_MULTIPLE = 16  # torch's kernel takes so many outputs, or a multiple
+OUTPUT_MULTIPLE = 16  # torch's kernel takes a multiple of this many outputs
 CHUNK_OUTPUTS = (
-    64  # the largest block on any processor: chunks of so many outputs are stored one after another
+    64  # the largest block on any processor, so that a chunk of this many outputs has whole blocks
 )
-CONVERTED_OUTPUTS = 4096  # at a time: torch's converter reads int32
+CONVERTED_OUTPUTS = 4096  # converted at a time, because torch's converter needs them in int32
 
 
 def are_readable(outputs: int) -> bool:
-    """Whether torch has the kernel, it takes a weight with so many outputs, and its order is understood."""
+    """Whether torch has the kernel, the kernel takes this many outputs, and the order could be found out."""
     return int4_matmul is not None and outputs % OUTPUT_MULTIPLE == 0 and _block_outputs() > 0
 
 
@@ -57,7 +57,7 @@ def _convert(numbers: Tensor) -> Tensor:
 
 @lru_cache(maxsize=1)
 def _block_outputs() -> int:
-    """How many outputs a block has: the least that can be converted apart from the others. 0 where none can."""
+    """How many outputs a block has: the fewest that can be converted apart from the others. 0 where none can."""
     if int4_convert is None:
         return 0
     generator = torch.Generator().manual_seed(0)

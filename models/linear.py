@@ -19,7 +19,7 @@ from streamllm.models.processor import IS_INTEL
 from streamllm.models.quantized import FORMATS, HALF, INT4, INT4_GROUP, INT8, format_of, has_whole_groups
 from streamllm.models.torch_private import linear_pointwise, mkldnn_supports_bf16, reorder_linear_weight
 
-FLOAT16_WIDEN_ROWS = 4  # from here on, float16 products run in float32
+FLOAT16_WIDEN_ROWS = 4  # from this many rows on, float16 products run in float32
 BLOCK_COST_ROWS = 12  # what one more block costs, in rows: it reads the weight again
 BLOCK_ROWS = (4, 8, 12, 16, 24, 32, 40, 48, 64)  # and powers of two from 128 on
 MKL_COST = 1.15  # MKL's time for 8 to 128 rows of float32, oneDNN's being 1; on Intel's processors it is less
@@ -210,13 +210,11 @@ def float32_kernel(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     by_columns = weight.stride(1) != 1
     if by_columns and rows == 1:
         return F.linear(x, weight, bias)
-    if IS_INTEL and not (
-        2 < rows < 128 and weight.numel() > 1 << 20
-    ):  # MKL takes 0.5 to 1 times as long there
+    # On Intel's processors, MKL takes 0.5 to 1 times as long as oneDNN for these.
+    if IS_INTEL and not (2 < rows < 128 and weight.numel() > 1 << 20):
         return F.linear(x, weight, bias)
-    if _blocks_cost(rows) > MKL_COST * (
-        rows + BLOCK_COST_ROWS
-    ):  # MKL takes any size, and keeps nothing for it
+    # MKL needs no blocks: it takes any number of rows, and keeps nothing for it.
+    if _blocks_cost(rows) > MKL_COST * (rows + BLOCK_COST_ROWS):
         return F.linear(x, weight, bias)
     if by_columns and weight.stride(1) != weight.shape[0]:  # a view of fused weights, slow in oneDNN
         if rows < 16:
@@ -228,9 +226,9 @@ def float32_kernel(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def onednn_kernel(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """F.linear by oneDNN, of a dense or a packed weight, without gradients."""
     assert linear_pointwise is not None
-    if bias is not None and bias.stride(0) != 1:  # it would read the numbers between, too
+    if bias is not None and bias.stride(0) != 1:  # oneDNN ignores the stride of a bias
         bias = bias.contiguous()
-    if x.dim() < 2 or x.shape[-2] == 1:  # one token of each stream of a batch is one size, whatever the batch
+    if x.dim() < 2 or x.shape[-2] == 1:  # decoding: the rows are the streams, whose number seldom changes
         return linear_pointwise(x, weight, bias, "none", [], "")  # type: ignore[no-any-return]
     return in_row_blocks(lambda part: linear_pointwise(part, weight, bias, "none", [], ""), x)
 
@@ -255,7 +253,7 @@ def in_row_blocks(product: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 
 @lru_cache(maxsize=1024)
 def row_blocks(rows: int) -> tuple[int, ...]:
-    """Sizes out of `BLOCK_ROWS` that together hold so many rows, the last one perhaps padded; or one row.
+    """Sizes out of `BLOCK_ROWS` that together hold this many rows, the last one perhaps padded; one row stays alone.
 
     The cheaper of two ways: one block that holds all, or the largest full block and then the rest.
     """
@@ -298,7 +296,7 @@ def _arrange_bfloat16(linear: Linear) -> None:
 
 
 def bfloat16_kernel(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """F.linear of a weight that is packed, or was."""
+    """F.linear of a packed weight, or of one that was unpacked for training."""
     if not isinstance(weight, PackedWeight) or _needs_torch(x, weight, bias):
         return torch_kernel(x, weight, bias)
     return onednn_kernel(x, weight.packed, bias)
@@ -323,7 +321,7 @@ def _arrange_float16(linear: Linear) -> None:
 
 
 def float16_kernel(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """A CPU reads float16 well for one row, but multiplies many rows at a fifth of float32's speed."""
+    """F.linear, in float32 for many rows: a CPU multiplies them in float16 at a fifth of float32's speed."""
     if x.numel() < FLOAT16_WIDEN_ROWS * x.shape[-1] or torch.is_autocast_enabled("cpu"):
         return F.linear(x, weight, bias)
     wide = float32_kernel(x.float(), weight.float(), None if bias is None else bias.float())
@@ -370,7 +368,7 @@ def linears_to_arrange(model: nn.Module, dtype: torch.dtype, device: torch.devic
 
 
 def arrange(model: nn.Module) -> None:
-    """Store every Linear of a model in its fastest layout, in place. The logits stay, but for rounding."""
+    """Store every Linear of a model in its fastest layout, in place. The logits change by rounding only."""
     weight = next(model.parameters())
     for linear in linears_to_arrange(model, weight.dtype, weight.device):
         linear.arrange()
@@ -393,6 +391,6 @@ def quantize(model: nn.Module, name: str = "int8") -> None:
 def format_for(model: nn.Module, module: Linear, name: str) -> str:
     """The format of one Linear where the model is rounded to `name`: an int4 model keeps its head in int8.
 
-    Errors of the head reach the logits directly: on the embedded checkpoint an int4 head costs 1 % of perplexity.
+    Errors of the head reach the logits directly, so an int4 head raises the perplexity.
     """
     return INT8.name if module is getattr(model, "head", None) else name

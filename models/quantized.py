@@ -14,7 +14,7 @@ from streamllm.models import int4_blocks
 from streamllm.models.torch_private import int4_matmul, int8_matmul
 
 HALF = (torch.float16, torch.bfloat16)
-INT8_MATMUL_INPUTS = 16  # torch's int8 kernel reads so many inputs at a time
+INT8_MATMUL_INPUTS = 16  # torch's int8 kernel reads this many inputs at a time
 # Inputs that share a scale. On the embedded checkpoint the perplexity is 10.34 in bfloat16, 11.46 in groups of 32 and
 # 11.8 in groups of 64 (streamllm perplexity --window 252 --tokens 60000 --quantize int4; AMD EPYC, 2026-11).
 INT4_GROUP = 32
@@ -25,10 +25,10 @@ class Format:
 
     name: str
     dtype: torch.dtype  # of the stored numbers
-    dequantize_rows: int  # from so many rows of input on, dequantising the weight first is faster
+    dequantize_rows: int  # from this many rows of input on, dequantising the weight first is faster
 
     def product(self, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor | None:
-        """x [rows, in] -> [rows, out], by a kernel that reads the numbers; None where there is none for these."""
+        """x [rows, in] -> [rows, out], by a kernel that reads the numbers; None where no kernel takes these."""
         raise NotImplementedError
 
     def dequantized(self, weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
@@ -68,8 +68,8 @@ class _Int8(Format):
         return numbers.clamp_(-127, 127).to(torch.int8), scale
 
     def product(self, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor | None:
-        """torch's kernel does not check its input: of rows whose length is no multiple of 16 it reads beyond the
-        end, and rows of x that do not begin at a multiple of 32 bytes, or of a weight at one of 16, end the process.
+        """torch's kernel does not check its input. It reads beyond a row whose length is no multiple of 16. It crashes
+        where a row of x does not begin at a multiple of 32 bytes, or a row of the weight at a multiple of 16.
         """
         if (
             int8_matmul is None
@@ -113,8 +113,7 @@ class _Int4(Format):
     def round(self, weight: Tensor, group: int) -> tuple[Tensor, Tensor]:
         """A weight [out, in] by rows. The value that is farthest from 0 in its group becomes -8.
 
-        A scale that makes the squared error least costs more perplexity: it cuts off the largest weights. On the
-        embedded checkpoint it is 12.2 to 12.4, and 11.6 as it is here.
+        A scale that minimises the squared error clips the largest weights, and gives a higher perplexity.
         """
         groups = weight.reshape(len(weight), -1, group)
         farthest = groups.gather(2, groups.abs().argmax(2, keepdim=True))[:, :, 0]
@@ -135,14 +134,14 @@ class _Int4(Format):
         return weight.shape[0], 2 * weight.shape[1]
 
     def nbytes(self, outputs: int, inputs: int, itemsize: int) -> int:
-        """As the CPU's kernel reads them, with the offsets."""
+        """Of numbers, scales and offsets, as the CPU's kernel reads them."""
         return outputs * (inputs // 2 + inputs // INT4_GROUP * 2 * itemsize)
 
     def for_device(self, weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
         if (
             _are_blocks(scale)
             or weight.device.type != "cpu"
-            or scale.dtype != torch.bfloat16  # torch's kernel takes 30 times as long for other types
+            or scale.dtype != torch.bfloat16  # torch's kernel is far slower for other types
             or 2 * weight.shape[1] // scale.shape[1] not in (32, 64, 128, 256)
             or not int4_blocks.are_readable(len(weight))
         ):
@@ -167,7 +166,7 @@ class _Int4(Format):
 
 
 def dequantized_rows(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """int4 numbers and scales by rows -> [out, in] in `dtype`. One call of a recording."""
+    """int4 numbers and scales by rows -> [out, in] in `dtype`. A recording keeps it as one call."""
     if has_torch_function((weight, scale)):
         return handle_torch_function(dequantized_rows, (weight, scale), weight, scale, dtype)
     numbers = _unpaired(weight, scale.shape[1]).to(dtype) - 8
@@ -198,7 +197,7 @@ def _nonzero(scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _wide(scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """The stored scale, to divide a weight of `dtype` by: its rounding then costs nothing."""
+    """The stored scale, widened. Dividing a weight by it makes up for the rounding of the scale."""
     return scale.to(torch.promote_types(dtype, torch.float32))
 
 
@@ -216,7 +215,7 @@ def format_of(weight: Tensor) -> Format | None:
 
 
 def has_whole_groups(inputs: int) -> bool:
-    """Whether so many inputs can be divided into the groups of int4."""
+    """Whether a row of this many inputs can be divided into the groups of int4."""
     return inputs % INT4_GROUP == 0
 
 

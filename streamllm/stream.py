@@ -197,8 +197,8 @@ class Stream(TextStream):
     def undo(self) -> list[Turn]:
         """Take the last `chat` or `say` back, with its answer. Returns the turns that were taken back.
 
-        With a snapshot (`snapshots`: of so many of the last calls), and as long as the window is not full, the stream
-        is exactly as it was before. Otherwise what the turns pushed out of the window stays out.
+        With a snapshot (the last `snapshots` calls have one), or while nothing has left the window, the stream is
+        exactly as it was before. Otherwise what the turns pushed out of the window stays out.
 
         Raises ValueError where there is nothing to undo.
         """

@@ -65,7 +65,7 @@ def main() -> None:
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--no-transformers", action="store_true")
-    parser.add_argument("--show", type=int, default=3, help="print so many of the last turns")
+    parser.add_argument("--show", type=int, default=3, help="print this many of the last turns")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     model, tokenizer = streamllm.load(given.model, dtype=given.dtype, device="cpu")
@@ -179,7 +179,7 @@ class Conversation:
 
 
 def sources(tokenizer: Any, length: int) -> Iterator[str]:
-    """Pieces of Python source, each of so many tokens."""
+    """Pieces of Python source, each of this many tokens."""
     ids = tokenizer.encode_piece("\n".join(held_out_texts()), bos=False)
     for number in count():
         start = number * length % (len(ids) - length)
@@ -203,7 +203,7 @@ class Peer:
         self.resident = 0
 
     def turn(self, before: int, message: list[int]) -> float:
-        """Seconds from a message to the first token, in a conversation that had so many tokens before."""
+        """Seconds from a message to the first token, in a conversation that had this many tokens before."""
         self._pipe.send((before, message))
         seconds, self.resident = self._pipe.recv()
         return float(seconds)

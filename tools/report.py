@@ -5,7 +5,7 @@
 
 Writes report.md (tables with their settings, and pictures), report.json (the numbers) and the pictures, each
 for light and for dark pages. Without text files, the text is the standard library's. --part makes one part of
-the report and keeps the others that were made before. An interrupted part goes on where it stopped.
+the report and keeps the others that were made before. The same command continues an interrupted part.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def titles(files: tuple[Path, ...]) -> str:
               help="Tokens of the streams that write; 0: no such part.")  # fmt: skip
 @click.option("--seeds", type=click.IntRange(1), default=3, show_default=True, help="Streams that write.")
 @click.option(
-    "--tokens", type=click.IntRange(2), help="Read at most so many held-out tokens.  [default: all]"
+    "--tokens", type=click.IntRange(2), help="Read at most this many held-out tokens.  [default: all]"
 )
 @click.option("--threads", type=click.IntRange(1), default=1, show_default=True)
 @click.option(

@@ -69,7 +69,7 @@ class Report:
     """
 
     folder: Path
-    fingerprint: str  # of the model, the texts and the options: others start a new report
+    fingerprint: str  # of the model, the texts and the options: with another one, the report starts anew
     lines: list[str] = field(default_factory=list)
     numbers: dict[str, Any] = field(default_factory=dict)
     sections: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -104,7 +104,7 @@ class Report:
         self.save()
 
     def measure(self, section: str, what: str, compute: Callable[[], Any]) -> Any:
-        """What `compute` gives, as plain data: from an interrupted run with the same settings, or computed."""
+        """The result of `compute` as plain data; that of an interrupted run with the same settings, if there is one."""
         key = f"{section}: {what}"
         if key not in self.measured:
             self.measured[key] = json.loads(json.dumps(compute()))

@@ -2,7 +2,8 @@
 
     python streaming_llm_peer.py SOURCE FAMILY LENGTH FOLDER START RECENT
 
-Writes a small checkpoint, its tokens and the logits of the original into FOLDER, and prints what was found as JSON.
+Writes a small checkpoint, its tokens and the logits of the original into FOLDER. Prints as JSON whether the original
+evicts on this model, and the version of transformers.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@
     python tools/streams.py stall --model M --streams 8 --threads 2
 
 throughput: each system gets the same prompts, of 16 … 64 tokens, and generates as many tokens after each, greedily.
-Rounds are run in turn; printed are medians of new tokens per second, prompts included, and ratios to the loop.
+Rounds are run in turn; printed are medians of new tokens per second, prompts included, and their ratios to the loop.
 transformers generates them as one batch with padding on the left.
 
 stall: streams run, then a prompt of 10,000 tokens joins. Printed are the median time of a step before, and the median

@@ -1,4 +1,4 @@
-"""Streams of one engine: each is a cache of its own, all lie in one memory, and one forward takes a token of each."""
+"""The streams of one engine: each has its own cache, all share one memory, and a forward takes a token of each."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ BATCH_AXIS, SLOT_AXIS = -4, -2  # of every tensor of a ring: [(2,) B, G, slots, 
 class RowsApart(SinkCache):
     """The first n rows of a memory, for forwards of one token per row.
 
-    Its rows count as standing at different places even where they agree, so one recording serves them whatever
-    their places are. It keeps no state between two forwards: `gather` takes the state of each row's own cache.
+    Rows count as being at different places even where their places agree, so that one recording serves them at any
+    places. It keeps no state between two forwards: `gather` takes the state of each row's own cache.
     """
 
     @property
@@ -33,9 +33,9 @@ class RowsApart(SinkCache):
         return False
 
     def gather(self, rows: Sequence[SinkCache | None]) -> None:
-        """Stand where the rows stand; None: a row without a stream, at its start.
+        """Take over the places of these caches. None: a row without a stream, at place 0.
 
-        Each row counts as begun: the forward writes a key into the slot of its next token, also where the row does not
+        The forward writes a key into the slot of the next token of each row, also where the row does not
         advance. That key is overwritten by the next token, and what it overwrites is outside that token's window.
         """
         layouts = self._rows.layouts
@@ -51,7 +51,7 @@ class RowsApart(SinkCache):
             places.append(row._t[0])
             states.append(row._rows.rows[0])
         known = self._rows
-        same = all(map(_is_same, known.rows, states))  # keeps what is derived from them
+        same = all(map(_is_same, known.rows, states))  # unchanged: what was derived from them stays valid
         self._state = places, (), known if same else Rows(tuple(states), layouts)
 
 
@@ -67,20 +67,20 @@ def first_rows(memory: SinkCache, count: int) -> RowsApart:
 
 
 def row_without_memory(memory: SinkCache) -> SinkCache:
-    """The cache of one empty stream, to be placed in a memory. Until then it can be asked, but not fed."""
+    """The cache of one empty stream, to be placed in a memory. Until then it has settings, but takes no tokens."""
     return _without_memory(SinkCache, memory, 1)
 
 
 def place_row(row: SinkCache, memory: SinkCache, number: int, used: int) -> None:
-    """Let the stream of `row` lie in row `number` of the memory from now on; copies what it holds.
+    """Move the stream of `row` to row `number` of the memory, with the entries that it holds.
 
-    used: in how many slots of the row other streams have written. A stream that holds nothing finds zeros there.
+    used: how many slots of that row were written by other streams. They are zeroed for a stream that holds nothing.
     """
     rings = [(own, _part(ring, number, number + 1)) for own, ring in memory._rings]
     if row._rings:
         move_row(row, rings)
         return
-    with torch.inference_mode():  # numbers that are not finite must not stay: a hidden key is multiplied by 0
+    with torch.inference_mode():  # NaN or infinity must not stay: a masked value is multiplied by 0
         for _, ring in rings:
             for tensor in ring.tensors.values():
                 tensor.narrow(SLOT_AXIS, 0, min(used, tensor.shape[SLOT_AXIS])).zero_()
@@ -88,7 +88,7 @@ def place_row(row: SinkCache, memory: SinkCache, number: int, used: int) -> None
 
 
 def move_row(row: SinkCache, rings: Rings) -> None:
-    """Let the stream of `row` lie in other rings from now on; copies what it holds, if it lay anywhere."""
+    """Move the stream of `row` to other rings, with the entries that it holds, if it has memory."""
     row.finish_commit()
     if not row._rings:
         row._rings = rings
@@ -101,12 +101,12 @@ def move_row(row: SinkCache, rings: Rings) -> None:
 
 
 def slots_used(row: SinkCache) -> int:
-    """In how many slots of its memory the stream may have written."""
+    """How many slots of its memory the stream may have written."""
     return min(row._t[0] + 1, row.sinks + row.window)
 
 
 def rings_of(row: SinkCache) -> Rings:
-    """Where the stream lies; empty for one without memory."""
+    """The memory of the stream; empty for a stream without memory."""
     return row._rings
 
 

@@ -67,8 +67,8 @@ def batch(
     model's chat template. It may have an "id" and "metadata", which are copied, and settings of its own:
     max_new_tokens, stop, seed, temperature, top_k and the others of streamllm.generate.
 
-    A result is added to the output as soon as it is there: {"line": 1, "text": "…", "finish_reason": "eos",
-    "tokens": 17}, or {"line": 2, "error": "…"}. The same command goes on with a run that was interrupted. With
+    A result is added to the output as soon as it is known: {"line": 1, "text": "…", "finish_reason": "eos",
+    "tokens": 17}, or {"line": 2, "error": "…"}. The same command continues a run that was interrupted. With
     --seed, line n samples with seed + n. The exit code is 1 where lines failed.
     """
     if "" in stop:
@@ -101,7 +101,7 @@ def batch(
                     bar.update()
         finally:
             done, failed = len(results.done), len(results.failed)
-            rest = "" if done == len(lines) else "; the same command goes on"
+            rest = "" if done == len(lines) else "; run the same command again to continue"
             click.echo(
                 f"{done} of {len(lines)} lines have a result, {failed} of them an error: {output}{rest}",
                 err=True,
@@ -113,7 +113,7 @@ def _results(
     lines: Sequence[Line], chosen: ModelChoice, slots: int, sinks: int, window: int | None,
     quantize: str | None, backend: str, seed: int | None, options: Mapping[str, Any],
 ) -> Iterator[tuple[Line, dict[str, Any]]]:  # fmt: skip
-    """Each line with its result, as they are there."""
+    """Each line with its result, in the order in which they end."""
     for line in lines:
         if line.error is not None:
             yield line, {"error": line.error}

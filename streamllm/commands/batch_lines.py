@@ -1,4 +1,4 @@
-"""The files of `streamllm batch`: one prompt a line, and one result a line, which are added as they come."""
+"""The files of `streamllm batch`: one prompt per line, and one result per line, added as soon as it is known."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-BEGINNING = b'{"line": '  # of a result
+BEGINNING = b'{"line": '  # of each line of results
 # What a line may hold besides the settings of generation.
 COPIED = ("id", "metadata")  # into the result
 PROMPTS = ("prompt", "messages")
@@ -69,7 +69,7 @@ def _line(number: int, key: str, text: str, known: set[str]) -> Line:
     copied = {name: entry[name] for name in COPIED if name in entry}
     given = [name for name in PROMPTS if name in entry]
     if len(given) != 1:
-        return wrong(f"the line must have one of {' and '.join(PROMPTS)}", copied)
+        return wrong(f"the line must have either {' or '.join(PROMPTS)}", copied)
     prompt, is_chat = entry[given[0]], given[0] == "messages"
     allowed = isinstance(prompt, list) if is_chat else isinstance(prompt, (str, list))
     if not allowed or (is_chat and not (prompt and all(isinstance(message, dict) for message in prompt))):
@@ -77,7 +77,7 @@ def _line(number: int, key: str, text: str, known: set[str]) -> Line:
         return wrong(f"{given[0]} must be {what}", copied)
     settings = {name: value for name, value in entry.items() if name not in (*COPIED, *PROMPTS)}
     if unknown := sorted(set(settings) - known):
-        return wrong(f"{unknown[0]} is not a setting; put what is only to be copied under metadata", copied)
+        return wrong(f'{unknown[0]} is not a setting; write data of your own under "metadata"', copied)
     if "logit_bias" in settings and isinstance(settings["logit_bias"], dict):  # JSON has names, not numbers
         try:
             settings["logit_bias"] = {int(name): bias for name, bias in settings["logit_bias"].items()}
@@ -87,10 +87,10 @@ def _line(number: int, key: str, text: str, known: set[str]) -> Line:
 
 
 class Results:
-    """The file of results, to which each is added when it is there. An unfinished last line is cut off.
+    """The file of results. Each is added as soon as it is known. Opening the file removes an unfinished last line.
 
     Attributes:
-        done: the numbers of the lines that have a result. failed: of those whose result is an error.
+        done: the numbers of the lines that have a result. failed: the numbers of those whose result is an error.
 
     The file is locked until the end of the `with`: a second process would compute the same lines again.
 
@@ -134,8 +134,8 @@ class Results:
                 raise _not_results(path)
             if keys.get(number) != key:
                 raise ValueError(
-                    f"{path} belongs to another run: line {number} had other text or settings; give the same again, "
-                    f"or another --output"
+                    f"{path} belongs to another run: line {number} had other text or settings; give the same lines and "
+                    f"settings again, or another --output"
                 )
             if retry_failed and "error" in result:
                 continue

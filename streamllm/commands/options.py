@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
-WEIGHT_FORMATS = ("int8", "int4")  # the keys of streamllm.models.quantized.FORMATS, which imports torch
+WEIGHT_FORMATS = ("int8", "int4")  # those of streamllm.models.quantized; importing it would import torch
 CACHE_FORMATS = ("int8",)
 OUTPUT_FILE = OutputFileParamType()
 
@@ -101,12 +101,8 @@ quantize_cache_option = click.option(
 )
 
 
-COMPILE_BACKENDS = (
-    "auto",
-    "flat",
-    "inductor",
-    "cudagraphs",
-)  # streamllm.compiled.BACKENDS, which imports torch
+# Those of streamllm.compiled; importing it would import torch.
+COMPILE_BACKENDS = ("auto", "flat", "inductor", "cudagraphs")
 compile_option = click.option(
     "--compile", "backend", type=click.Choice((*COMPILE_BACKENDS, "off")), default="auto", show_default=True,
     help="How the next token is computed. inductor is the fastest on a CPU, and compiles for half a minute the first "

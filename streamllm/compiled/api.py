@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 BACKENDS = ("auto", "flat", "inductor", "cudagraphs")
 CAPTURABLE = ("cuda",)  # device types with graphs that can be captured
 
-# What is kept for later, least recently used first to go. A cache keeps the recordings of its own steps.
+# How many recordings are kept, and how many steps of each cache. The least recently used one is dropped first.
 MAX_RECORDINGS = 16
 MAX_STEPS_OF_A_CACHE = 8
 
@@ -45,28 +45,33 @@ Recording = Callable[..., Tensor]
 def compile(model: nn.Module, backend: str | None = None) -> Compiled:
     """The model, called as before, with a faster way for single tokens.
 
-    Decoding a token is always the same work with other numbers. So it is recorded once per size of the cache, as
-    a flat list of kernels, without modules, branches and bookkeeping in between. Later tokens run from that
-    list, for one stream or for rows at different places. A window that fills is read in few sizes, and each is
-    recorded once. Prompts and chunks take the model's own way. The logits are the same, but for rounding.
-    Weights are shared with `model`.
+    Every token runs the same kernels, on other numbers. So they are recorded once for each size of the cache, as a
+    flat list of kernels without modules and branches. Later tokens run from that list, for one stream or for rows at
+    different places. While a window fills, it is read in a few sizes, and each is recorded once. Prompts and chunks
+    are computed by the model itself. The logits are those of `model`, up to rounding. Weights are shared with it.
 
-    backend: "flat" runs the kernels one by one. "cudagraphs" launches them together (the default on CUDA).
-    "inductor" hands the list to torch's compiler. On a CPU that makes one C++ function,
-    which reads weights and cache at the speed of memory; it needs a C++ compiler, and half a minute for each
-    recording. What was compiled is kept for later processes in the folder that the environment variable
-    STREAMLLM_CACHE names, or else in streamllm under XDG_CACHE_HOME or ~/.cache; it may be deleted at any
-    time. On CUDA, inductor's kernels are launched together, too. "auto", the default on a CPU, begins as "flat".
-    Where a stream goes on for some seconds, there is a C++ compiler and the weights take at most 2 GiB, it goes on
-    as "inductor", compiled meanwhile by another process at low priority. The logits then differ by rounding, so
-    a text that must be the same on each run needs "flat".
+    Args:
+        backend: one of
 
-    On CUDA with Triton, in float32 or a half type, both backends rewrite the list into a few fused kernels first
-    (triton_fusion.py), and one recording serves a stream from its first token on. Without Triton the list stays.
+            "auto"        (the default, also as None) "cudagraphs" on CUDA. On a CPU, "flat" at first; after some
+                          seconds of decoding, another process compiles for "inductor" at low priority, and tokens
+                          use the result when it is ready. That needs a C++ compiler and weights of at most 2 GiB;
+                          elsewhere it is "flat". The change alters rounding, so a text may differ from run to run.
+            "flat"        runs the kernels one by one. The same text on each run.
+            "inductor"    hands the list to torch's compiler. On a CPU that makes one C++ function, which reads
+                          weights and cache at the speed of memory. It needs a C++ compiler, and half a minute for
+                          each recording. On CUDA, its kernels are launched together.
+            "cudagraphs"  launches the kernels together, on CUDA.
+
+    Compiled libraries are kept for later processes in the folder that the environment variable STREAMLLM_CACHE names,
+    or else in streamllm under XDG_CACHE_HOME or ~/.cache. The folder may be deleted at any time.
+
+    On CUDA with Triton, in float32 or a half type, the list is first rewritten into a few fused kernels
+    (triton_fusion.py), and one recording serves a stream from its first token on. Chunks then use fused kernels, too.
 
     A tensor-parallel model is recorded with its sums over the processes, by "flat" and "cudagraphs".
 
-    Hooks on the model's modules run only for what takes the model's own way. When a model is moved, quantized or
+    Hooks on the model's modules run only where the model itself computes. When a model is moved, quantized or
     arranged anew, it is recorded anew. Raises TypeError for a model of another library, ValueError for an
     unknown backend or one that the model or its device cannot have, CompileError (a RuntimeError) where
     "inductor" finds no C++ compiler. A forward raises CompileError where compiling fails.
@@ -107,13 +112,13 @@ class Compiled(nn.Module):
         self._recorded: LRU[Any, Recording] = LRU(MAX_RECORDINGS)
         self._bound: WeakKeyDictionary[SinkCache, LRU[Any, _BoundStep]] = WeakKeyDictionary()
         self._takeovers: LRU[Any, Takeover] = LRU(MAX_RECORDINGS)  # of "auto"
-        self._by_rows = False  # whether the weights have the layout of loops
+        self._by_rows = False  # whether the weights are stored by rows, as loops read them
         self._weights = _WeightAddresses()
         self._chunks: FusedChunks | None = None
         self._layout = layout_of(self.model)
 
     def __getstate__(self) -> dict[str, Any]:
-        """For copy.deepcopy and pickle: a copy has its own weights, and nothing is recorded of them."""
+        """For copy.deepcopy and pickle: a copy has weights of its own, so it gets no recordings."""
         recorded = "_recorded", "_bound", "_takeovers", "_weights", "_chunks", "_layout"
         return {name: value for name, value in self.__dict__.items() if name not in recorded}
 
@@ -138,7 +143,7 @@ class Compiled(nn.Module):
         """As the model's own forward."""
         if isinstance(cache, SinkCache) and tokens.dim() == 2 and tokens.shape[1] == 1:
             check_tokens(self.model, tokens, logits_to_keep)  # type: ignore[arg-type]
-            if check_lengths(tokens, cache, lengths) is None:  # every row takes its token in
+            if check_lengths(tokens, cache, lengths) is None:  # None: every row has a token
                 cache.check_model(self.geometry, tokens.device)
                 with self._layout, cache.guard, torch.no_grad():
                     cache.finish_commit()
@@ -178,22 +183,22 @@ class Compiled(nn.Module):
             step = self._bind(cache, self._given(tokens, cache, kinds), kinds, key, loops)
             if step is None:
                 return self._step(tokens, cache)
-            # Only now: binding may have forgotten older ones.
+            # Only now: `_bind` may have cleared self._bound.
             self._bound.setdefault(cache, LRU(MAX_STEPS_OF_A_CACHE)).put(key, step)
         return step
 
     def _kinds(self, tokens: Tensor, cache: SinkCache, fused: bool, loops: bool) -> tuple[TokenKinds, Any]:
         """What the next token's recording depends on, and the key under which it is kept."""
-        # Compiling takes long: then one recording serves a window that fills and one that is full.
+        # Kernels that take long to compile serve a window that fills and a full one by one recording.
         kinds = cache.token_kinds(recorded=True, for_any_place=fused or loops)
         if fused or (loops and self.backend == "auto"):
-            # A fused kernel reads what is held, whatever the number of slots. A library is compiled only once.
+            # A fused kernel reads the entries that are held, of any number of slots. "auto" compiles one library.
             kinds = {own: replace(kind, reads=cache._slots_of(own)) for own, kind in kinds.items()}
         threads = cache.device.type == "cpu" and torch.get_num_threads()
         return kinds, (loops, *kinds.items(), tokens.dtype, torch.is_inference_mode_enabled(), threads)
 
     def _takeover(self, tokens: Tensor, cache: SinkCache, kinds: TokenKinds, key: Any) -> Takeover:
-        """The way to a library for the next token, one token further."""
+        """The Takeover for tokens like the next one, advanced by one token."""
         name = cache.recording_key, key
         takeover = self._takeovers.get(name)
         if takeover is None:
@@ -240,7 +245,10 @@ class Compiled(nn.Module):
     def _bind(
         self, cache: SinkCache, given: Sequence[Tensor], kinds: TokenKinds, key: Any, loops: bool
     ) -> _BoundStep | None:
-        """The recording for caches like this one, with this cache's own tensors. None: another way must be taken."""
+        """The recording for caches like this one, with this cache's own tensors.
+
+        None: it cannot be used, and `_step` chooses again.
+        """
         recording_key = (cache.recording_key, key)
         recording = self._recorded.get(recording_key)
         if recording is None:
@@ -252,7 +260,7 @@ class Compiled(nn.Module):
             elif loops:
                 with self._layout.changing():
                     recording = self._record_loops(given, step, self._takeovers.get(recording_key))
-                if recording is None:  # the model was quantized meanwhile, say
+                if recording is None:  # for example, the model was quantized meanwhile
                     self._takeovers.put(recording_key, Takeover())
                     return None
             else:
@@ -263,7 +271,7 @@ class Compiled(nn.Module):
         return _BoundStep(recording, given)
 
     def _record(self, given: Sequence[Tensor], function: Callable[[], Tensor]) -> Recording:
-        function()  # once before: constants that are remembered are then not recorded
+        function()  # fills the caches of constants, so that computing them is not recorded
         with Recorder(given) as recorder:
             result = function()
         recorded = recorder.finish(result)
@@ -275,7 +283,7 @@ class Compiled(nn.Module):
         return made
 
     def _loops_graph(self, given: Sequence[Tensor], function: Callable[[], Tensor]) -> fx.GraphModule:
-        """The list of kernels that becomes loops: its weights are stored by rows."""
+        """The recorded list that becomes loops. Stores the weights by rows first, as loops read them."""
         linear.arrange_by_rows(self.model)
         function()
         with Recorder(given) as recorder:
@@ -296,7 +304,7 @@ class Compiled(nn.Module):
                 if takeover.library is None or takeover.key != now.key():
                     return None
                 made = cpu_loops.with_constants(takeover.library, constants)
-        except BaseException:  # Ctrl-C, too: for a caller who goes on without
+        except BaseException:  # also Ctrl-C: the caller may use the model without loops
             linear.arrange(self.model)
             raise
         self._by_rows = True
@@ -334,7 +342,7 @@ class Compiled(nn.Module):
         trim_heap()
 
     def _remember_weights(self) -> bool:
-        """Where the weights are now. Where fusing or arranging moved them, older recordings are stale: then True."""
+        """Note where the weights are. Returns True where they have moved, and then drops older recordings."""
         moved = not self._weights.unchanged()
         if moved:
             self._recorded.clear()
@@ -375,7 +383,7 @@ class _BoundStep:
 
 
 class _CapturedStep(_BoundStep):
-    """The same, captured as one launch. Tokens and places are copied to where the capture reads them."""
+    """As `_BoundStep`, captured as one CUDA graph. Tokens and places are copied to where the graph reads them."""
 
     def __init__(self, recording: Recording, given: Sequence[Tensor]) -> None:
         super().__init__(recording, given)
@@ -391,7 +399,7 @@ class _CapturedStep(_BoundStep):
 
 
 class _WeightAddresses:
-    """Where a model's weights were when they were recorded: recordings read them there."""
+    """The addresses of a model's weights at the time of recording, from which recordings read."""
 
     def __init__(self, model: nn.Module | None = None) -> None:
         found = [
@@ -410,11 +418,11 @@ class _WeightAddresses:
         self._addresses = [weight.data_ptr() for _, _, weight in dense]
 
     def unchanged(self) -> bool:
-        """Whether no weight was replaced, converted or arranged anew. Asked per token, so without a Python loop."""
+        """Whether no weight was replaced, converted or arranged anew. Runs for each token, so without a Python loop."""
         now: Iterable[Any] = map(operator.getitem, self._owners, self._names)
         try:
             same = list(map(Tensor.data_ptr, now)) == self._addresses
-        except (RuntimeError, TypeError, KeyError):  # packed since, or removed
+        except (RuntimeError, TypeError, KeyError):  # a weight was packed or removed meanwhile
             return False
         return same and all(
             getattr(owner[name], "packed", None) is blocks for owner, name, blocks in self._packed

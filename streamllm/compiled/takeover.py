@@ -1,8 +1,8 @@
 """Takeover: a library that another process compiles while tokens already run from the flat list.
 
-Compiling takes half a minute or more, and pays only for a stream that goes on. So the first tokens run from the
-flat list. A stream that has gone on for a while is worth a look for a library that an earlier process kept; then one
-is compiled at low priority. When it is there, the next token takes it.
+Compiling takes half a minute or more, which only a long stream is worth. So the first tokens run from the flat list.
+After a few tokens, this looks for a library that an earlier process kept. After some seconds, it compiles one at low
+priority. As soon as the library is ready, tokens run from it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _one_at_a_time = threading.Lock()  # caches of many sizes must not start as many
 
 
 def can_pay(model: nn.Module) -> bool:
-    """Whether a library may be compiled for this model here: there is a compiler, and the model is not too large."""
+    """Whether compiling can be worth it here: there is a compiler, and the model is not too large."""
     try:
         library.check()
     except CompileError:
@@ -33,7 +33,7 @@ def can_pay(model: nn.Module) -> bool:
 
 
 class Takeover:
-    """The way to the library of one kind of token. `advance` is called once for each token."""
+    """Obtains the library for one kind of token. `advance` is called once for each token."""
 
     def __init__(self) -> None:
         self.library: Library | None = None  # once it is ready
@@ -44,7 +44,7 @@ class Takeover:
         self._failed = False
 
     def advance(self, request: Callable[[], Request]) -> bool:
-        """Whether the library is ready. request: makes what is to be compiled; called once, and takes a while."""
+        """Whether the library is ready. request: makes the request to compile; called once, takes long."""
         if self.library is not None or self._failed:
             return self.library is not None
         self._tokens += 1
@@ -52,7 +52,7 @@ class Takeover:
             try:
                 found = request()
                 self.library, self.key = library.kept(found), found.key()
-            except Exception:  # such as no memory for the other layout: the flat list goes on
+            except Exception:  # such as no memory for the other layout: tokens still run from the flat list
                 self._failed = True
                 return False
             self._request = found
@@ -67,7 +67,7 @@ class Takeover:
         return time.monotonic() - self._begun > COMPILE_AFTER_SECONDS
 
     def wait(self) -> None:
-        """Until the compilation that has begun, if one has, is over."""
+        """Wait until a compilation that has begun is over."""
         if self._compiling is not None:
             self._compiling.join()
 
@@ -75,5 +75,5 @@ class Takeover:
         try:
             with _one_at_a_time:
                 self.library = library.compiled(request, low_priority=True)
-        except Exception:  # the flat list goes on, whatever it was
+        except Exception:  # whatever it was: tokens still run from the flat list
             self._failed = True

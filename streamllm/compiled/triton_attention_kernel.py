@@ -11,7 +11,7 @@ from streamllm.compiled.triton_kernel_helpers import after_previous, before_next
 
 @triton.jit
 def rotated(value, partner, cosines, sines, d, ROTATED: tl.constexpr):
-    """The first ROTATED dimensions of rows [..., D] turned; `partner` holds dimension d + ROTATED / 2."""
+    """The first ROTATED dimensions of rows [..., D], rotated; `partner` holds dimension d + ROTATED / 2."""
     cos = tl.load(cosines + d, mask=d < ROTATED, other=1.0).to(tl.float32)
     sin = tl.load(sines + d, mask=d < ROTATED, other=0.0).to(tl.float32)
     return value * cos + partner * sin
@@ -82,7 +82,7 @@ def attention(
     joins what all have read, by their log-sum-exp. arrived [B · HEADS]: 0 before, counts the splits that are done.
 
     The sinks are scored by the query rotated at min(t - gap, SLOTS - 1), or biased by that distance: the gap is
-    how far start lies behind the sinks, where entries were taken out. Keys before start are not seen.
+    how far start lies after the sinks, where entries were taken out. Keys before start are not seen.
     INT8: keys, values are the numbers of the ring's recent part, with a scale for each; sinks are apart.
     """
     pair = tl.program_id(0)
@@ -191,7 +191,7 @@ def attention(
         slope = tl.load(slopes + head, mask=r < SHARED, other=0.0) * bias_scale
         rank = tl.minimum(t - (start_place - SINKS), SLOTS - 1).to(tl.int32)
 
-    # The new token. As a sink, it stands where the query for the sinks does.
+    # The new token. As a sink, it is rotated at the place of the query for the sinks.
     LANES: tl.constexpr = BLOCK if ONE else SHARED_PADDED
     own_query = query.to(tl.float32)
     if SINKS > 0 and ROTATED > 0:
@@ -230,7 +230,7 @@ def attention(
     newest = slot - SINKS
     reach = tl.minimum(t - start_place, window).to(tl.int32)  # how far back the query sees
     for first in range(begin, tl.minimum(begin + share, recent), BLOCK):
-        at = first + tl.arange(0, BLOCK)  # in the ring behind the sinks
+        at = first + tl.arange(0, BLOCK)  # in the ring after the sinks
         back = newest - at
         back = tl.where(back < 0, back + window, back)  # of a key from the query
         seen = (at < recent) & (at != newest)

@@ -1,13 +1,13 @@
 """Chunks of a prompt on CUDA, with few kernels around the products and flash attention.
 
-    norm, with the sum in front of it         one kernel
+    norm, with the sum before it              one kernel
     activation(gate) · up                     one kernel
     products of one input                     one product
     rotation of q to two places               one kernel, and one for k
     the sinks beside flash attention          one kernel
 
 The model's forward is recorded once, while it computes its first chunk. Attention stays a call in this recording,
-with the plan of the chunk at hand, so that one recording serves chunks of any length at any place.
+with the plan of the current chunk, so that one recording serves chunks of any length at any place.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from streamllm.models.base import CausalLM
 from streamllm.models.step import Plan, Step
 
 NOTED = (*triton_attention.NOTED, *triton_products.NOTED)
-MAX_SINKS = 256  # more are read by products
+MAX_SINKS = 256  # with more, the model's own attention is used
 
 
 class FusedChunks:
-    """Stands in for a model in `CausalLM.forward`: the same, but for `hidden`.
+    """Takes a model's place in `CausalLM.forward`. Only `hidden` differs.
 
     `recorded` is called when weights may have moved. Where the model is not covered, or a kernel fails, `usable` is
     False and the model computes by itself.
@@ -46,14 +46,14 @@ class FusedChunks:
         self._function: Callable[..., Tensor] | None = None
         self._plan: Plan | None = None
         self._ropes: dict[int, rotary.Rope | None] = {}  # by layer
-        self._rotations: dict[int | None, rotary.Rotation] = {}  # of the chunk at hand, by window
+        self._rotations: dict[int | None, rotary.Rotation] = {}  # of the current chunk, by window
         self.usable = True
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
 
     def hidden(self, tokens: Tensor, plan: Plan) -> Tensor:
-        """As the model's."""
+        """As the model's `hidden`, from the recording."""
         if not self.usable:
             return self._model.hidden(tokens, plan)  # type: ignore[no-any-return, operator]
         if self._function is None:
@@ -76,7 +76,7 @@ class FusedChunks:
             result = self._model.hidden(tokens, plan)  # type: ignore[operator]
         module = recorder.finish(result)
         recorded = Recorded(module, recorder, [tokens])
-        recorded.rows = 1 << 30  # products stay cuBLAS's
+        recorded.rows = 1 << 30  # above MAX_MATVEC_ROWS, so that cuBLAS computes the products
         if recorded.calls(linear.quantized_kernel) or not self._keep_attention(recorded, plan):
             self.usable = False
             return result  # type: ignore[no-any-return]
@@ -86,7 +86,7 @@ class FusedChunks:
         return result  # type: ignore[no-any-return]
 
     def _keep_attention(self, recorded: Recorded, plan: Plan) -> bool:
-        """Make each layer's attention one call, from queries and keys before their rotation. Whether all were found."""
+        """Replace rotation, append and attention of each layer by a call of `_attend`. Whether all were found."""
         tables: dict[int, NotedCall] = {}
         for call in recorded.calls(rotary.rotation):
             for name in ("query", "sink_query", "new_key"):
@@ -137,7 +137,7 @@ class FusedChunks:
 def _before_rotation(
     recorded: Recorded, tensor: Tensor, tables: dict[int, NotedCall]
 ) -> tuple[fx.Node | None, rotary.Rope | None]:
-    """The node before a rotation, and by what it was rotated: None where it was not."""
+    """The node that was rotated, and its Rope; for a tensor without rotation, its own node and None."""
     call = recorded.of_result.get(id(tensor))
     if call is None or call.function is not rotary._rotate:
         return recorded.node(tensor), None
@@ -146,7 +146,7 @@ def _before_rotation(
 
 
 def rotated(x: Tensor, table: rotary.Table, sink_table: rotary.Table | None) -> tuple[Tensor, Tensor | None]:
-    """x [B, H, T, D] turned by one or two tables of a Rotation; stored as [B, T, H, D]."""
+    """x [B, H, T, D] rotated by one or two tables of a Rotation; stored as [B, T, H, D]."""
     batch, heads, length, dim = x.shape
     if x.stride(3) != 1:
         x = x.contiguous()
@@ -173,7 +173,8 @@ def attended_chunk(
         return attention.attend(query, sink_query, keys, values, step, scale)
     if not apart:
         end = band.start + length
-        skipped = {0: band.columns, band.columns: 0}.get(band.first)  # the keys, each once and in order
+        # How many columns to skip, so that each key is read once, in order.
+        skipped = {0: band.columns, band.columns: 0}.get(band.first)
         if skipped is None or end > band.columns + band.window:
             return attention.attend(query, sink_query, keys, values, step, scale)
         whole = keys[:, :, skipped:], values[:, :, skipped:]
@@ -194,10 +195,11 @@ def attended_chunk(
 def with_sinks(
     query: Tensor, keys: Tensor, values: Tensor, run: Tensor, log_sums: Tensor, place: int, scale: float
 ) -> Tensor:
-    """One softmax over the sinks and a run that was read already.
+    """One softmax over the sinks and over keys that flash attention has read.
 
-    query [B, H, T, D] meets the sinks [B, G, S, D], as far as they do not lie behind it; the first stands at `place`.
-    run [B, H, N, D] and log_sums [B, H, N] are of the last N queries. Returns [B, H, T, D].
+    query [B, H, T, D] is rotated for the sinks [B, G, S, D]. The first query is at `place`; each sees the sinks up to
+    its own place. run [B, H, N, D] and log_sums [B, H, N]: the result of flash attention for the last N queries, and
+    its log-sum-exp. Returns [B, H, T, D].
     """
     batch, heads, length, dim = query.shape
     sinks, groups = keys.shape[2], keys.shape[1]

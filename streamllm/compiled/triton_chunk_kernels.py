@@ -13,9 +13,9 @@ def rotate_heads(
     x_batch, x_head, x_token, table_batch, T, HEADS: tl.constexpr, D: tl.constexpr, D_PADDED: tl.constexpr,
     ROTATED: tl.constexpr, BOTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """x [B, HEADS, T, D] turned by the tables [R, T, ROTATED]: out [B, T, HEADS, D], and by a second pair: sink_out.
+    """x [B, HEADS, T, D] rotated by the tables [R, T, ROTATED]: out [B, T, HEADS, D]; and by a second pair: sink_out.
 
-    Grid [B · T, HEADS / BLOCK]. Dimensions from ROTATED on stay.
+    Grid [B · T, HEADS / BLOCK]. Dimensions from ROTATED on are copied.
     """
     b = (tl.program_id(0) // T).to(tl.int64)
     t = tl.program_id(0) % T
@@ -47,8 +47,10 @@ def join_sinks(
 ):  # fmt: skip
     """out [B, T, H, D]: one softmax over the sinks and what `run` [B, T - first, H, D] has read, by its log-sum-exp.
 
-    query [B, T, H, D] meets the sinks, the first SINKS of keys and values [B, HEADS, K, D]; query i stands at
-    place + i and sees the sinks up to itself. Queries before `first` see nothing else. log_sums [B, H, T - first].
+    query [B, T, H, D] is rotated for the sinks, the first SINKS of keys and values [B, HEADS, K, D]. Query i is at
+    place + i and sees the sinks up to its own place. Queries before `first` see nothing else. log_sums
+    [B, H, T - first].
+
     Grid [T · SHARED / ROWS, B · HEADS]: the SHARED query heads of one key head, for some tokens, are the rows.
     """
     b = (tl.program_id(1) // HEADS).to(tl.int64)
@@ -87,7 +89,7 @@ def join_sinks(
         fade = tl.exp(best - level)
         total = total * fade + tl.sum(weights, 1)
         read = read * fade[:, None] + tl.dot(weights.to(value.dtype), value, input_precision="ieee")
-        if value.dtype != tl.float32:  # sinks weigh much: what rounding has taken from their weights is added
+        if value.dtype != tl.float32:  # sinks have large weights, so what their rounding cut off is added
             rest = weights - weights.to(value.dtype).to(tl.float32)
             read += tl.dot(rest.to(value.dtype), value)
         best = largest

@@ -1,4 +1,4 @@
-"""Triton kernels for products with int4 weights: `matvec` and `matmul_rows` of triton_kernels.py, for these.
+"""Triton kernels for products with int4 weights: as `matvec` and `matmul_rows` of triton_kernels.py.
 
 A weight [N, K / 2] is by rows, as models/quantized.py stores it: in each group of inputs, byte i holds input i in its
 lower half and input i + GROUP / 2, each as 0 … 15 for -8 … 7. scale [N, K / GROUP].
@@ -23,7 +23,7 @@ def matvec(
 ):  # fmt: skip
     """out [N] = residual + activation(weight @ norm(x) + bias) · (up_weight @ norm(x) + up_bias), for one row x [K].
 
-    A round of the loop reads BG groups. A thread that reads a whole group sums it without the others.
+    A round of the loop reads BG groups. One thread reads a whole group, so it sums the group by itself.
     """
     HALF: tl.constexpr = GROUP // 2
     GROUPS: tl.constexpr = K // GROUP

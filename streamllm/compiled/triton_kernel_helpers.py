@@ -41,12 +41,12 @@ prmt.b32 $1, c, d, 0x7632;
 
 @triton.jit
 def after_previous(EARLY: tl.constexpr):
-    """Wait for the results of the kernel in front.
+    """Wait for the results of the previous kernel.
 
-    EARLY: kernels are launched with launch_pdl, so one may run beside the end of the one in front. Until here, it
-    reads only what no kernel of the step writes. What came before the one in front is complete then, too, because
-    that one has waited for it. 1: the next kernel may start when all programs of this one are here; 2: when they are
-    at `before_next`.
+    EARLY: kernels are launched with launch_pdl, so a kernel may start before the previous one has ended. Until
+    here, it reads only what no kernel of the step writes. Earlier kernels are complete here, too, because the previous
+    one has waited for them. 1: the next kernel may start when all programs of this one are here; 2: when they are at
+    `before_next`.
     """
     if EARLY > 0:
         gdc_wait()

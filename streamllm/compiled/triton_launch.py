@@ -22,7 +22,7 @@ JOINED = 8192  # float32 numbers of the splits that attention joins at a time
 
 
 def _early(x: Tensor, width: int) -> dict[str, Any]:
-    """The options of every launch: on a Hopper GPU or later, a kernel starts beside the end of the one in front.
+    """The options of every launch: on a Hopper GPU or later, a kernel starts before the previous one has ended.
 
     In narrow models, whose kernels last a few microseconds, the next one starts even earlier.
     """
@@ -174,7 +174,7 @@ def rope_tables(
 ) -> tuple[Tensor, ...]:
     """float32 [R, dim] each: cosines and sines of the query, of the query for sinks, and of the new key.
 
-    With sinks=0 all stand at one place, and the tables are the same tensors. frequencies float64 [dim / 2].
+    With sinks=0 all are at one place, and the tables are the same tensors. frequencies float64 [dim / 2].
     """
     kinds, half, rows = 3 if sinks else 1, len(frequencies), len(places)
     out = torch.empty(kinds, 2, rows, 2 * half, dtype=torch.float32, device=places.device)
@@ -205,7 +205,7 @@ def attended(
     """q [B, 1, H · D], k and v [B, 1, G · D] as they were projected -> [B, 1, H · D], with the new token stored.
 
     ring: keys and values [B, G, S + W, D]; or the sinks, scales and numbers of an int8 ring. places int64 [R].
-    starts int64 [B]: the first place behind the sinks. arrived int32 [B · G], all 0. tables: six of
+    starts int64 [B]: the first place after the sinks. arrived int32 [B · G], all 0. tables: six of
     `rope_tables`, or none. head_norms: weights [D] of q and k, and their eps. alibi: slopes float32 [H], and what
     they are multiplied by. tile: an AttentionTile.
     """
@@ -232,7 +232,7 @@ def attended(
     sink_block = block if shared == 1 else min(block, max(16, power_of_two(sinks)))
     early = _early(q, q.shape[1])
     if early["launch_pdl"] and batch * heads * splits < 2 * triton_tiles.multiprocessors(q.device):
-        # So few programs, started early, crowd where the kernel in front ends first: with some tiles, a token of 8B
+        # Few programs that start early crowd the multiprocessors that become free first: with some tiles, a token of 8B
         # then took 4.6 ms instead of 4.1 (tools/gpu_check.py --parts decode-8b, H200, 2026-11).
         early["launch_pdl"] = False
     q_norm, k_norm, q_eps, k_eps = (q, k, 0.0, 0.0) if head_norms is None else head_norms

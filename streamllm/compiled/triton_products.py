@@ -189,7 +189,7 @@ class ProductFusion:
         return sorted(joined, key=lambda product: self.recorded.order[product.out])
 
     def _groups(self, products: Iterable[_Product]) -> list[list[_Product]]:
-        """Products that become one, in groups: of one input, with nothing behind them."""
+        """Products that become one, in groups: of one input, with nothing after them."""
         groups: dict[Any, list[_Product]] = {}
         for product in products:
             plain = product.activation == kernels.NONE and product.up is None

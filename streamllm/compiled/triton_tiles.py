@@ -1,4 +1,4 @@
-"""Tile sizes of the Triton kernels: what was measured on this GPU and kept, a table, or a rule, in this order.
+"""Tile sizes of the Triton kernels: the best ones measured on this GPU, if kept; else a table's; else a rule's.
 
 `triton_tune.py` measures, and keeps the result for later processes beside compiled libraries (`library.folder`).
 """
@@ -14,9 +14,9 @@ from torch import Tensor
 
 from streamllm.compiled import library
 
-MAX_MATVEC_ROWS = 16  # up to this many rows, a product reads its weights by our kernels; above, by cuBLAS
+MAX_MATVEC_ROWS = 16  # up to this many rows, our kernels compute a product; above, cuBLAS
 INTERPRETED_SPLITS = 3
-# When a kernel lets the next one start: before its loop, or behind it. On an H200 (2026-11, tools/gpu_check.py --parts
+# When a kernel lets the next one start: before its loop, or after it. On an H200 (2026-11, tools/gpu_check.py --parts
 # decode-8b decode-1b), 8B is 1.08 times as fast with the second, and 1B 1.06 times as fast with the first.
 FROM_THE_START, AT_THE_END = 1, 2
 NARROW = 2048
@@ -29,8 +29,8 @@ class Tile(NamedTuple):
     inputs: int  # per round of its loop
     warps: int
     stages: int = 3
-    rows: int = 16  # not for one row
-    ahead: int = 0  # for one row: tiles that are loaded before the kernel in front has ended, 0 or 1
+    rows: int = 16  # for several rows
+    ahead: int = 0  # for one row: tiles that are loaded before the previous kernel has ended, 0 or 1
     fold: int = 1  # for one row: adjacent products that share a sum
 
 
@@ -43,7 +43,7 @@ class AttentionTile(NamedTuple):
     stages: int
 
 
-# A program costs milliseconds there.
+# Triton's interpreter takes milliseconds for a program, so its tiles are large.
 INTERPRETED_TILES = {1: Tile(64, 32, 4, fold=4), 2: Tile(64, 32, 4, ahead=1), 4: Tile(64, 32, 4, ahead=1)}
 # By outputs, inputs, gated and bytes of a weight, for a product with one row: the fastest tile on an H200 (torch 2.11,
 # triton 3.6), 2026-11. tools/gpu_check.py --parts tiles measures them again.
@@ -83,7 +83,7 @@ def on_gpu(device: torch.device) -> bool:
 
 @lru_cache(maxsize=16)
 def starts_early(device: torch.device) -> bool:
-    """Whether a kernel may be launched before the one in front of it has ended: programmatic dependent launch."""
+    """Whether a kernel may be launched before the previous one has ended: programmatic dependent launch."""
     return on_gpu(device) and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
@@ -137,7 +137,7 @@ def _int4_tile(rows: int, outputs: int, inputs: int, gated: bool) -> Tile:
 
 
 def _rule(outputs: int, inputs: int, gated: bool, itemsize: int) -> Tile:
-    """A few rows, so that each thread uses what it has loaded of x for all of them."""
+    """Few outputs per program, so that each thread loads its part of x once and uses it for all of them."""
     columns = min(512 if gated else 1024, _power_of_two(inputs))
     rows = min(8 if itemsize == 1 else 4 if itemsize == 2 else 2, _power_of_two(outputs))
     fold = 16 // itemsize if columns >= 512 else 1
@@ -155,7 +155,7 @@ def attention_tile(
 ) -> AttentionTile:
     """For B · G pairs, `shared` query heads each, and a cache in `dtype` or int8.
 
-    By the rule, each multiprocessor has about one program, which fills it; without matrix units, four.
+    The rule gives each multiprocessor about one program; four where the kernel does not use matrix units.
     """
     itemsize = 1 if int8 else dtype.itemsize
     small = shared == 1 or dtype.itemsize > 2 or dim > 128

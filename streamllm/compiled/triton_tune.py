@@ -1,4 +1,4 @@
-"""Measures tiles of the Triton kernels on the GPU at hand. `triton_tiles.keep_tiles` keeps the best."""
+"""Measures tiles of the Triton kernels on this GPU. `triton_tiles.keep_tiles` keeps the best."""
 
 from __future__ import annotations
 

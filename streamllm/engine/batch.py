@@ -1,4 +1,4 @@
-"""Batch: one step after the other. Prompts are read in chunks, and running streams get a token each."""
+"""Batch: advances many streams step by step. A step reads prompts in chunks, and gives each running stream a token."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from streamllm.engine.slots import Slots
 from streamllm.models.checks import whole_number
 from streamllm.sampling import RowSettings, Sampler, check_finite, sample
 
-# Backends whose step takes long to make: one size of the batch, so that it is made once.
+# These backends compile for long. So the batch has one size, and its step is compiled once.
 ONE_SIZE_BACKENDS = ("inductor", "cudagraphs")
 LEAST_PREFILL, CUDA_PREFILL = 16, 512  # tokens
 
@@ -24,8 +24,8 @@ class Batch:
     """Rows in slots, and rows that wait for one.
 
     Args:
-        prefill_tokens: while streams run, a step reads at most so many tokens of prompts, so that the streams do not
-            stall. None: 512 on CUDA, elsewhere twice the number of slots, at least 16.
+        prefill_tokens: while streams run, a step reads at most this many tokens of prompts, so that the streams do
+            not stall. None: 512 on CUDA, elsewhere twice the number of slots, at least 16.
     """
 
     def __init__(
@@ -41,10 +41,10 @@ class Batch:
     ) -> None:
         count = whole_number("slots", count, 1)
         compiled = model if isinstance(model, Compiled) else None
-        # Chunks of one token go without the compiled step, which would be made once more for a single row.
+        # A chunk of one token runs on the plain model: the compiled step would be compiled again for a single row.
         self.plain: nn.Module = model if compiled is None else compiled.model
         if compiled is not None and compiled.backend == "auto":
-            # The library that "auto" compiles meanwhile is fast for one row. The steps of a batch have several sizes.
+            # "auto" compiles one library, for a stream alone. A batch has several sizes, and each would need its own.
             model = compile(self.plain, "flat")
         one_size = isinstance(model, Compiled) and model.backend in ONE_SIZE_BACKENDS
         self.slots = Slots(model, count, sinks, window, chunk, quantize, one_size)
@@ -92,7 +92,7 @@ class Batch:
     def step(self) -> bool:
         """Advance each row by a token, or read a part of its prompt. Returns whether there was a row to advance.
 
-        A row that fails is taken out, and the others go on. An error of the forward takes all out that it was for.
+        A row that fails is taken out, and the others go on. An error in a forward takes out all rows of that forward.
         """
         self._steps += 1
         self._admit()
@@ -161,7 +161,8 @@ class Batch:
                     check_finite(best)
                     row.loop.set_drawn(token)
         for row in rows:
-            if row.sampler.logits_processor is not None:  # it may fail, so each is called alone
+            # A user's function may fail, so each of these rows is drawn alone.
+            if row.sampler.logits_processor is not None:
                 with self._taking_out(row):
                     row.loop.draw(row.sampler, row.generated, run_ahead=False)
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 Result = TypeVar("Result")
 
-AHEAD = 256  # pieces that an endless stream may be ahead of its reader
+AHEAD = 256  # unread pieces at which an endless stream pauses
 
 
 class Engine:
@@ -39,17 +39,18 @@ class Engine:
             for request in requests:
                 print(request.text())        # or `for piece in request`, or `async for piece in request`
 
-    A stream generates what it would generate alone, whoever its neighbours are: the same text in exact arithmetic,
-    and with rounding the same up to ties. When all slots are taken, requests wait in the order in which they came.
+    A stream sees nothing of its neighbours, and generates what it would generate alone. Rounding depends on the number
+    of streams, so a text may differ where two tokens are almost equally likely. When all slots are taken, requests
+    wait in the order in which they came.
 
     Args:
         slots: how many streams run at once. Each slot is the memory of one cache.
         sinks, window, chunk, quantize: of every stream, see `SinkCache`.
-        prefill_tokens: while streams run, at most so many tokens of new prompts are read between two of their tokens,
-            so that they do not stall. None: 512 on CUDA, elsewhere twice the number of slots, at least 16.
+        prefill_tokens: while streams run, at most this many tokens of new prompts are read between two of their tokens,
+            so that the streams do not stall. None: 512 on CUDA, elsewhere twice the number of slots, at least 16.
 
-    A compiled model (`streamllm.compile`) steps all slots by one recording. Raises ValueError for wrong arguments
-    and for a tensor-parallel model, TypeError for a model of another library.
+    A compiled model (`streamllm.compile`) computes the slots by its recorded steps. Raises ValueError for wrong
+    arguments and for a tensor-parallel model, TypeError for a model of another library.
     """
 
     def __init__(
@@ -76,7 +77,7 @@ class Engine:
             prefill_tokens=prefill_tokens,
         )  # fmt: skip
         self._worker = _Worker(self._batch)
-        # Also when the engine is dropped, or the interpreter exits.
+        # Runs at `close`, when nothing refers to the engine any more, or when the interpreter exits.
         self._stop = weakref.finalize(self, _Worker.stop, self._worker)
 
     def __enter__(self) -> Engine:
@@ -86,7 +87,7 @@ class Engine:
         self.close()
 
     def close(self) -> None:
-        """Cancel all requests, and end the thread after the step that it is at."""
+        """Cancel all requests, and end the thread after its current step."""
         self._stop()
 
     @property
@@ -118,10 +119,10 @@ class Engine:
         Args:
             stream: a stream to go on with, for example one that was loaded or detached. Its sinks, window, quantize
                 and type must be those of the engine. Do not use it until the request has ended.
-            ahead: the stream pauses while so many pieces wait to be read. None: never where `max_new_tokens` is given,
-                else 256.
-            on_piece: is called with each piece, in the engine's thread, instead of reading the request. An error in
-                it ends this stream alone.
+            ahead: the stream pauses while this many pieces wait to be read. None: never where `max_new_tokens` is
+                given, else 256.
+            on_piece: is called with each piece, in the engine's thread; the request then has no pieces to read. An
+                error in it ends this stream alone.
 
         Raises ValueError and TypeError as `Stream.generate`, at the call; RuntimeError for a closed engine.
         """
@@ -136,7 +137,7 @@ class Engine:
         on_piece: Callable[[str], object] | None = None,
         **options: Any,
     ) -> Request:
-        """Answer a user's text, or messages, as `Stream.chat(text_or_messages, **options)` does; else as `submit`."""
+        """Answer a user's text, or messages, as `Stream.chat(text_or_messages, **options)` does. See `submit`."""
         return self._submit(
             stream, ahead, on_piece, options, lambda own: own.chat(text_or_messages, **options)
         )
@@ -166,9 +167,10 @@ class Engine:
             if own is not self._batch.plain:
                 raise ValueError("the stream belongs to another model: make an engine for that model")
             slots.check(stream.cache)
-        batch = self._batch  # the thread must not hold the engine, which ends it when dropped
+        # The thread must not refer to the engine: an engine that nothing refers to ends its thread.
+        batch = self._batch
         pieces = begin(stream)
-        slots.check(stream.cache)  # again: sinks="system" makes it anew for the first message
+        slots.check(stream.cache)  # again: with sinks="system", the first message makes a new cache
         free = _take(stream)
         try:
             mailbox = Mailbox(ahead, on_piece, self._worker.wake, free)
@@ -189,7 +191,8 @@ class Engine:
 
         if not self._worker.call(detach):
             raise RuntimeError(
-                "the stream has ended, and its slot is free: detach it before, or submit a stream"
+                "the stream has ended, so it is not in the engine any more: detach it earlier, or submit a stream "
+                "of your own (stream=…)"
             )
 
 
@@ -209,7 +212,7 @@ def _take(stream: Stream) -> Callable[[], None]:
 
 
 class _Worker:
-    """The thread that steps a batch. All that changes the batch is done there, between two steps."""
+    """The thread that steps a batch. Only this thread changes the batch, between two steps."""
 
     def __init__(self, batch: Batch) -> None:
         self.batch = batch
@@ -221,7 +224,7 @@ class _Worker:
         self._thread.start()
 
     def wake(self) -> None:
-        """Step again: a stream may go on that could not before."""
+        """Step again: a stream that was paused may now be able to go on."""
         with self._changed:
             self._awake = True
             self._changed.notify()
@@ -235,7 +238,7 @@ class _Worker:
             self._changed.notify()
 
     def call(self, function: Callable[[], Result]) -> Result:
-        """What `function` returns, called before the next step. Raises RuntimeError where the engine is closed."""
+        """Call `function` before the next step, and return its result. Raises RuntimeError for a closed engine."""
         if threading.current_thread() is self._thread:
             raise RuntimeError(
                 "call this from another thread: the thread of the engine would wait for itself"
@@ -277,14 +280,14 @@ class _Worker:
                 jobs, self._jobs = self._jobs, deque()
                 closing = self._closing
             while jobs:
-                jobs.popleft()()  # not kept: a job holds the stream that it is about
+                jobs.popleft()()  # a job refers to its stream, so no reference to the job is kept
             if closing:
                 for row in self.batch.rows():
                     self.batch.remove(row)
                 return
             try:
                 worked = self.batch.step()
-            except BaseException as error:  # of no row in particular: none of them can go on
+            except BaseException as error:  # an error of the batch itself: no row can go on
                 failure = (
                     error if isinstance(error, Exception) else RuntimeError(f"the engine failed: {error!r}")
                 )

@@ -37,7 +37,7 @@ def generate_batch(
     seed: int | None = None,
     **settings: Any,
 ) -> Iterator[tuple[int, int]]:
-    """The tokens that follow each of some prompts (ids, of any lengths): pairs of a prompt's number and its next token.
+    """Generate after each prompt (ids, of any lengths). Yields pairs of a prompt's number and its next token.
 
     Each prompt is a stream of its own, and gets the tokens that `streamllm.generate` would give it alone. Prompts are
     read from the iterable when a slot is free. A tensor-parallel model takes the same prompts in all processes.
@@ -45,14 +45,14 @@ def generate_batch(
     Args:
         slots: how many prompts run at once; None: all, at most 32. sinks, window, quantize: see `SinkCache`.
         settings: `max_new_tokens`, `logits_processor`, `generation_config` and the settings of `streamllm.generate`.
-        each: further settings of each prompt, which count before those for all, `seed` among them.
+        each: one mapping for each prompt, whose settings override `settings` and `seed`.
         seed: prompt number n samples with `seed + n`.
 
     Raises ValueError and TypeError as `streamllm.generate`, with the number of the prompt.
     """
     _check_lists(prompts, each)
     batch = Batch(model, _slots(slots, prompts), sinks=sinks, window=window, quantize=quantize)
-    # The settings for all fail now.
+    # So that wrong settings raise now, not at the first prompt.
     resolve(model, settings.get("generation_config"), _sampling(settings))
     check_max_new_tokens(settings.get("max_new_tokens"))
     return _tokens(model, batch, _jobs(prompts, each, check_seed(seed), settings))
@@ -96,7 +96,7 @@ class Completion:
     """What a model wrote after one prompt.
 
     finish_reason: "eos", "stop", "length", or None where an error ended it. tokens: how many were generated.
-    error: why the prompt has no whole completion; None where it has.
+    error: the error that ended it, or None.
     """
 
     text: str
@@ -206,7 +206,7 @@ class _Collector:
         self._found.append((self._number, made))
 
 
-# One batch after the other
+# Running a list of prompts
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ CANCELLED = "cancelled"
 class Mailbox:
     """The pieces that were generated and not read yet. The engine's thread puts them in, the reader takes them out.
 
-    ahead: the stream pauses while so many pieces wait; None: never. on_piece: is called in the engine's thread
+    ahead: the stream pauses while this many pieces wait; None: never. on_piece: is called in the engine's thread
     with each piece, instead of keeping it. wake: tells the engine that it may go on. on_end: is called at the end.
     """
 
@@ -35,7 +35,7 @@ class Mailbox:
         self._ahead, self._on_piece, self._wake, self._on_end = ahead, on_piece, wake, on_end
         self._changed = threading.Condition()
         self._pieces: deque[str] = deque()
-        self._readers: list[Callable[[], None]] = []  # of asyncio, to be called once when something changes
+        self._readers: list[Callable[[], None]] = []  # of asyncio: each is called once, at the next change
         self.is_cancelled = False
         self.has_ended = False
         self.has_failed = False
@@ -97,7 +97,7 @@ class Mailbox:
         return piece
 
     def forget(self, call_later: Callable[[], None]) -> None:
-        """Do not call this function any more."""
+        """Remove a callback that `take` was given."""
         with self._changed:
             if call_later in self._readers:
                 self._readers.remove(call_later)
@@ -186,11 +186,11 @@ class Request:
             return piece
 
     def text(self) -> str:
-        """The rest of the text, when the stream has ended. Raises the error that ended it."""
+        """Wait for the end, and return the rest of the text. Raises the error that ended the stream."""
         return "".join(self)
 
     def cancel(self) -> None:
-        """End the stream after the token that it is at. Returns at once; pieces that wait can still be read."""
+        """End the stream after its current token. Returns at once; pieces that wait can still be read."""
         self._mailbox.cancel()
 
     def detach(self) -> Stream:

@@ -91,7 +91,7 @@ class TokenRow(Row):
     def pass_on(self) -> bool:
         token = self._loop.drawn
         if token is None:
-            return True  # of 0 tokens
+            return True  # max_new_tokens is 0
         self._generated += 1
         self._receive(token)
         return token in self._sampler.config.eos or self._generated == self._limit
@@ -161,7 +161,7 @@ class TextRow(Row):
 
 
 class SlotStream(Stream):
-    """A stream that was made for a slot: its cache has no memory before."""
+    """A stream that was made for a slot: its cache has no memory until then."""
 
     def __init__(self, model: nn.Module, tokenizer: Tokenizer, cache: SinkCache) -> None:
         self._given = cache

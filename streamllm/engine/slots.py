@@ -19,15 +19,16 @@ from streamllm.cache.shared import (
     slots_used,
 )
 
-DUMMY_TOKEN = 0  # is fed to rows that do not advance, whose logits nobody reads
+DUMMY_TOKEN = 0  # fed to rows that do not advance; their logits are ignored
 
 
 class Slots:
     """One memory for `count` streams. Each stream is a `SinkCache` of batch 1, which lies in a slot while it runs.
 
-    A forward takes the first n slots, with n a number of few: half of the slots, a quarter and so on, so that few
-    streams do not pay for all slots. Streams move to lower slots where that makes n smaller. `one_size`: always
-    take all slots, so that a step which takes long to compile is compiled once.
+    A forward takes the first n slots, where n is the number of slots, half of it, a quarter and so on: few streams do
+    not pay for all slots, and n has few values. Streams move to lower slots where that makes n smaller.
+
+    one_size: every forward takes all slots, so that a step which takes long to compile is compiled once.
     """
 
     def __init__(
@@ -47,8 +48,8 @@ class Slots:
             sizes.append((sizes[-1] + 1) // 2)
         self._batches = {size: first_rows(self.memory, size) for size in reversed(sizes)}
         self._rows: list[SinkCache | None] = [None] * count
-        self._homes: dict[SinkCache, Any] = {}  # where streams lay before, if anywhere
-        self._used = [0] * count  # in how many places of each slot streams have written
+        self._homes: dict[SinkCache, Any] = {}  # the memory that streams had before, if any
+        self._used = [0] * count  # how many entries of each slot were ever written
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -83,7 +84,10 @@ class Slots:
         self._move(cache, number)
 
     def release(self, cache: SinkCache, keep: bool = False) -> None:
-        """Free the slot of a stream. It goes back to its own memory; one without any gets some if `keep`, or ends."""
+        """Free the slot of a stream.
+
+        A stream that had memory before goes back to it. Any other gets memory if `keep`; else it cannot be used again.
+        """
         number = self._rows.index(cache)
         home = self._homes.pop(cache)
         self._leave(number)
@@ -98,9 +102,9 @@ class Slots:
             move_row(cache, new_rings(self.memory))
 
     def step(self, tokens: Mapping[SinkCache, int]) -> tuple[Tensor, list[int]]:
-        """Feed a token to each of some streams. The logits [n, V], and the row of each stream in them.
+        """Feed a token to each of these streams. Returns the logits [n, V], and the row of each stream in them.
 
-        The other streams stay where they are.
+        The other streams do not advance.
         """
         size = self._tighten()
         batch = self._batches[size]
@@ -131,7 +135,7 @@ class Slots:
         return size
 
     def _move(self, row: SinkCache, number: int) -> None:
-        if rings_of(row):  # what it holds is copied, whatever that is
+        if rings_of(row):  # all of its memory is copied, used or not
             self._used[number] = row.sinks + row.window
         place_row(row, self.memory, number, self._used[number])
         self._rows[number] = row
@@ -141,7 +145,7 @@ class Slots:
         self._rows[number] = None
 
     def _note_use(self, number: int) -> None:
-        """Remember how far a stream has written in its slot: later it may go back, when tokens are taken out."""
+        """Note how far a stream has written in its slot, because taking tokens out shortens the stream."""
         row = self._rows[number]
         if row is not None:
             self._used[number] = max(self._used[number], slots_used(row))

@@ -1,10 +1,10 @@
 """Long-context tasks after the rules of RULER (Hsieh et al., arXiv 2404.06654), by distance, generated offline.
 
     needle      one key and its number, hidden in filler ("single needle")
-    variables   a chain of five variables, of which all have the value of the first; the question asks for all five
+    variables   a chain of five variables, all with the value of the first; the question asks for all five
     words       a numbered list in which one word occurs twenty times and ten others twice; the question asks for it
 
-The texts are our own. RULER fills a context of a given length; here a task stands `distance` tokens before its
+The texts are our own. RULER fills a context of a given length; here a task is stated `distance` tokens before its
 answer, so that the scores show what a window loses. RULER asks for ten common words, in any order; with one, there is
 one right answer. Answers are scored without generating, as in `streamllm.evaluate.recall`: an answer is right if
 greedy decoding gives it, after the right answers before it.
@@ -31,7 +31,7 @@ COMMON, OTHERS, OTHERS_EACH = 20, 10, 2  # how often the common word occurs; oth
 
 @dataclass(frozen=True)
 class Task:
-    """What is stated, and what is asked. A space stands before each answer, in both."""
+    """What is stated, and what is asked. A space comes before each answer, in both."""
 
     stated: tuple[tuple[str, str], ...]  # text, and the answer that follows it, "" for none
     asked: tuple[tuple[str, str], ...]  # the same; the answers are those of `stated`, in this order

@@ -17,7 +17,7 @@ class Score:
     """The log-probabilities of the tokens of a text, in nats.
 
     tokens: the ids that are scored. The first token of a text has no score where the tokenizer puts no BOS token
-    in front of it. logprobs: of each of them, given all before it. is_greedy: whether each is the likeliest.
+    in front of it. logprobs: of each of them, given all before it. is_greedy: whether each is the most likely token.
     """
 
     tokens: list[int]
@@ -43,7 +43,7 @@ def score(
     """How likely the model finds each text, or each continuation of a pair (context, continuation).
 
     Each is a stream of its own, of any length; `batch` of them are read together, `chunk` tokens of each at once. A
-    continuation is encoded as a text that goes on behind its context. A token counts -inf, with a warning, where the
+    continuation is encoded as the text that follows its context. A token scores -inf, with a warning, where the
     model's logits are not finite. Raises ValueError for a text without a token to predict.
     """
     whole, counts = [], []

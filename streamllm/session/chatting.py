@@ -142,7 +142,7 @@ def waits(stream: Stream, role: str, variables: Mapping[str, Any] | None, messag
     if dialogue.turns or role not in ("system", "developer"):
         return False
     if stream.tokenizer.chat_template is None:
-        return False  # the error about it comes now
+        return False  # `begin` raises the error now
     messages = [*dialogue.waiting, message]
     render = _renderer(stream, dict(dialogue.variables if variables is None else variables))
     try:

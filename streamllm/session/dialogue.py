@@ -2,7 +2,7 @@
 
 The text of a turn is what the template adds: the rendering with the new messages, without the rendering so far. So
 each turn is fed once. A template that writes earlier turns differently once there are later ones cannot be used
-so, and is refused.
+in this way, and is refused.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class Dialogue:
     calls: tuple[Call, ...] = ()
     waiting: tuple[Message, ...] = ()  # messages that are fed with the next one
     variables: Mapping[str, Any] = field(default_factory=dict)  # of the template; tools, too
-    pushed_to: int = 0  # the number behind its last token; a stream that is shorter stands at `before`
+    pushed_to: int = 0  # the number after its last token; for a shorter stream, `before` holds
     before: Dialogue | None = None
 
 
@@ -74,7 +74,7 @@ class Dialogue:
 class Part:
     """The text that belongs to one turn."""
 
-    role: str | None  # None: the end of the answer before
+    role: str | None  # None: the text that ends the previous answer
     content: str
     text: str
 
@@ -85,9 +85,9 @@ class Addition:
 
     parts: tuple[Part, ...]
     opening: str  # what begins the model's answer
-    # The template does not write the token that ended the last answer, or writes a space in front of it.
+    # The template does not write the token that ended the last answer, or writes a space before it.
     drop_eos: bool
-    strips_answer: bool  # as a message, the last answer has no space around it: the template writes one
+    strips_answer: bool  # the template writes its own space around an answer, so the message has none
 
     @property
     def text(self) -> str:
@@ -109,7 +109,7 @@ def check_messages(given: str | Sequence[Message]) -> list[dict[str, Any]]:
 
 
 def without_known(messages: list[dict[str, Any]], known: Sequence[Message]) -> list[dict[str, Any]]:
-    """The messages behind those that the conversation has already, where the call repeats all of them."""
+    """The new messages of a call, which may repeat all messages of the conversation before them."""
     repeated = len(messages) > len(known) > 0 and all(
         given == dict(message) for given, message in zip(messages, known, strict=False)
     )
@@ -166,7 +166,7 @@ def next_text(
     """
     given, stripped = answer, False
     if answer is not None and answer != answer.strip():
-        # The template may write the space in front of an answer itself.
+        # The template may write the space before an answer itself.
         trimmed = answer.strip()
         every = [*known, {"role": "assistant", "content": trimmed}, *new]
         stripped = render(every, generate and not continued).startswith(render(known, True) + answer)
@@ -201,7 +201,7 @@ def next_text(
 
 
 def _behind_answer(whole: str, before: str, answer: str, eos: str | None) -> tuple[int, bool]:
-    """Where the text behind an answer begins, and whether something else than its end token follows.
+    """Where the text after an answer begins, and whether something else than its end token follows.
 
     Templates strip an answer, put a space around it, or leave its reasoning out. What the model generated stays as
     it was.
@@ -223,7 +223,7 @@ def _behind_answer(whole: str, before: str, answer: str, eos: str | None) -> tup
 
 
 def _as_written(before: str, answer: str) -> Iterator[tuple[str, str]]:
-    """The text in front of an answer, and the answer, as templates write them once there are later messages."""
+    """The text before an answer, and the answer, as templates write them once there are later messages."""
     yield before, answer
     opening, begun, _ = before.rstrip().rpartition(REASONING[0])
     _, ended, text = answer.rpartition(REASONING[1])

@@ -24,7 +24,7 @@ from streamllm.weights.errors import shorten
 FORMAT = "streamllm session"
 VERSION = 1
 PARTIAL = ".partial"  # ends the name of a file that is being written
-LEFT_AFTER = 3600  # seconds after which nobody writes such a file any more
+LEFT_AFTER = 3600  # seconds; an older partial file was left by a process that ended
 SAMPLES = 16  # values of each tensor in the fingerprint
 TOLERANCE = 0.02  # relative; a value in bfloat16 is off by at most 0.004, twice rounded by 0.008
 TOKENS = 512  # of a vocabulary in the fingerprint
@@ -86,7 +86,7 @@ def remove_leftovers(path: Path) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make the new name of a file last. Not all systems can."""
+    """Make a renamed file survive a power cut. Not all systems can."""
     with suppress(OSError):
         number = os.open(folder, os.O_RDONLY)
         try:

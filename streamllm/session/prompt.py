@@ -9,7 +9,7 @@ from typing import Any
 from streamllm.session.dialogue import Message
 from streamllm.tokenizer import Tokenizer
 
-PRIVATE_USE = range(0xE000, 0xF8FF)  # characters that no text means anything by
+PRIVATE_USE = range(0xE000, 0xF8FF)  # characters without a meaning of their own
 
 
 class Spelled:

@@ -28,7 +28,7 @@ from streamllm.tokenizer import Tokenizer
 if TYPE_CHECKING:
     from streamllm.stream import Stream
 
-CACHE = "cache."  # begins the names of the cache's tensors
+CACHE = "cache."  # the prefix of the names of the cache's tensors
 LOGITS = "logits"
 
 
@@ -37,7 +37,7 @@ class Autosave:
     """Where and when a stream saves itself."""
 
     path: Path
-    tokens: int | None  # after so many tokens; None: after each turn
+    tokens: int | None  # after this many tokens; None: after each turn
 
 
 def autosave(path: str | os.PathLike[str] | None, every: int | str) -> Autosave | None:

@@ -32,7 +32,7 @@ def capture(stream: Stream, share_cache: bool = False) -> State:
     stream._settle()
     loop_state = stream._loop.state()
     view = stream._view
-    if view.answer is not None:  # its list goes on
+    if view.answer is not None:  # its list of pieces still grows
         answer = replace(view.answer, pieces=view.answer.pieces[: view.answer.count])
         view = replace(view, answer=answer)
     cache = stream.cache.state_dict() if share_cache else stream.cache.snapshot()
@@ -40,9 +40,9 @@ def capture(stream: Stream, share_cache: bool = False) -> State:
 
 
 def restore(stream: Stream, state: State) -> None:
-    """Return to a state, which can be used again. Raises ValueError where it does not fit the cache.
+    """Return the stream to a state, which can be restored again. Raises ValueError where it does not fit the cache.
 
-    After an interrupt, the next use of the stream does it again.
+    After an interrupt, the next use of the stream restores the state again.
     """
     cache = stream.cache
     own = cache.state_dict()

@@ -38,7 +38,7 @@ class Chat:
         self.stream, self.settings, self.system, self.session = stream, settings, system, session
         self.has_template = stream.tokenizer.chat_template is not None
         self._tokens, self._seconds = 0, 0.0
-        self._tries = 0  # of the last message
+        self._tries = 0  # how often the last message was answered again
 
     def run(self) -> None:
         """Read lines until the end of the input, or until the terminal is closed. The session is saved then."""
@@ -76,7 +76,7 @@ class Chat:
                     return
 
     def take(self, line: str) -> None:
-        """A message or a command. What a user can cause is told in one sentence, and the session goes on."""
+        """A message or a command. Errors that a user can cause are printed in one sentence, and the session goes on."""
         try:
             if line.startswith("/"):
                 name, _, rest = line[1:].partition(" ")
@@ -154,7 +154,7 @@ class Chat:
     def command_fork(self, rest: str) -> None:
         path = self._path(rest)
         self.stream.fork().save(path)
-        self._tell(f"a copy was saved to {path}; this session goes on apart from it")
+        self._tell(f"a copy was saved to {path}; this session goes on, and does not change the copy")
 
     def command_load(self, rest: str) -> None:
         path = self._path(rest)
@@ -223,7 +223,7 @@ class Chat:
 
 
 def _exit(number: int, frame: Any) -> None:
-    """The way out for SIGTERM and SIGHUP: the session is saved on it."""
+    """Handle SIGTERM and SIGHUP: leave the chat as usual, so that the session is saved."""
     raise SystemExit(128 + number)
 
 
@@ -236,7 +236,7 @@ def line_reader() -> Callable[[str], str]:
         from prompt_toolkit.history import FileHistory
         from prompt_toolkit.key_binding import KeyBindings
     except ImportError:
-        # A terminal alone cuts a line at 4,095 characters, and sends each line of a pasted text as a message.
+        # Without readline, a terminal cuts a line at 4,095 characters, and sends each line of a pasted text by itself.
         with suppress(ImportError):
             import readline
 

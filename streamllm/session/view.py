@@ -13,14 +13,14 @@ class Cut:
     """Tokens that leave the stream, because they hold a stop string."""
 
     start: int  # the number of the first of them
-    then: tuple[int, ...]  # the tokens of the text in front of the stop string
+    then: tuple[int, ...]  # the tokens of the text before the stop string
     cuts: int  # the cuts of the stream before this one
     dialogue: Dialogue | None = None  # the conversation without them; None: it stays
 
 
 @dataclass(frozen=True)
 class Drop:
-    """A turn that leaves the window. It is noted before anything changes, so that an interrupt can be made good."""
+    """A turn that leaves the window. It is noted before anything changes, so that `finish_drop` can complete it."""
 
     start: int  # its tokens have the numbers `start` … `stop` - 1
     stop: int
@@ -33,7 +33,7 @@ class Drop:
 
 @dataclass(frozen=True, eq=False)
 class AnswerText:
-    """The text of an answer that was shown: the first `count` pieces. Others were interrupted."""
+    """The text of an answer that was shown: the first `count` pieces. After an interrupt, there may be more pieces."""
 
     begins: int  # the number of the answer's first generated token
     pieces: list[str]
@@ -77,7 +77,7 @@ class View:
     """How far the text of a stream was decoded and shown. It is replaced as a whole."""
 
     number: int = 0  # the tokens before this number were decoded
-    generated_to: int = 0  # the number behind the last generated token that was decoded
+    generated_to: int = 0  # the number after the last generated token that was decoded
     generated: int = 0  # how many tokens were generated
     held: Held = field(default_factory=Held)  # generated text that may become a stop string
     owed: str = ""  # generated text to show first

@@ -45,7 +45,7 @@ def visible(stream: Stream, special_tokens: bool = False) -> str:
     drawn = [] if loop.drawn is None else [loop.drawn]
     recent = held[sinks:] + list(range(loop.seen, loop.seen + len(loop.unfed) + len(drawn)))
     tokens = [*loop.last_tokens(len(recent) - len(drawn)), *drawn]
-    if len(recent) > len(tokens):  # of a loop that another caller used
+    if len(recent) > len(tokens):  # another caller has used the cache
         recent = recent[len(recent) - len(tokens) :]
     every = [*zip(range(sinks), stream._view.first[:sinks], strict=False), *zip(recent, tokens, strict=True)]
     parts, before = [""], -1
@@ -86,7 +86,7 @@ def capacity(cache: SinkCache) -> int:
 
 
 def _next_turn(dialogue: Dialogue, number: int) -> int | None:
-    """Where the first turn behind a token begins."""
+    """Where the first turn after a token begins."""
     later = bisect_right(dialogue.turns, number, key=lambda turn: turn.start)
     if later < len(dialogue.turns):
         return dialogue.turns[later].start
@@ -95,7 +95,7 @@ def _next_turn(dialogue: Dialogue, number: int) -> int | None:
 
 
 def oldest_turn(stream: Stream) -> tuple[int, int] | None:
-    """The entries of the oldest whole turn behind the sinks. None where they are all of one turn."""
+    """The entries of the oldest whole turn after the sinks. None where all entries are of one turn."""
     cache = stream.cache
     count = int(cache.held[0]) - cache.sinks
     if count <= 0:
@@ -138,7 +138,7 @@ def make_room(stream: Stream) -> None:
 
 
 def read(stream: Stream, tokens: Sequence[int]) -> None:
-    """Let the cache take in the first tokens that wait. The stream derives what waits from what the cache has seen."""
+    """Feed the first tokens that wait. What the cache has not seen is what waits."""
     with torch.inference_mode():
         ids = torch.tensor([tokens], dtype=torch.int64, device=stream.cache.device)
         stream.model(ids, stream.cache, logits_to_keep=1)

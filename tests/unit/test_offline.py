@@ -340,7 +340,7 @@ def test_ctrl_c_keeps_the_results_and_the_same_command_goes_on(tmp_path, checkpo
     child.send_signal(signal.SIGINT)
     _, said = child.communicate(timeout=60)
     assert child.returncode == 130
-    assert "the same command goes on" in said
+    assert "run the same command again" in said
     assert "Traceback" not in said
     before = results(output)
     assert 8 <= len(before) < 300
