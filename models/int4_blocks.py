@@ -60,7 +60,7 @@ def _block_outputs() -> int:
     """How many outputs a block has: the fewest that can be converted apart from the others. 0 where none can."""
     if int4_convert is None:
         return 0
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
     probe = torch.randint(16, (2 * CHUNK_OUTPUTS, 4), generator=generator, dtype=torch.uint8, device="cpu")
     whole = _convert(probe)
     for size in (16, 32, CHUNK_OUTPUTS):

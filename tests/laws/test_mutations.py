@@ -111,7 +111,8 @@ def slot_off_by_one(patch):
 def slot_of_a_chunk_off_by_one(patch):
     def change(step, writes, window):
         move = writes.on_commit
-        return step, replace(writes, on_commit=replace(move, slots=S + (move.slots - S + 1) % window))
+        wrong = replace(move, slots=S + (move.slots - S + 1) % window, ranges=())
+        return step, replace(writes, on_commit=wrong)
 
     change_plans(patch, change, [CHUNK])
 

@@ -113,7 +113,7 @@ CALLS: list[tuple[str, Callable[[SinkCache], Any], str]] = [
     ("generate nothing", lambda c: streamllm.generate(MODEL, [], SinkCache(MODEL, 1, 4)), "no tokens"),
     ("generate with a dict", lambda c: streamllm.generate(MODEL, [1], generation_config={}), "GenerationConfig"),
     ("load another dtype", lambda c: streamllm.load_model(dtype="int4"), "dtype"),
-    ("load another quantize", lambda c: streamllm.load_model(quantize="int4"), "quantize"),
+    ("load another quantize", lambda c: streamllm.load_model(quantize="int2"), "quantize"),
 ]  # fmt: skip
 
 
