@@ -19,14 +19,13 @@ from streamllm.cache.checks import check_same_sizes
 from streamllm.cache.ring import (
     LayerStore,
     Layout,
-    TokenKind,
     Writes,
     plan_chunk,
     plan_ragged_chunk,
     plan_token,
-    token_kind,
 )
 from streamllm.cache.streams import RINGS, Streams
+from streamllm.cache.token_kinds import TokenKind, token_kind
 from streamllm.malloc import trim_heap
 from streamllm.models.checks import whole_number
 from streamllm.models.step import Geometry, Plan, Step, geometry_of

@@ -5,8 +5,7 @@ model = streamllm.compile(model)            # the same calls, the same logits, l
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -20,11 +19,11 @@ from streamllm.compiled import cpu_loops, cuda, fusion, library, triton_support
 from streamllm.compiled.layout import layout_of
 from streamllm.compiled.recorder import Recorder
 from streamllm.compiled.takeover import Takeover, can_pay
+from streamllm.compiled.weight_addresses import WeightAddresses
 from streamllm.lru import LRU
 from streamllm.malloc import trim_heap
 from streamllm.models import linear
 from streamllm.models.base import check_lengths, check_tokens
-from streamllm.models.packed_weight import PackedWeight
 from streamllm.models.step import Cache, Plan, geometry_of
 from streamllm.tensor_parallel import is_tensor_parallel
 
@@ -113,7 +112,7 @@ class Compiled(nn.Module):
         self._bound: WeakKeyDictionary[SinkCache, LRU[Any, _BoundStep]] = WeakKeyDictionary()
         self._takeovers: LRU[Any, Takeover] = LRU(MAX_RECORDINGS)  # of "auto"
         self._by_rows = False  # whether the weights are stored by rows, as loops read them
-        self._weights = _WeightAddresses()
+        self._weights = WeightAddresses()
         self._chunks: FusedChunks | None = None
         self._layout = layout_of(self.model)
 
@@ -347,7 +346,7 @@ class Compiled(nn.Module):
         if moved:
             self._recorded.clear()
             self._bound.clear()
-        self._weights = _WeightAddresses(self.model)
+        self._weights = WeightAddresses(self.model)
         return moved
 
     def _uses_triton(self, cache: SinkCache) -> bool:
@@ -396,34 +395,3 @@ class _CapturedStep(_BoundStep):
         self._tokens.copy_(tokens)
         cache.write_places(self._places)
         return self._replay().clone()  # the next replay overwrites it
-
-
-class _WeightAddresses:
-    """The addresses of a model's weights at the time of recording, from which recordings read."""
-
-    def __init__(self, model: nn.Module | None = None) -> None:
-        found = [
-            (module._parameters, name, weight)
-            for module in (() if model is None else model.modules())
-            for name, weight in module._parameters.items()
-            if weight is not None
-        ]
-        # A packed weight has no address. Its blocks are replaced as a whole, never changed in place.
-        self._packed = [
-            (owner, name, weight.packed) for owner, name, weight in found if isinstance(weight, PackedWeight)
-        ]
-        dense = [entry for entry in found if not isinstance(entry[2], PackedWeight)]
-        self._owners = [owner for owner, _, _ in dense]
-        self._names = [name for _, name, _ in dense]
-        self._addresses = [weight.data_ptr() for _, _, weight in dense]
-
-    def unchanged(self) -> bool:
-        """Whether no weight was replaced, converted or arranged anew. Runs for each token, so without a Python loop."""
-        now: Iterable[Any] = map(operator.getitem, self._owners, self._names)
-        try:
-            same = list(map(Tensor.data_ptr, now)) == self._addresses
-        except (RuntimeError, TypeError, KeyError):  # a weight was packed or removed meanwhile
-            return False
-        return same and all(
-            getattr(owner[name], "packed", None) is blocks for owner, name, blocks in self._packed
-        )
