@@ -21,7 +21,7 @@ from streamllm.shard_files import (
 )  # fmt: skip
 from streamllm.tokenizer import COMPANION_FILES, TOKENIZER_FILES, list_template_files
 from streamllm.weights.checkpoint import SAFETENSORS_DTYPES, Checkpoint, LoadJob, TensorReader
-from streamllm.weights.checkpoint.layout import full_name
+from streamllm.weights.checkpoint.spelling import full_name
 from streamllm.weights.family import Family
 from streamllm.weights.files import MIN_START_BYTES, check_not_pointer
 
@@ -77,7 +77,7 @@ def convert(
                     check_not_pointer(found, file.read(MIN_START_BYTES))
                 (unfinished / relative).parent.mkdir(exist_ok=True)
                 shutil.copyfile(found, unfinished / relative)
-        values = dict(checkpoint.layout(plan.jobs, plan.config).values)
+        values = dict(checkpoint.spelling(plan.jobs, plan.config).values)
         if new_dtype:
             values.pop("torch_dtype", None)
             values["dtype"] = dtype_name(SAFETENSORS_DTYPES[new_dtype])

@@ -21,7 +21,7 @@ from streamllm.shard_files import (
     write_shards,
 )
 from streamllm.tokenizer import Tokenizer, files_of
-from streamllm.weights.checkpoint.layout import Split, attached, join, written_tensors
+from streamllm.weights.checkpoint.spelling import Split, attached, join, written_tensors
 
 
 def save_pretrained(
@@ -53,24 +53,24 @@ def save_pretrained(
     max_bytes = parse_bytes(max_shard_size)
     if isinstance(model, Compiled):
         model = model.model
-    layout = attached(model)
-    if layout is None:
+    spelling = attached(model)
+    if spelling is None:
         raise ValueError(
             "save_pretrained writes a whole model that load() or load_model() made from a checkpoint: this one was "
             "made in another way, or is one process' part of a model; save its state_dict()"
         )
     entries = [
         _entry(name, parameters, split, getattr(model, "config", None))
-        for name, parameters, split in written_tensors(model, layout)
+        for name, parameters, split in written_tensors(model, spelling)
     ]
     copied = {} if tokenizer is None else files_of(tokenizer)
-    values = {name: value for name, value in layout.values.items() if name not in ("torch_dtype", "dtype")}
+    values = {name: value for name, value in spelling.values.items() if name not in ("torch_dtype", "dtype")}
     values["dtype"] = dtype_name(next(model.parameters()).dtype)
     with new_folder(target) as unfinished:
         for name, path in copied.items():
             (unfinished / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(path, unfinished / name)
-        for name, content in {"config.json": values, "generation_config.json": layout.generation}.items():
+        for name, content in {"config.json": values, "generation_config.json": spelling.generation}.items():
             if content is not None:
                 (unfinished / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         with weights_progress(sum(entry.nbytes for entry in entries), f"writing {target.name}") as report:

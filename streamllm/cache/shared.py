@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from copy import copy
+from operator import is_
 from typing import TypeVar
 
 import torch
@@ -51,12 +52,8 @@ class RowsApart(SinkCache):
             places.append(row._t[0])
             states.append(row._rows.rows[0])
         known = self._rows
-        same = all(map(_is_same, known.rows, states))  # unchanged: what was derived from them stays valid
+        same = all(map(is_, known.rows, states))  # unchanged: what was derived from them stays valid
         self._state = places, (), known if same else Rows(tuple(states), layouts)
-
-
-def _is_same(one: Row, other: Row) -> bool:
-    return one is other
 
 
 def first_rows(memory: SinkCache, count: int) -> RowsApart:

@@ -6,7 +6,7 @@ fusion.py     makes that list shorter
 cpu_loops.py  rewrites it as sums, which inductor compiles to one C++ function
 library.py    compiles in another process, and keeps the result
 takeover.py   "auto": from the flat list to a library that is compiled meanwhile
-layout.py     weights are stored anew only while no other thread computes with them
+weight_guard.py   weights are stored anew only while no other thread computes with them
 weight_addresses.py   whether the weights are still where a recording reads them
 cuda.py       captures it as a CUDA graph
 

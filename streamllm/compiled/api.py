@@ -16,10 +16,10 @@ from torch import Tensor, fx, nn
 from streamllm.cache import SinkCache
 from streamllm.cache.sink_cache import TokenKinds
 from streamllm.compiled import cpu_loops, cuda, fusion, library, triton_support
-from streamllm.compiled.layout import layout_of
-from streamllm.compiled.recorder import Recorder
+from streamllm.compiled.recorder import record
 from streamllm.compiled.takeover import Takeover, can_pay
 from streamllm.compiled.weight_addresses import WeightAddresses
+from streamllm.compiled.weight_guard import weight_guard_of
 from streamllm.lru import LRU
 from streamllm.malloc import trim_heap
 from streamllm.models import linear
@@ -114,11 +114,11 @@ class Compiled(nn.Module):
         self._by_rows = False  # whether the weights are stored by rows, as loops read them
         self._weights = WeightAddresses()
         self._chunks: FusedChunks | None = None
-        self._layout = layout_of(self.model)
+        self._guard = weight_guard_of(self.model)
 
     def __getstate__(self) -> dict[str, Any]:
         """For copy.deepcopy and pickle: a copy has weights of its own, so it gets no recordings."""
-        recorded = "_recorded", "_bound", "_takeovers", "_weights", "_chunks", "_layout"
+        recorded = "_recorded", "_bound", "_takeovers", "_weights", "_chunks", "_guard"
         return {name: value for name, value in self.__dict__.items() if name not in recorded}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -144,13 +144,13 @@ class Compiled(nn.Module):
             check_tokens(self.model, tokens, logits_to_keep)  # type: ignore[arg-type]
             if check_lengths(tokens, cache, lengths) is None:  # None: every row has a token
                 cache.check_model(self.geometry, tokens.device)
-                with self._layout, cache.guard, torch.no_grad():
+                with self._guard, cache.guard, torch.no_grad():
                     cache.finish_commit()
                     logits = self._step(tokens, cache)(tokens, cache)
                     cache.commit_token()
                 return logits
         model = self._model_of_chunks(cache) if isinstance(cache, SinkCache) else self.model
-        with self._layout:
+        with self._guard:
             return model(tokens, cache, lengths=lengths, logits_to_keep=logits_to_keep)  # type: ignore[no-any-return]
 
     def _model_of_chunks(self, cache: SinkCache) -> Any:
@@ -165,9 +165,7 @@ class Compiled(nn.Module):
 
     def _step(self, tokens: Tensor, cache: SinkCache) -> _BoundStep:
         """The step that computes the next token of this cache."""
-        if not self._weights.unchanged():
-            self._recorded.clear()
-            self._bound.clear()
+        self._drop_stale()
         fused = self._uses_triton(cache)
         loops = self._uses_loops(cache.device)
         if self.backend == "auto":
@@ -206,7 +204,7 @@ class Compiled(nn.Module):
 
         def request() -> library.Request:
             given = self._given(tokens, cache, kinds)
-            with self._layout.changing():
+            with self._guard.changing():
                 try:
                     recorded = self._loops_graph(given, self._function(cache, given, kinds, loops=True))
                     inputs = [*given, *cpu_loops.prepare(recorded, given)]
@@ -257,7 +255,7 @@ class Compiled(nn.Module):
                 if recording is None:
                     return None
             elif loops:
-                with self._layout.changing():
+                with self._guard.changing():
                     recording = self._record_loops(given, step, self._takeovers.get(recording_key))
                 if recording is None:  # for example, the model was quantized meanwhile
                     self._takeovers.put(recording_key, Takeover())
@@ -270,9 +268,7 @@ class Compiled(nn.Module):
         return _BoundStep(recording, given)
 
     def _record(self, given: Sequence[Tensor], function: Callable[[], Tensor]) -> Recording:
-        function()  # fills the caches of constants, so that computing them is not recorded
-        with Recorder(given) as recorder:
-            result = function()
+        recorder, result = record(function, given)
         recorded = recorder.finish(result)
         if self.backend == "inductor":
             made = _by_inductor(fx.GraphModule(recorded, recorded.graph))
@@ -284,9 +280,7 @@ class Compiled(nn.Module):
     def _loops_graph(self, given: Sequence[Tensor], function: Callable[[], Tensor]) -> fx.GraphModule:
         """The recorded list that becomes loops. Stores the weights by rows first, as loops read them."""
         linear.arrange_by_rows(self.model)
-        function()
-        with Recorder(given) as recorder:
-            result = function()
+        recorder, result = record(function, given)
         return recorder.finish((result,))
 
     def _record_loops(
@@ -316,9 +310,7 @@ class Compiled(nn.Module):
         """As `_record`, rewritten into Triton kernels; None where they do not cover or do not run this model."""
         from streamllm.compiled import triton_fusion
 
-        function()
-        with Recorder(given, triton_fusion.NOTED) as recorder:
-            result = function()
+        recorder, result = record(function, given, triton_fusion.NOTED)
         recorded = recorder.finish(result)
         if triton_fusion.fuse(recorded, recorder, given, cache):
             made = fusion.flat_function(recorded, joined_only=True)
@@ -340,12 +332,17 @@ class Compiled(nn.Module):
         self.recordings += 1
         trim_heap()
 
-    def _remember_weights(self) -> bool:
-        """Note where the weights are. Returns True where they have moved, and then drops older recordings."""
+    def _drop_stale(self) -> bool:
+        """Drop what was recorded of weights that have moved since. Returns whether they have."""
         moved = not self._weights.unchanged()
         if moved:
             self._recorded.clear()
             self._bound.clear()
+        return moved
+
+    def _remember_weights(self) -> bool:
+        """As `_drop_stale`, and note where the weights are now."""
+        moved = self._drop_stale()
         self._weights = WeightAddresses(self.model)
         return moved
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from types import FrameType, MethodDescriptorType, MethodWrapperType, WrapperDescriptorType
@@ -167,3 +167,13 @@ def changes(function: Any) -> bool:
     """Whether a call in a recording, by name or as a function, writes to its argument."""
     name = function if isinstance(function, str) else getattr(function, "__name__", "_")
     return name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
+
+
+def record(
+    function: Callable[[], Tensor], inputs: Sequence[Tensor], noted: Iterable[Callable[..., Any]] = ()
+) -> tuple[Recorder, Tensor]:
+    """Call `function` twice and record the second call: the first fills caches of constants. See `Recorder`."""
+    function()
+    with Recorder(inputs, noted) as recorder:
+        result = function()
+    return recorder, result

@@ -7,7 +7,7 @@ lower half and input i + GROUP / 2, each as 0 … 15 for -8 … 7. scale [N, K /
 import triton
 import triton.language as tl
 
-from streamllm.compiled.triton_kernels import activated
+from streamllm.compiled.triton_kernels import store_row, store_rows
 
 _RMS, _LAYER = tl.constexpr(1), tl.constexpr(2)  # RMS_NORM and LAYER_NORM of triton_kernels.py
 
@@ -82,20 +82,9 @@ def matvec(
         root = tl.rsqrt(tl.sum(squares) / K + eps)
         result = result * root
         up = up * root
-    valid = n < N
-    if BIAS:
-        result += tl.load(bias + n, mask=valid, other=0.0).to(tl.float32)
-        if GATED:
-            up += tl.load(up_bias + n, mask=valid, other=0.0).to(tl.float32)
-    result = activated(result, ACTIVATION)
-    if GATED:
-        result = result * up
-    if RESIDUAL:
-        result += tl.load(residual + n, mask=valid, other=0.0).to(tl.float32)
-    if EVEN_N:
-        tl.store(out + n, result.to(out.dtype.element_ty))
-    else:
-        tl.store(out + n, result.to(out.dtype.element_ty), mask=valid)
+    store_row(
+        result, up, n, N, bias, up_bias, residual, out, ACTIVATION, GATED, BIAS, RESIDUAL, EVEN_N,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -138,16 +127,6 @@ def matmul_rows(
             low, high = dequantized(up_weight, up_scale, row, at, K, GROUP, low_x.dtype)
             up_sums = tl.dot(low, low_x, up_sums, input_precision="ieee")
             up_sums = tl.dot(high, high_x, up_sums, input_precision="ieee")
-    valid = n < N
-    if BIAS:
-        sums += tl.load(bias + n, mask=valid, other=0.0).to(tl.float32)[:, None]
-        if GATED:
-            up_sums += tl.load(up_bias + n, mask=valid, other=0.0).to(tl.float32)[:, None]
-    sums = activated(sums, ACTIVATION)
-    if GATED:
-        sums = sums * up_sums
-    at = m[None, :].to(tl.int64) * N + n[:, None]
-    both = valid[:, None] & (m < M)[None, :]
-    if RESIDUAL:
-        sums += tl.load(residual + at, mask=both, other=0.0).to(tl.float32)
-    tl.store(out + at, sums.to(out.dtype.element_ty), mask=both)
+    store_rows(
+        sums, up_sums, n, m, M, N, bias, up_bias, residual, out, ACTIVATION, GATED, BIAS, RESIDUAL,
+    )  # fmt: skip

@@ -84,6 +84,49 @@ def weighed(
 
 
 @triton.jit
+def store_row(
+    result, up, n, N, bias, up_bias, residual, out,
+    ACTIVATION: tl.constexpr, GATED: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, EVEN_N: tl.constexpr,
+):  # fmt: skip
+    """The end of `matvec`: products of one row, and what is done to them before they are stored."""
+    valid = n < N
+    if BIAS:
+        result += tl.load(bias + n, mask=valid, other=0.0).to(tl.float32)
+        if GATED:
+            up += tl.load(up_bias + n, mask=valid, other=0.0).to(tl.float32)
+    result = activated(result, ACTIVATION)
+    if GATED:
+        result = result * up
+    if RESIDUAL:
+        result += tl.load(residual + n, mask=valid, other=0.0).to(tl.float32)
+    if EVEN_N:
+        tl.store(out + n, result.to(out.dtype.element_ty))
+    else:
+        tl.store(out + n, result.to(out.dtype.element_ty), mask=valid)
+
+
+@triton.jit
+def store_rows(
+    sums, up_sums, n, m, M, N, bias, up_bias, residual, out,
+    ACTIVATION: tl.constexpr, GATED: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
+):  # fmt: skip
+    """The end of `matmul_rows`: products of some rows, and what is done to them before they are stored."""
+    valid = n < N
+    if BIAS:
+        sums += tl.load(bias + n, mask=valid, other=0.0).to(tl.float32)[:, None]
+        if GATED:
+            up_sums += tl.load(up_bias + n, mask=valid, other=0.0).to(tl.float32)[:, None]
+    sums = activated(sums, ACTIVATION)
+    if GATED:
+        sums = sums * up_sums
+    at = m[None, :].to(tl.int64) * N + n[:, None]
+    both = valid[:, None] & (m < M)[None, :]
+    if RESIDUAL:
+        sums += tl.load(residual + at, mask=both, other=0.0).to(tl.float32)
+    tl.store(out + at, sums.to(out.dtype.element_ty), mask=both)
+
+
+@triton.jit
 def matvec(
     x, norm_weight, norm_bias, weight, scale, bias, up_weight, up_scale, up_bias, residual, out,
     N, eps,
@@ -146,19 +189,9 @@ def matvec(
         result = result * tl.load(scale + n, mask=valid, other=0.0).to(tl.float32)
         if GATED:
             up = up * tl.load(up_scale + n, mask=valid, other=0.0).to(tl.float32)
-    if BIAS:
-        result += tl.load(bias + n, mask=valid, other=0.0).to(tl.float32)
-        if GATED:
-            up += tl.load(up_bias + n, mask=valid, other=0.0).to(tl.float32)
-    result = activated(result, ACTIVATION)
-    if GATED:
-        result = result * up
-    if RESIDUAL:
-        result += tl.load(residual + n, mask=valid, other=0.0).to(tl.float32)
-    if EVEN_N:
-        tl.store(out + n, result.to(out.dtype.element_ty))
-    else:
-        tl.store(out + n, result.to(out.dtype.element_ty), mask=valid)
+    store_row(
+        result, up, n, N, bias, up_bias, residual, out, ACTIVATION, GATED, BIAS, RESIDUAL, EVEN_N,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -196,18 +229,9 @@ def matmul_rows(
         sums = sums * tl.load(scale + n, mask=valid, other=0.0).to(tl.float32)[:, None]
         if GATED:
             up_sums = up_sums * tl.load(up_scale + n, mask=valid, other=0.0).to(tl.float32)[:, None]
-    if BIAS:
-        sums += tl.load(bias + n, mask=valid, other=0.0).to(tl.float32)[:, None]
-        if GATED:
-            up_sums += tl.load(up_bias + n, mask=valid, other=0.0).to(tl.float32)[:, None]
-    sums = activated(sums, ACTIVATION)
-    if GATED:
-        sums = sums * up_sums
-    at = m[None, :].to(tl.int64) * N + n[:, None]
-    both = valid[:, None] & (m < M)[None, :]
-    if RESIDUAL:
-        sums += tl.load(residual + at, mask=both, other=0.0).to(tl.float32)
-    tl.store(out + at, sums.to(out.dtype.element_ty), mask=both)
+    store_rows(
+        sums, up_sums, n, m, M, N, bias, up_bias, residual, out, ACTIVATION, GATED, BIAS, RESIDUAL,
+    )  # fmt: skip
 
 
 @triton.jit

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from streamllm.compiled import Compiled, compile
-from streamllm.compiled.layout import layout_of
+from streamllm.compiled.weight_guard import weight_guard_of
 from streamllm.engine.row import Row
 from streamllm.engine.slots import Slots
 from streamllm.models.checks import whole_number
@@ -136,7 +136,7 @@ class Batch:
                 cache, row.served = row.loop.cache, self._steps
                 ids = torch.tensor([waiting[row][:count]], dtype=torch.int64, device=cache.device)
                 if count == 1:
-                    with layout_of(self.plain):
+                    with weight_guard_of(self.plain):
                         self.plain(ids, cache, logits_to_keep=1)
                 else:
                     self._model(ids, cache, logits_to_keep=1)

@@ -209,15 +209,15 @@ def stream_eval(
         tokens_per_line = len(sample.tokens) / some
         swept = (round(kept * part / 8 / tokens_per_line) for part in (2, 4, 6, 8, 12, 16))
         back = sorted({distance for distance in swept if 1 <= distance < lines})
-    scores = []
-    for done, distance in enumerate(back):
-        script = stream_eval_script(
-            tokenizer, lines=lines, every=every, back=distance, digits=digits, wording=wording, seed=seed
-        )
-        scores.append(score_scripts(model, [script], mode, sinks, window, chunk, distance))
-        if progress is not None:
-            progress(done + 1, len(back))
-    return tuple(scores)
+
+    def scripts(distance: int) -> list[Script]:
+        return [
+            stream_eval_script(
+                tokenizer, lines=lines, every=every, back=distance, digits=digits, wording=wording, seed=seed
+            )
+        ]
+
+    return score_distances(model, back, scripts, mode, sinks, window, chunk, progress, in_lines=True)
 
 
 def passkey(
@@ -248,18 +248,16 @@ def passkey(
         distances = [distance for distance in eighths if distance >= shortest]
     if samples < 1:
         raise ValueError(f"samples must be at least 1, not {samples}")
-    scores = []
-    for done, distance in enumerate(distances):
-        scripts = [
+
+    def scripts(distance: int) -> list[Script]:
+        return [
             passkey_script(
                 tokenizer, distance=distance, lead=lead, digits=digits, wording=wording, seed=seed + sample
             )
             for sample in range(samples)
         ]
-        scores.append(score_scripts(model, scripts, mode, sinks, window, chunk, None))
-        if progress is not None:
-            progress(done + 1, len(distances))
-    return tuple(scores)
+
+    return score_distances(model, distances, scripts, mode, sinks, window, chunk, progress)
 
 
 def _shortest_passkey(tokenizer: Tokenizer, wording: str, digits: int) -> int:
@@ -270,6 +268,27 @@ def _shortest_passkey(tokenizer: Tokenizer, wording: str, digits: int) -> int:
         question, fact = (pieces.parts(text, key, "8") for text in (phrases.question, phrases.fact))
         longest = max(longest, len(question[0]) + len(fact[2]))
     return longest + 2 * digits + 2  # leaves room for the tokens of the answer
+
+
+def score_distances(
+    model: nn.Module,
+    distances: Sequence[int],
+    scripts: Callable[[int], list[Script]],
+    mode: str,
+    sinks: int,
+    window: int | None,
+    chunk: int,
+    progress: Callable[[int, int], None] | None,
+    in_lines: bool = False,
+) -> tuple[Recall, ...]:
+    """One Recall for each distance, from its scripts. in_lines: the distances are numbers of lines, not of tokens."""
+    scores = []
+    for done, distance in enumerate(distances):
+        lines = distance if in_lines else None
+        scores.append(score_scripts(model, scripts(distance), mode, sinks, window, chunk, lines))
+        if progress is not None:
+            progress(done + 1, len(distances))
+    return tuple(scores)
 
 
 def score_scripts(

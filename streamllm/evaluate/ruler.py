@@ -22,7 +22,15 @@ import torch
 from torch import nn
 
 from streamllm.evaluate.predictions import new_cache
-from streamllm.evaluate.recall import ADJECTIVES, NOUNS, Pieces, Recall, Script, random_number, score_scripts
+from streamllm.evaluate.recall import (
+    ADJECTIVES,
+    NOUNS,
+    Pieces,
+    Recall,
+    Script,
+    random_number,
+    score_distances,
+)
 from streamllm.tokenizer import Tokenizer
 
 CHAIN = 5  # variables
@@ -149,24 +157,19 @@ def ruler(
     """
     if samples < 1:
         raise ValueError(f"samples must be at least 1, not {samples}")
-    if distances is None:
-        kept = new_cache(model, mode, sinks, window, chunk).window
-        shortest = max(
-            _distance(ruler_script(tokenizer, task, distance=None, lead=lead, seed=seed + sample))
-            for sample in range(samples)
-        )
-        eighths = (kept * part // 8 for part in (2, 4, 6, 8, 9, 12, 16))
-        distances = [distance for distance in eighths if distance >= shortest] or [shortest]
-    scores = []
-    for done, distance in enumerate(distances):
-        scripts = [
+
+    def scripts(distance: int | None) -> list[Script]:
+        return [
             ruler_script(tokenizer, task, distance=distance, lead=lead, seed=seed + sample)
             for sample in range(samples)
         ]
-        scores.append(score_scripts(model, scripts, mode, sinks, window, chunk, None))
-        if progress is not None:
-            progress(done + 1, len(distances))
-    return tuple(scores)
+
+    if distances is None:
+        kept = new_cache(model, mode, sinks, window, chunk).window
+        shortest = max(_distance(script) for script in scripts(None))
+        eighths = (kept * part // 8 for part in (2, 4, 6, 8, 9, 12, 16))
+        distances = [distance for distance in eighths if distance >= shortest] or [shortest]
+    return score_distances(model, distances, scripts, mode, sinks, window, chunk, progress)
 
 
 def _distance(script: Script) -> int:

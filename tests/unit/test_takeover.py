@@ -11,7 +11,7 @@ import torch
 import streamllm
 from streamllm.cache import SinkCache
 from streamllm.compiled import library, takeover
-from streamllm.compiled.layout import Layout
+from streamllm.compiled.weight_guard import WeightGuard
 from streamllm.models import linear
 from tests.laws.scenarios import random_tokens, tiny_llama
 
@@ -194,12 +194,12 @@ def test_threads_wait_while_the_weights_are_stored_anew(soon, monkeypatch):
 
 
 def test_two_threads_that_change_a_layout_take_turns_and_one_that_ended_keeps_nothing():
-    layout, inside, most = Layout(), [], []
+    guard, inside, most = WeightGuard(), [], []
 
     def change():
-        with layout:
+        with guard:
             for _ in range(20):
-                with layout.changing():
+                with guard.changing():
                     inside.append(1)
                     most.append(len(inside))
                     time.sleep(0)
@@ -211,10 +211,10 @@ def test_two_threads_that_change_a_layout_take_turns_and_one_that_ended_keeps_no
     for thread in threads:
         thread.join(30)
     assert most == [1] * 60
-    ended = threading.Thread(target=lambda: (layout.__enter__(), layout.changing().__enter__()))
+    ended = threading.Thread(target=lambda: (guard.__enter__(), guard.changing().__enter__()))
     ended.start()
     ended.join()
-    with layout, layout.changing():
+    with guard, guard.changing():
         pass
 
 

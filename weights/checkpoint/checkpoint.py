@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from streamllm.models.linear import Linear, format_for, is_copied, linears_to_arrange
 from streamllm.weights.catalogue import FAMILIES
-from streamllm.weights.checkpoint.layout import Layout, attach, layout_of
 from streamllm.weights.checkpoint.part import Part, cut
 from streamllm.weights.checkpoint.placement import (
     LoadJob,
@@ -25,6 +24,7 @@ from streamllm.weights.checkpoint.placement import (
 )
 from streamllm.weights.checkpoint.reader import TensorReader
 from streamllm.weights.checkpoint.shards import list_tensors
+from streamllm.weights.checkpoint.spelling import Spelling, attach, spelling_of
 from streamllm.weights.checkpoint.stored import DTYPES, SAFETENSORS_DTYPES, StoredTensor
 from streamllm.weights.config_reader import ConfigReader
 from streamllm.weights.errors import CheckpointError, CheckpointNotFound, UnsupportedConfig, list_names
@@ -120,12 +120,12 @@ class Checkpoint:
         check_complete(name, find_parameters(model), jobs)
         return LoadPlan(jobs, config, model)
 
-    def layout(self, jobs: list[LoadJob], config: Any) -> Layout:
+    def spelling(self, jobs: list[LoadJob], config: Any) -> Spelling:
         """How the files of a plan spell the model."""
         found = self.source.find("generation_config.json")
         generation = None if found is None else read_json(found)
         untied = self.config.tied and not config.tied
-        return layout_of(self.family, self.config_reader.values, generation, jobs, untied)
+        return spelling_of(self.family, self.config_reader.values, generation, jobs, untied)
 
     def load(
         self,
@@ -147,7 +147,7 @@ class Checkpoint:
         if part is not None:
             model = part.build(self.build, config)
         else:
-            attach(model, self.layout(jobs, config))
+            attach(model, self.spelling(jobs, config))
         parameters = find_parameters(model)
         arranged = [] if quantize else linears_to_arrange(model, dtype, device)
         linears = {id(linear.weight): linear for linear in arranged}

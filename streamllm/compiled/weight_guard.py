@@ -1,4 +1,4 @@
-"""Layout: a model's weights are stored anew only while no other thread computes with them."""
+"""WeightGuard: a model's weights are stored anew only while no other thread computes with them."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from torch import nn
 POLL_SECONDS = 0.001
 
 
-class Layout:
-    """`with layout:` around what computes with the weights, `with layout.changing():` around what stores them anew.
+class WeightGuard:
+    """`with guard:` around what computes with the weights, `with guard.changing():` around what stores them anew.
 
     A thread that computes may begin to change: it counts as computing again at the end. Like `ForwardGuard`, it
     holds the numbers of threads, not a lock: a thread that has ended keeps nothing.
@@ -76,9 +76,9 @@ class Layout:
         time.sleep(POLL_SECONDS)
 
 
-_layouts: WeakKeyDictionary[nn.Module, Layout] = WeakKeyDictionary()
+_guards: WeakKeyDictionary[nn.Module, WeightGuard] = WeakKeyDictionary()
 
 
-def layout_of(model: nn.Module) -> Layout:
-    """The layout of a model: one for all that compute with it."""
-    return _layouts.setdefault(model, Layout())
+def weight_guard_of(model: nn.Module) -> WeightGuard:
+    """The guard of a model's weights: one for all that compute with them."""
+    return _guards.setdefault(model, WeightGuard())

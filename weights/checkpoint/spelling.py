@@ -1,4 +1,4 @@
-"""Layout: how the checkpoint of a loaded model spells it, so that the model can be written in the same way."""
+"""Spelling: how a checkpoint names and stores what a model holds, so that a loaded model can be written likewise."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class StoredName(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Layout:
+class Spelling:
     """config.json with the names of today, generation_config.json if there is one, and every tensor of the files."""
 
     values: Mapping[str, Any]
@@ -42,31 +42,31 @@ def full_name(family: Family, job: LoadJob) -> str:
     return family.full_name(job.stored.name) or job.stored.name
 
 
-def layout_of(
+def spelling_of(
     family: Family,
     values: Mapping[str, Any],
     generation: Mapping[str, Any] | None,
     jobs: Iterable[LoadJob],
     untied: bool,
-) -> Layout:
-    """The layout of a checkpoint. `values` is its config.json; `untied`: the files hold a head that it ties."""
+) -> Spelling:
+    """The spelling of a checkpoint. `values` is its config.json; `untied`: the files hold a head that it ties."""
     values = family.respell(dict(values))
     values.pop("auto_map", None)  # names of Python code, which is not copied
     if untied:
         values["tie_word_embeddings"] = False
     names = (StoredName(full_name(family, job), job.parameters, job.split) for job in jobs)
-    return Layout(values, generation, tuple(names))
+    return Spelling(values, generation, tuple(names))
 
 
-def attach(model: nn.Module, layout: Layout) -> None:
-    """Store a checkpoint's layout on its model."""
-    setattr(model, "layout", layout)  # noqa: B010  # nn.Module declares tensors and modules only
+def attach(model: nn.Module, spelling: Spelling) -> None:
+    """Store a checkpoint's spelling on its model."""
+    setattr(model, "spelling", spelling)  # noqa: B010  # nn.Module declares tensors and modules only
 
 
-def attached(model: nn.Module) -> Layout | None:
-    """The layout of the model's checkpoint; None for a model that was not loaded from one."""
-    found = getattr(model, "layout", None)
-    return found if isinstance(found, Layout) else None
+def attached(model: nn.Module) -> Spelling | None:
+    """The spelling of the model's checkpoint; None for a model that was not loaded from one."""
+    found = getattr(model, "spelling", None)
+    return found if isinstance(found, Spelling) else None
 
 
 def join(parts: list[Tensor], split: Split, config: Any) -> Tensor:
@@ -82,13 +82,13 @@ def join(parts: list[Tensor], split: Split, config: Any) -> Tensor:
     return fused
 
 
-def written_tensors(model: nn.Module, layout: Layout) -> Iterator[tuple[str, list[Tensor], Split | None]]:
+def written_tensors(model: nn.Module, spelling: Spelling) -> Iterator[tuple[str, list[Tensor], Split | None]]:
     """Each tensor to write: its name on disk, the parameters that it holds, and how they are fused.
 
     Raises ValueError where the model lacks a parameter or holds one in whole numbers.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    for stored in layout.names:
+    for stored in spelling.names:
         found: list[Tensor] = []
         for name in stored.parameters:
             parameter = parameters.get(name)
