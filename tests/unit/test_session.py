@@ -259,10 +259,12 @@ def test_an_error_of_writing_keeps_the_old_file(pair, tmp_path: Path, monkeypatc
 
 
 SAVES = """
-import os, resource, signal, sys, streamllm
+import os, resource, signal, sys, tempfile, streamllm
 model, tokenizer = streamllm.load(sys.argv[1], device="cpu")
 stream = streamllm.Stream.load(sys.argv[2], model, tokenizer)
 list(stream.generate("", max_new_tokens=3))
+with tempfile.TemporaryDirectory() as elsewhere:  # imports all that saving imports: the environment
+    stream.save(os.path.join(elsewhere, "session"))  # may be closed to the user below
 if sys.argv[3] == "full":
     resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000))  # as a disk with so much room
 elif not os.geteuid():
