@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from streamllm.cache.entries import Row, Rows
-from streamllm.cache.guard import ForwardGuard
 from streamllm.cache.int8_ring import Int8Ring
 from streamllm.cache.ring import Ring
+from streamllm.cache.rolling_cache import ForwardGuard
 from streamllm.cache.sink_cache import SinkCache
 
 AnyRing = Ring | Int8Ring
