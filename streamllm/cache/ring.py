@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 from torch import Tensor
 
+from streamllm.cache.memory import zeros
 from streamllm.models.step import Step
 
 if TYPE_CHECKING:
@@ -173,19 +174,22 @@ class Ring:
     def __init__(self, shape: Shape, layout: Layout, dtype: torch.dtype, device: torch.device) -> None:
         batch, heads, dim = shape
         self.dtype = dtype
-        self.keys = torch.zeros(batch, heads, layout.slots, dim, dtype=dtype, device=device)
+        self.keys = zeros((batch, heads, layout.slots, dim), dtype, device)
         if dtype == torch.float32 and device.type == "cpu":
             # Stored [B, G, D, S + W]: one query reads them 1.1 to 1.5 times as fast.
             # tools/bench.py decode, AMD EPYC, 2026-11.
-            values = torch.zeros(batch, heads, dim, layout.slots, dtype=dtype, device=device)
-            self.values = values.transpose(2, 3)
+            self.values = zeros((batch, heads, dim, layout.slots), dtype, device).transpose(2, 3)
         else:
-            self.values = torch.zeros_like(self.keys)
+            self.values = zeros((batch, heads, layout.slots, dim), dtype, device)
 
     @property
     def tensors(self) -> dict[str, Tensor]:
         """All that is stored, each [(2,) B, G, slots, …]."""
         return {"keys": self.keys, "values": self.values}
+
+    def first(self, slots: int) -> dict[str, Tensor]:
+        """The part of `tensors` that the first so many slots take."""
+        return {name: tensor[:, :, :slots] for name, tensor in self.tensors.items()}
 
     def encode(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """New keys and values [B, G, T, D] as the ring stores recent ones."""

@@ -15,6 +15,7 @@ from streamllm.cache.checks import check_same_sizes
 from streamllm.cache.chunks import plan_chunk, plan_ragged_chunk
 from streamllm.cache.entries import MovedEntries, Rows
 from streamllm.cache.int8_ring import Int8Ring
+from streamllm.cache.memory import does_not_fit, physical_memory
 from streamllm.cache.ring import LayerStore, Layout, Ring, TokenKind, Writes, plan_token, token_kind
 from streamllm.malloc import trim_heap
 from streamllm.models.step import Geometry, Plan, Step
@@ -49,14 +50,11 @@ class RollingCache:
             own: Layout(sinks, window if own is None else min(window, own))
             for own in dict.fromkeys(geometry.windows)
         }
-        shape = batch_size, geometry.kv_heads, geometry.head_dim
         with torch.inference_mode(False):  # or only forwards in inference mode could write to them
             self._starts = torch.full(
                 (len(self._layouts), batch_size), sinks, dtype=torch.int64, device=device
             )
-            self._rings: list[tuple[int | None, Ring | Int8Ring]] = [
-                (own, RINGS[quantize](shape, self._layouts[own], dtype, device)) for own in geometry.windows
-            ]
+            self._rings = self._new_rings(batch_size)
         self.guard = ForwardGuard()
         self._has_autocast = torch.amp.is_autocast_available(device.type)
         self._trim = False  # whether a chunk of many tokens has come since the heap was trimmed
@@ -70,6 +68,27 @@ class RollingCache:
         )
         self._begun: list[int] | None = None  # the t of each row for which a single token was last begun
         self._written = fresh.starts  # what `starts` holds
+
+    def _new_rings(self, batch_size: int) -> list[tuple[int | None, Ring | Int8Ring]]:
+        """The rings of all layers, filled with zeros. Raises MemoryError where they would not fit when full."""
+        make, device = RINGS[self.quantize], self.device
+        shape = batch_size, self.geometry.kv_heads, self.geometry.head_dim
+
+        def rings(device: torch.device) -> list[tuple[int | None, Ring | Int8Ring]]:
+            own_windows = self.geometry.windows
+            return [(own, make(shape, self._layouts[own], self.dtype, device)) for own in own_windows]
+
+        # Rings without memory tell how much they take.
+        nbytes = sum(
+            tensor.nbytes for _, ring in rings(torch.device("meta")) for tensor in ring.tensors.values()
+        )
+        memory = physical_memory() if device.type == "cpu" else None
+        try:
+            if memory is not None and nbytes > memory:
+                raise MemoryError
+            return rings(device)
+        except (MemoryError, OSError, torch.OutOfMemoryError):
+            raise does_not_fit(self.sinks, self.window, batch_size, nbytes, device) from None
 
     @property
     def _t(self) -> list[int]:

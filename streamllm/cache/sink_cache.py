@@ -26,7 +26,15 @@ from streamllm.cache.checks import (
 )
 from streamllm.cache.entries import MovedEntries, Row, Rows
 from streamllm.cache.rolling_cache import RINGS, RollingCache
-from streamllm.cache.state import STATE_VERSION, check_state, rows_of_state, state_of_rows
+from streamllm.cache.state import (
+    SLOT_AXIS,
+    STATE_VERSION,
+    check_state,
+    check_stored,
+    rows_of_state,
+    slots_written,
+    state_of_rows,
+)
 from streamllm.models.checks import whole_number
 from streamllm.models.rotary import moved_keys
 from streamllm.models.step import geometry_of
@@ -34,7 +42,7 @@ from streamllm.models.step import geometry_of
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-DEFAULT_WINDOW = 1020
+DEFAULT_WINDOW = 4092
 CHUNK, CUDA_CHUNK = 512, 4096  # tokens per forward, by default
 MAX_ORIGIN = 1 << 48  # rotary angles are exact up to place 2^49, so a stream can run 2^48 tokens from here
 
@@ -43,14 +51,14 @@ class SinkCache(RollingCache):
     """A rolling cache of `batch_size` streams: a token sees the first `sinks` tokens and the last `window`.
 
     The window counts the token itself. `sinks=0` is plain window attention; a window as long as the text is
-    dense attention. `window=None` takes 1020, or what fits into the model's trained length beside the sinks.
+    dense attention. `window=None` takes 4092, or what fits into the model's trained length beside the sinks.
     A forward of many tokens is computed in chunks of at most `chunk`, with the same result as one by one. None: 512,
     on CUDA 4096 divided by the batch where that is more.
     `origin` is the place of the first token in the text; no result depends on it.
 
     Hand the cache to the model's forward, which advances it: `model(tokens, cache)`. Its tensors have the
     model's type and device: keys and values [B, G, S + W, D] for each layer (S + w where the layer's own
-    sliding window w is shorter than W).
+    sliding window w is shorter than W). On a CPU they take memory as they fill.
 
     quantize="int8" stores recent keys and values in 8 bits. Each key and each value [D] is rounded once, when it
     arrives (a key after its rotation), to int8 numbers times a scale of its own. The sinks stay exact. The
@@ -67,7 +75,8 @@ class SinkCache(RollingCache):
     each list then fills again with new tokens. Entries that a short list has pushed out do not come back.
 
     Raises ValueError for sinks < 0, window < 1, batch_size < 1, chunk < 1, origin outside 0 … 2^48 or an unknown
-    quantize. Warns when sinks + window is longer than the model's trained length.
+    quantize, and MemoryError where the device cannot hold the cache when it is full. Warns when sinks + window is
+    longer than the model's trained length.
     """
 
     def __init__(
@@ -159,7 +168,7 @@ class SinkCache(RollingCache):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of keys and values, the same from the first token to the last."""
+        """Bytes of keys and values when the window is full. On a CPU a shorter stream takes less."""
         return sum(tensor.nbytes for tensor in self.tensors())
 
     def tensors(self) -> list[Tensor]:
@@ -277,7 +286,12 @@ class SinkCache(RollingCache):
     def copy(self) -> Self:
         """A cache of its own that goes on from the same state."""
         self.finish_commit()
-        return deepcopy(self)
+        rings = [ring for _, ring in self._rings]
+        with torch.inference_mode(False):
+            new = self._new_rings(self.batch_size)
+        made = deepcopy(self, dict(zip(map(id, rings), (ring for _, ring in new), strict=True)))
+        made.load_state_dict(self.state_dict())
+        return made
 
     def snapshot(self) -> dict[str, Tensor]:
         """A copy of `state_dict`, for `restore`: as large as the cache, on its device."""
@@ -290,6 +304,7 @@ class SinkCache(RollingCache):
     def state_dict(self) -> dict[str, Tensor]:
         """The state of the streams, and the keys and values of each layer as they are stored, not copied.
 
+        Of keys and values it has the slots that the streams have used so far, so a short stream has a short state.
         It is the state of a cache, not of a `Stream`: that one also keeps the tokens that the cache has not taken in,
         and what was shown of them. A new Stream around a loaded cache would begin with another BOS and without them.
 
@@ -305,9 +320,15 @@ class SinkCache(RollingCache):
             "seen": self.seen,
             "rows": state_of_rows(rows),
         }
-        for layer, (_, ring) in enumerate(self._rings):
-            state |= {f"layers.{layer}.{name}": tensor for name, tensor in ring.tensors.items()}
-        return state
+        return state | self._stored(slots_written(rows, self._t))
+
+    def _stored(self, slots: int | None = None) -> dict[str, Tensor]:
+        """The tensors of all rings by name: all, or what the first so many slots take."""
+        return {
+            f"layers.{layer}.{name}": tensor
+            for layer, (_, ring) in enumerate(self._rings)
+            for name, tensor in (ring.tensors if slots is None else ring.first(slots)).items()
+        }
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Take the state of another cache with the same model, sizes, batch, origin and quantize; copies.
@@ -316,12 +337,18 @@ class SinkCache(RollingCache):
         cache from which nothing was taken out.
         """
         with self.guard:
-            own = self.state_dict()
-            check_state(own, state, self.quantize)
+            own, stored = self.state_dict(), self._stored()
+            check_state(own | stored, state, self.quantize)
             layouts = self._rows.layouts
             t, rows = rows_of_state(state, layouts)
+            used = self._stored(slots_written(rows, t))
+            check_stored(used, state)
             fresh = Rows.fresh(self.batch_size, layouts)
             self._state = [0] * self.batch_size, (), fresh  # an interrupted copy leaves empty streams
-            for tensor, given in ((own[name], state[name]) for name in own if name.startswith("layers.")):
-                tensor.copy_(given)
+            for name, tensor in stored.items():
+                given, before = state[name], own[name].shape[SLOT_AXIS]
+                count = given.shape[SLOT_AXIS]
+                tensor.narrow(SLOT_AXIS, 0, count).copy_(given)
+                if before > count:  # NaN or infinity must not stay: a masked value is multiplied by 0
+                    tensor.narrow(SLOT_AXIS, count, before - count).zero_()
             self._state = t, (), Rows(rows, layouts)

@@ -94,7 +94,7 @@ sinks_option = click.option(
     "--sinks", type=click.IntRange(0, TOKENS.max), default=4, show_default=True,
     help="First tokens that are kept.",
 )  # fmt: skip
-WINDOW_HELP = "Recent tokens that are kept.  [default: 1020, or what the model was trained for]"
+WINDOW_HELP = "Recent tokens that are kept.  [default: 4092, or what the model was trained for]"
 window_option = click.option("--window", type=TOKENS, help=WINDOW_HELP)
 quantize_cache_option = click.option(
     "--quantize-cache", type=click.Choice(CACHE_FORMATS), help="Store recent keys and values in 8 bits."
