@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -30,18 +32,27 @@ def zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Ten
     return torch.frombuffer(memory, dtype=dtype).view(*shape)
 
 
-def does_not_fit(sinks: int, window: int, batch_size: int, nbytes: int, device: torch.device) -> MemoryError:
-    """The error for a cache that the memory of its device cannot hold when it is full."""
-    streams = "" if batch_size == 1 else f" of {batch_size} streams"
-    return MemoryError(
-        f"a cache{streams} with {sinks:,} sinks and a window of {window:,} takes {nbytes / 1e9:,.1f} GB when it is "
-        f'full, which does not fit on {device}: give a smaller window, fewer streams, or quantize="int8"'
-    )
+def check_fits(sinks: int, window: int, batch_size: int, nbytes: int, device: torch.device) -> None:
+    """Raises MemoryError where a cache of `nbytes`, when it is full, takes more than is available on its device."""
+    available = _available_bytes(device)
+    if available is not None and nbytes > available:
+        caches = "a cache" if batch_size == 1 else f"caches of {batch_size} streams"
+        fewer = "" if batch_size == 1 else ", fewer streams"
+        raise MemoryError(
+            f"there is not enough memory for {caches} with {sinks:,} sinks and a window of {window:,}: when it is full "
+            f"it takes {nbytes / 1e9:,.1f} GB, and {available / 1e9:,.1f} GB are available on {device}; give a "
+            f'smaller window{fewer} or quantize="int8"'
+        )
 
 
-def physical_memory() -> int | None:
-    """Bytes of memory that this machine has. None where the system does not say."""
-    try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):
-        return None
+def _available_bytes(device: torch.device) -> int | None:
+    """None where that is unknown."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + unused
+    if device.type == "cpu":
+        with contextlib.suppress(OSError, ValueError, IndexError):
+            for line in Path("/proc/meminfo").read_text().splitlines():
+                if line.startswith("MemAvailable:"):
+                    return int(line.split()[1]) * 1024
+    return None

@@ -15,7 +15,7 @@ from streamllm.cache.checks import check_same_sizes
 from streamllm.cache.chunks import plan_chunk, plan_ragged_chunk
 from streamllm.cache.entries import MovedEntries, Rows
 from streamllm.cache.int8_ring import Int8Ring
-from streamllm.cache.memory import does_not_fit, physical_memory
+from streamllm.cache.memory import check_fits
 from streamllm.cache.ring import LayerStore, Layout, Ring, TokenKind, Writes, plan_token, token_kind
 from streamllm.malloc import trim_heap
 from streamllm.models.step import Geometry, Plan, Step
@@ -71,24 +71,17 @@ class RollingCache:
 
     def _new_rings(self, batch_size: int) -> list[tuple[int | None, Ring | Int8Ring]]:
         """The rings of all layers, filled with zeros. Raises MemoryError where they would not fit when full."""
-        make, device = RINGS[self.quantize], self.device
-        shape = batch_size, self.geometry.kv_heads, self.geometry.head_dim
+        geometry, make = self.geometry, RINGS[self.quantize]
+        shape = batch_size, geometry.kv_heads, geometry.head_dim
 
-        def rings(device: torch.device) -> list[tuple[int | None, Ring | Int8Ring]]:
-            own_windows = self.geometry.windows
-            return [(own, make(shape, self._layouts[own], self.dtype, device)) for own in own_windows]
+        def ring(own: int | None, device: torch.device) -> Ring | Int8Ring:
+            return make(shape, self._layouts[own], self.dtype, device)
 
-        # Rings without memory tell how much they take.
-        nbytes = sum(
-            tensor.nbytes for _, ring in rings(torch.device("meta")) for tensor in ring.tensors.values()
-        )
-        memory = physical_memory() if device.type == "cpu" else None
-        try:
-            if memory is not None and nbytes > memory:
-                raise MemoryError
-            return rings(device)
-        except (MemoryError, OSError, torch.OutOfMemoryError):
-            raise does_not_fit(self.sinks, self.window, batch_size, nbytes, device) from None
+        # A ring without memory tells how much it takes.
+        sizes = {own: ring(own, torch.device("meta")) for own in self._layouts}
+        nbytes = sum(tensor.nbytes for own in geometry.windows for tensor in sizes[own].tensors.values())
+        check_fits(self.sinks, self.window, batch_size, nbytes, self.device)
+        return [(own, ring(own, self.device)) for own in geometry.windows]
 
     @property
     def _t(self) -> list[int]:
