@@ -28,6 +28,8 @@ READ_STEP_SLOTS = 256
 # The steps of what is recorded or compiled are wider, so that few recordings serve a window that fills.
 RECORDED_STEP_FACTOR = 4
 
+MANY_ROWS = 8  # so many rows of float32 values are stored as keys are
+
 Index = TypeVar("Index", int, Tensor)
 Shape = tuple[int, int, int]  # B, G, D
 
@@ -180,9 +182,9 @@ class Ring:
         batch, heads, dim = shape
         self.dtype = dtype
         self.keys = zeros((batch, heads, layout.slots, dim), dtype, device)
-        if dtype == torch.float32 and device.type == "cpu":
-            # Stored [B, G, D, S + W]: one query reads them 1.1 to 1.5 times as fast.
-            # tools/bench.py decode, AMD EPYC, 2026-11.
+        if dtype == torch.float32 and device.type == "cpu" and batch < MANY_ROWS:
+            # Stored [B, G, D, S + W]: one query reads them 1.1 to 1.5 times as fast; but new ones are written to
+            # many places. tools/bench.py decode and tools/streams.py throughput, AMD EPYC, 2026-11.
             self.values = zeros((batch, heads, dim, layout.slots), dtype, device).transpose(2, 3)
         else:
             self.values = zeros((batch, heads, layout.slots, dim), dtype, device)

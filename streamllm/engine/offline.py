@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 DEFAULT_SLOTS = 32
+PREFILL_TOKENS = (
+    4096  # of prompts in one step: nobody waits for single tokens, and full steps are the fastest
+)
 CHECKED_TOKEN = 0  # a prompt that every model takes
 OF_CHATS = ("tools", "continue_final_message", "template_variables")  # options of `Stream.chat` alone
 
@@ -51,7 +54,7 @@ def generate_batch(
     Raises ValueError and TypeError as `streamllm.generate`, with the number of the prompt.
     """
     _check_lists(prompts, each)
-    batch = Batch(model, _slots(slots, prompts), sinks=sinks, window=window, quantize=quantize)
+    batch = _batch(model, slots, prompts, sinks, window, quantize)
     # So that wrong settings raise now, not at the first prompt.
     resolve(model, settings.get("generation_config"), _sampling(settings))
     check_max_new_tokens(settings.get("max_new_tokens"))
@@ -149,7 +152,7 @@ def completions(
 ) -> Iterator[tuple[int, Completion]]:
     """As `complete`, but yields each prompt's number and its Completion as soon as it has ended."""
     _check_lists(prompts, each)
-    batch = Batch(model, _slots(slots, prompts), sinks=sinks, window=window, quantize=quantize)
+    batch = _batch(model, slots, prompts, sinks, window, quantize)
     # The options for all fail now, not once for each prompt.
     stream = SlotStream(batch.plain, tokenizer, batch.slots.new_cache())
     stream.generate(
@@ -268,10 +271,17 @@ def _wrong_each(found: str) -> TypeError:
     return TypeError(f"each must have a mapping of settings for each prompt, and {found}")
 
 
-def _slots(slots: int | None, prompts: Iterable[Any]) -> int:
-    if slots is not None:
-        return slots
-    return max(1, min(DEFAULT_SLOTS, len(prompts))) if isinstance(prompts, Sized) else DEFAULT_SLOTS
+def _batch(
+    model: nn.Module,
+    slots: int | None,
+    prompts: Iterable[Any],
+    sinks: int,
+    window: int | None,
+    quantize: str | None,
+) -> Batch:
+    if slots is None:
+        slots = max(1, min(DEFAULT_SLOTS, len(prompts))) if isinstance(prompts, Sized) else DEFAULT_SLOTS
+    return Batch(model, slots, sinks=sinks, window=window, quantize=quantize, prefill_tokens=PREFILL_TOKENS)
 
 
 def _sampling(settings: Mapping[str, Any]) -> dict[str, Any]:
