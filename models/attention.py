@@ -314,11 +314,20 @@ def _products(query: Tensor, keys: Tensor) -> Tensor:
     query = query.reshape(B, G, H // G * T, D)
     if _is_odd_size(T, K, query):
         query, keys = query.float(), keys.float()
-    if T == 1 and query.dtype == torch.float32 and query.device.type == "cpu" and not IS_INTEL:
-        # Keys times a few columns take up to 1.8 times less than a few rows times the keys; on Intel's
-        # processors twice as long. tools/bench.py decode, AMD EPYC and Intel Xeon, 2026-11.
+    if T == 1 and query.device.type == "cpu" and _keys_come_first(keys):
         return (keys @ query.transpose(2, 3)).transpose(2, 3).contiguous().view(B, H, T, K)
     return (query @ keys.transpose(2, 3)).view(B, H, T, K)
+
+
+def _keys_come_first(keys: Tensor) -> bool:
+    """Whether keys times a few columns take less time than a few rows times the keys, for one query on a CPU.
+
+    tools/bench.py decode and tools/streams.py throughput, AMD EPYC and Intel Xeon, 2026-11.
+    """
+    if keys.dtype == torch.float32:
+        return not IS_INTEL  # up to 1.8 times less; on Intel's processors twice as long
+    # A part of a ring is copied for the product: its transpose takes up to three times as long to copy.
+    return keys.dtype == torch.bfloat16 and not keys.is_contiguous()
 
 
 def _weighted(weights: Tensor, values: Tensor) -> Tensor:

@@ -66,7 +66,7 @@ class CausalLM(nn.Module):
         counts = check_lengths(tokens, cache, lengths)
         if cache is None:
             x = self.hidden(tokens, self.geometry.dense_plan(tokens.shape[1], tokens.device))
-            return self.project(x if logits_to_keep is None else x[:, -logits_to_keep:])
+            return self.project(x if logits_to_keep is None else last(x, logits_to_keep))
         cache.check_model(self.geometry, tokens.device)
         with cache.guard, torch.no_grad():  # a stream has no end at which its graph could be freed
             return self._stream(tokens, cache, counts, logits_to_keep)
@@ -172,7 +172,15 @@ def keep_rows(
         found = x.gather(1, rows)
         return [torch.where(inside, found, kept[0]) if kept else found]
     first = max(0, length - keep - start)
-    return kept if first >= x.shape[1] else [*kept, x[:, first:]]  # a slice of length 0 would keep x alive
+    return kept if first >= x.shape[1] else [*kept, last(x, x.shape[1] - first)]
+
+
+def last(x: Tensor, count: int) -> Tensor:
+    """The last `count` rows of x [B, T, C], as a tensor of their own.
+
+    A slice would keep x alive. And with the strides of x, a head in bfloat16 on a CPU copies its whole weight.
+    """
+    return x if count >= x.shape[1] else x[:, -count:].clone(memory_format=torch.contiguous_format)
 
 
 class Embedding(nn.Embedding):

@@ -36,7 +36,7 @@ def check_fits(sinks: int, window: int, batch_size: int, nbytes: int, device: to
     """Raises MemoryError where a cache of `nbytes`, when it is full, takes more than is available on its device."""
     available = _available_bytes(device)
     if available is not None and nbytes > available:
-        caches = "a cache" if batch_size == 1 else f"caches of {batch_size} streams"
+        caches = "a cache" if batch_size == 1 else f"caches of {batch_size:,} streams"
         fewer = "" if batch_size == 1 else ", fewer streams"
         raise MemoryError(
             f"there is not enough memory for {caches} with {sinks:,} sinks and a window of {window:,}: when it is full "

@@ -258,7 +258,7 @@ def test_batch_refuses_what_it_cannot_read(tmp_path, checkpoint, capsys):
     assert "not UTF-8" in capsys.readouterr().err
     (tmp_path / "huge").write_text('{"prompt": "x"}\n' * 4000)
     assert run(tmp_path / "huge", "--model", checkpoint, "--window", 2**36, "--slots", 4000) == 2
-    assert "4000 caches" in capsys.readouterr().err
+    assert "caches of 4,000 streams" in capsys.readouterr().err
 
 
 def batch(file, checkpoint, capsys, *options):
