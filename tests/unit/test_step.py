@@ -170,3 +170,18 @@ def test_a_model_of_another_library_is_refused():
     with pytest.raises(TypeError, match=r"torch\.nn\.modules\.linear\.Linear is not a model of this library"):
         SinkCache(torch.nn.Linear(2, 2))
     assert geometry_of(tiny_llama()) == tiny_llama().geometry
+
+
+@pytest.mark.parametrize("length", [5, 40])  # of one chunk, and of three
+@pytest.mark.parametrize("keep", [1, 3])
+def test_the_head_reads_rows_of_their_own(monkeypatch, length, keep):
+    """torch copies a whole weight in bfloat16 for rows that are a part of a longer tensor."""
+    model = tiny_llama(dtype=torch.bfloat16)
+    strides = []
+    project = model.project
+    monkeypatch.setattr(model, "project", lambda x: strides.append(x.stride()) or project(x))
+    tokens = random_tokens(length)
+    model(tokens, logits_to_keep=keep)
+    model(tokens, SinkCache(model, 2, 60, chunk=16), logits_to_keep=keep)
+    width = model.config.width
+    assert strides == [(keep * width, width, 1)] * 2
