@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from streamllm.cache import SinkCache, entries, ring, sink_cache, streams
+from streamllm.cache import SinkCache, entries, ring, rolling_cache, sink_cache
 from streamllm.models import rotary
 from tests.laws.evicting import EvictingRows
 from tests.laws.families import tiny_model
@@ -103,23 +103,23 @@ def start_one_too_early(patch):
 
 def keys_moved_by_one_place_too_many(patch):
     moved = rotary.moved_keys
-    patch.setattr(streams, "moved_keys", lambda rope, keys, by, n: moved(rope, keys, by + 1, n))
+    patch.setattr(sink_cache, "moved_keys", lambda rope, keys, by, n: moved(rope, keys, by + 1, n))
 
 
 def keys_not_rotated(patch):
-    patch.setattr(streams, "moved_keys", lambda rope, keys, by, n: keys)
+    patch.setattr(sink_cache, "moved_keys", lambda rope, keys, by, n: keys)
 
 
 def keys_rotated_in_the_other_direction(patch):
     moved = rotary.moved_keys
-    patch.setattr(streams, "moved_keys", lambda rope, keys, by, n: moved(rope, keys, -by, n))
+    patch.setattr(sink_cache, "moved_keys", lambda rope, keys, by, n: moved(rope, keys, -by, n))
 
 
 def keys_scaled_once_more(patch):
     """By the attention factor of yarn."""
     moved = rotary.moved_keys
     factor = "attention_factor"
-    patch.setattr(streams, "moved_keys", lambda rope, *rest: moved(rope, *rest) * getattr(rope, factor))
+    patch.setattr(sink_cache, "moved_keys", lambda rope, *rest: moved(rope, *rest) * getattr(rope, factor))
 
 
 def nothing_is_moved(patch):
@@ -168,30 +168,30 @@ def sinks_one_place_too_far(patch):
 
 
 def a_token_sees_what_was_taken_out(patch):
-    plan = sink_cache.plan_token
+    plan = rolling_cache.plan_token
     patch.setattr(
-        sink_cache,
+        rolling_cache,
         "plan_token",
         lambda layout, origin, kind, t, start: plan(layout, origin, kind, t, start - 1),
     )
 
 
 def a_chunk_sees_what_was_taken_out(patch):
-    plan = sink_cache.plan_chunk
+    plan = rolling_cache.plan_chunk
 
     def wrong(layout, origin, t, start, *rest):
         return plan(layout, origin, t, max(S, start - 1), *rest)
 
-    patch.setattr(sink_cache, "plan_chunk", wrong)
+    patch.setattr(rolling_cache, "plan_chunk", wrong)
 
 
 def a_ragged_chunk_sees_what_was_taken_out(patch):
-    plan = sink_cache.plan_ragged_chunk
+    plan = rolling_cache.plan_ragged_chunk
 
     def wrong(layout, origin, t, starts, *rest):
         return plan(layout, origin, t, [max(S, start - 1) for start in starts], *rest)
 
-    patch.setattr(sink_cache, "plan_ragged_chunk", wrong)
+    patch.setattr(rolling_cache, "plan_ragged_chunk", wrong)
 
 
 def shorter_lists_keep_all(patch):
@@ -202,17 +202,17 @@ def shorter_lists_keep_all(patch):
 
 
 def rows_have_the_start_of_the_first(patch):
-    plan = sink_cache.plan_token
+    plan = rolling_cache.plan_token
     patch.setattr(
-        sink_cache,
+        rolling_cache,
         "plan_token",
         lambda layout, origin, kind, t, start: plan(layout, origin, kind, t, start[:1].expand(len(t))),
     )
 
 
 def all_rows_are_evicted(patch):
-    numbers = streams.row_numbers
-    patch.setattr(streams, "row_numbers", lambda rows, batch: numbers(None, batch))
+    numbers = sink_cache.row_numbers
+    patch.setattr(sink_cache, "row_numbers", lambda rows, batch: numbers(None, batch))
 
 
 def a_failed_token_is_not_counted_as_written(patch):

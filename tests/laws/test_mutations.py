@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from streamllm.cache import SinkCache, ring, sink_cache
+from streamllm.cache import SinkCache, chunks, ring, rolling_cache
 from streamllm.models import attention, llama, rotary
 from tests.laws.scenarios import (
     TOLERANCE,
@@ -71,13 +71,13 @@ TOKEN, CHUNK, RAGGED = "plan_token", "plan_chunk", "plan_ragged_chunk"
 def change_plans(patch, change, only=(TOKEN, CHUNK, RAGGED)):
     """Replace the step and the writes of every plan by `change(step, writes, window)`."""
     for name in only:
-        plan = getattr(sink_cache, name)
+        plan = getattr(rolling_cache, name)
 
         def changed(layout, *rest, plan=plan):
             step, writes = plan(layout, *rest)
             return change(step, writes, layout.window)
 
-        patch.setattr(sink_cache, name, changed)
+        patch.setattr(rolling_cache, name, changed)
 
 
 def query_places(step):
@@ -141,12 +141,12 @@ def window_one_shorter_in_a_chunk(patch):
 
 
 def window_one_longer_everywhere(patch):
-    visible = ring.is_visible
+    visible = chunks.is_visible
 
     def longer(key, query, sinks, window):
         return visible(key, query, sinks, window + 1)
 
-    for module in (ring, attention):
+    for module in (chunks, attention):
         patch.setattr(module, "is_visible", longer)
 
 
@@ -261,14 +261,14 @@ def a_chunk_is_stored_before_it_reads_the_ring(patch):
 
 
 def padding_is_stored(patch):
-    plan = sink_cache.plan_ragged_chunk
+    plan = rolling_cache.plan_ragged_chunk
 
     def storing_padding(layout, origin, seen, starts, counts, length, device):
         step, _ = plan(layout, origin, seen, starts, counts, length, device)
         _, writes = plan(layout, origin, seen, starts, [length] * len(seen), length, device)
         return step, replace(writes, reads=((0, step.key_place.shape[1] - length),))
 
-    patch.setattr(sink_cache, "plan_ragged_chunk", storing_padding)
+    patch.setattr(rolling_cache, "plan_ragged_chunk", storing_padding)
 
 
 def padding_is_counted(patch):

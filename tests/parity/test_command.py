@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import streamllm
 import streamllm.cache
-from streamllm.cache import sink_cache
+from streamllm.cache import rolling_cache
 from streamllm.cli import main
 from streamllm.models.step import Plan
 from streamllm.parity import compare, compare_streaming, logits
@@ -229,9 +229,9 @@ def test_a_config_that_is_refused_here_does_not_pass(made, capsys) -> None:
 
 def test_eviction_one_token_too_early_is_found(made, monkeypatch) -> None:
     for name in ("llama-gqa", "mpt-7b"):
-        for plan in (sink_cache.plan_token, sink_cache.plan_chunk):
+        for plan in (rolling_cache.plan_token, rolling_cache.plan_chunk):
             monkeypatch.setattr(
-                sink_cache,
+                rolling_cache,
                 plan.__name__,
                 lambda layout, *rest, p=plan: p(replace(layout, window=layout.window - 1), *rest),
             )

@@ -12,7 +12,7 @@ from pathlib import Path
 import click
 
 import streamllm
-from streamllm.cache import streams
+from streamllm.cache import rolling_cache
 from streamllm.cli import cli
 from streamllm.generation_config import SamplingSettings
 
@@ -71,7 +71,9 @@ def _members(owner: type) -> list[str]:
 
 def _own_bases(owner: type) -> list[type]:
     """The class and those of its bases whose members belong to the public interface, the class last."""
-    return [base for base in reversed(owner.__mro__) if base is owner or base.__module__ == streams.__name__]
+    return [
+        base for base in reversed(owner.__mro__) if base is owner or base.__module__ == rolling_cache.__name__
+    ]
 
 
 def _signature(value: object) -> str:
