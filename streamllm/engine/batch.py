@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +11,7 @@ from streamllm.compiled import Compiled, compile
 from streamllm.compiled.weight_guard import weight_guard_of
 from streamllm.engine.row import Row
 from streamllm.engine.slots import Slots
+from streamllm.engine.tracebacks import drop_frames
 from streamllm.models.checks import whole_number
 from streamllm.sampling import RowSettings, Sampler, check_finite, sample
 
@@ -185,14 +185,31 @@ class Batch:
             )
         yield from zip(rows, tokens.tolist(), best.tolist(), strict=True)
 
-    @contextmanager
-    def _taking_out(self, *rows: Row) -> Iterator[None]:
+    def _taking_out(self, *rows: Row) -> _TakingOut:
         """An error within the context takes these rows out, and no other."""
-        try:
-            yield
-        except Exception as error:
-            for row in rows:
-                self.remove(row, error)
+        return _TakingOut(self, rows)
+
+    def take_out(self, rows: Sequence[Row], error: Exception) -> None:
+        """Take out rows that cannot go on."""
+        drop_frames(error)
+        for row in rows:
+            self.remove(row, error)
+
+
+class _TakingOut:
+    """See `Batch._taking_out`."""
+
+    def __init__(self, batch: Batch, rows: Sequence[Row]) -> None:
+        self._batch, self._rows = batch, rows
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> bool:
+        if not isinstance(error, Exception):
+            return False
+        self._batch.take_out(self._rows, error)
+        return True
 
 
 def _stacked(logits: Sequence[Tensor | None]) -> Tensor:

@@ -288,12 +288,12 @@ class _Worker:
             try:
                 worked = self.batch.step()
             except BaseException as error:  # an error of the batch itself: no row can go on
-                failure = (
-                    error if isinstance(error, Exception) else RuntimeError(f"the engine failed: {error!r}")
-                )
-                for row in self.batch.rows():
-                    self.batch.remove(row, failure)
+                self._fail(error)
                 worked = False
             if worked:
                 with self._changed:
                     self._awake = True
+
+    def _fail(self, error: BaseException) -> None:
+        failure = error if isinstance(error, Exception) else RuntimeError(f"the engine failed: {error!r}")
+        self.batch.take_out(self.batch.rows(), failure)

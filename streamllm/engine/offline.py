@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from streamllm.engine.batch import Batch
 from streamllm.engine.row import Row, SlotStream, TextRow, TokenRow
+from streamllm.engine.tracebacks import drop_frames
 from streamllm.generation import check_max_new_tokens, check_seed, make_sampler, token_ids
 from streamllm.generation_config import resolve
 from streamllm.loop import Loop
@@ -96,7 +97,7 @@ class Completion:
     """What a model wrote after one prompt.
 
     finish_reason: "eos", "stop", "length", or None where an error ended it. tokens: how many were generated.
-    error: the error that ended it, or None.
+    error: the error that ended it, or None. Its traceback is a text, in its notes.
     """
 
     text: str
@@ -169,6 +170,7 @@ def _completions(
             is_chat = not isinstance(job.prompt, (str, Tensor)) and _are_messages(job.prompt)
             pieces = (stream.chat if is_chat else stream.generate)(job.prompt, **job.options)
         except Exception as error:
+            drop_frames(error)
             found.append((job.number, Completion("", None, 0, error=error)))
             return None
         return TextRow(stream, pieces, _Collector(job.number, stream, found))

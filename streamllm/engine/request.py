@@ -83,9 +83,12 @@ class Mailbox:
             while not self._pieces:
                 if self.has_ended:
                     error, self._error = self._error, None
-                    if error is not None:
+                    if error is None:
+                        return None
+                    try:
                         raise error
-                    return None
+                    finally:
+                        del error  # its traceback refers to this function
                 if call_later is not None:
                     self._readers.append(call_later)
                     raise BlockingIOError
