@@ -76,7 +76,9 @@ def test_damaged_headers_are_refused(tmp_path, change):
         TensorFile(path).tensors()
 
 
-@pytest.mark.parametrize("data", [b"", b"1234567", b"\xff" * 20, (2).to_bytes(8, "little") + b"{}", b"\0" * 8])
+@pytest.mark.parametrize(
+    "data", [b"", b"1234567", b"\xff" * 20, (2).to_bytes(8, "little") + b"{}", b"\0" * 8]
+)
 def test_other_files_are_refused(tmp_path, data):
     (tmp_path / "file").write_bytes(data)
     with pytest.raises(ValueError, match=r".+"):
