@@ -16,6 +16,7 @@ from streamllm.generation import check_max_new_tokens, check_seed, make_sampler,
 from streamllm.generation_config import resolve
 from streamllm.loop import Loop
 from streamllm.sampling import TokenLogProbs, breaker_tokens
+from streamllm.tensor_parallel import JobError
 from streamllm.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -169,6 +170,8 @@ def _completions(
         try:
             is_chat = not isinstance(job.prompt, (str, Tensor)) and _are_messages(job.prompt)
             pieces = (stream.chat if is_chat else stream.generate)(job.prompt, **job.options)
+        except JobError:  # no prompt can go on
+            raise
         except Exception as error:
             drop_frames(error)
             found.append((job.number, Completion("", None, 0, error=error)))

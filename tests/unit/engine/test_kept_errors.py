@@ -56,7 +56,7 @@ def test_a_failed_stream_and_its_neighbours_are_freed(pair, no_collector, fault,
         next(neighbour)
         request = fault(engine)
         streams = [weakref.ref(request._stream), weakref.ref(neighbour._stream)]
-        until(lambda: request.has_ended)
+        until(lambda request=request: request.has_ended)
         if is_read:
             try:
                 list(request)
