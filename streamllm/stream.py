@@ -86,6 +86,7 @@ class Stream(TextStream):
 
     def reset(self) -> None:
         """Forget everything and start a new text."""
+        self._check_free()
         if self.pins_system:  # the next system prompt may be longer, or there may be none
             self._make_cache(chatting.DEFAULT_SINKS)
         else:
@@ -182,6 +183,7 @@ class Stream(TextStream):
 
         turn: one of `turns`, or its number in that list. Raises ValueError for any other.
         """
+        self._check_free()
         self._settle()
         turns = self.turns
         try:
@@ -202,6 +204,7 @@ class Stream(TextStream):
 
         Raises ValueError where there is nothing to undo.
         """
+        self._check_free()
         self._settle()
         dialogue, turns = self._now, self.turns
         if not dialogue.calls:
@@ -216,6 +219,7 @@ class Stream(TextStream):
 
     def fork(self) -> Stream:
         """A second stream that goes on from here, with a cache of its own."""
+        self._check_free()
         state = capture(self)
         other = self._like(self.model, self.tokenizer, self._settings())
         restore(other, state)
@@ -231,6 +235,7 @@ class Stream(TextStream):
         renamed, so after an error or a crash at any moment there is the old file or the new one. Raises OSError where
         it cannot be written.
         """
+        self._check_free()
         saving.save(self, path)
         if self._autosave is not None and self._autosave.path == Path(path):
             self._saved_at = self._end
@@ -266,7 +271,7 @@ class Stream(TextStream):
             return
         if is_end_of_turn if due.tokens is None else self._end - self._saved_at >= due.tokens:
             self._saved_at = self._end
-            self.save(due.path)
+            saving.save(self, due.path)
 
     @classmethod
     def _like(cls, model: nn.Module, tokenizer: Tokenizer, settings: dict[str, Any]) -> Stream:

@@ -88,6 +88,7 @@ class TextStream:
         Raises ValueError for ids outside the vocabulary, and for an empty text at the start of a stream whose
         tokenizer adds no BOS token; TokenizerError for a text that the tokenizer cannot encode.
         """
+        self._check_free()
         tokens = self._encode(text, bos, special_tokens)
         self._push(tokens)
         self._feed()

@@ -59,7 +59,7 @@ quantize_option = click.option(
 tensor_parallel_option = click.option(
     "--tensor-parallel", is_flag=True,
     help="Divide the model among the processes that torchrun has started: "
-    "torchrun --nproc-per-node 2 -m streamllm generate --tensor-parallel …",
+    "torchrun --nproc-per-node 2 -m streamllm … --tensor-parallel.",
 )  # fmt: skip
 threads_option = click.option(
     "--threads", type=click.IntRange(1, MAX_THREADS),

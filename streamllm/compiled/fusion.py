@@ -88,6 +88,8 @@ def _share_rolls(graph: fx.Graph) -> None:
             graph.erase_node(node)
 
 
+@torch.inference_mode(False)  # else the weights could not be trained afterwards
+@torch.no_grad()
 def join(weights: Sequence[Tensor], by_columns: bool) -> Tensor:
     """[out, in] each -> [sum of out, in], or biases [out] each -> [sum]; each becomes a view of it."""
     sizes = [len(weight) for weight in weights]

@@ -7,6 +7,7 @@ row.py       what a batch needs to know of one stream
 batch.py     one step: prompts are read in chunks, running streams get a token each
 request.py   the text of one stream on its way to its reader, a thread or asyncio
 engine.py    Engine: a thread that steps a batch, and takes requests
+tracebacks.py  errors that are kept do not keep the streams of their step
 offline.py   lists of prompts, without a thread: generate_batch, complete
 """
 

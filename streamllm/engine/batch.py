@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +11,10 @@ from streamllm.compiled import Compiled, compile
 from streamllm.compiled.weight_guard import weight_guard_of
 from streamllm.engine.row import Row
 from streamllm.engine.slots import Slots
+from streamllm.engine.tracebacks import drop_frames
 from streamllm.models.checks import whole_number
 from streamllm.sampling import RowSettings, Sampler, check_finite, sample
+from streamllm.tensor_parallel import JobError, is_tensor_parallel
 
 # These backends compile for long. So the batch has one size, and its step is compiled once.
 ONE_SIZE_BACKENDS = ("inductor", "cudagraphs")
@@ -48,7 +49,7 @@ class Batch:
             model = compile(self.plain, "flat")
         one_size = isinstance(model, Compiled) and model.backend in ONE_SIZE_BACKENDS
         self.slots = Slots(model, count, sinks, window, chunk, quantize, one_size)
-        self._model = model
+        self._model, self._has_peers = model, is_tensor_parallel(self.plain)
         if prefill_tokens is None:
             on_cuda = self.slots.memory.device.type == "cuda"
             prefill_tokens = CUDA_PREFILL if on_cuda else max(LEAST_PREFILL, 2 * count)
@@ -132,7 +133,7 @@ class Batch:
             count = min(room, len(waiting[row]) - 1)
             if not count:
                 return
-            with self._taking_out(row), torch.inference_mode():
+            with self._taking_out(row, in_forward=True), torch.inference_mode():
                 cache, row.served = row.loop.cache, self._steps
                 ids = torch.tensor([waiting[row][:count]], dtype=torch.int64, device=cache.device)
                 if count == 1:
@@ -147,7 +148,7 @@ class Batch:
         """Feed a token to each of some rows."""
         if not tokens:
             return
-        with self._taking_out(*tokens):
+        with self._taking_out(*tokens, in_forward=True):
             logits, at = self.slots.step({row.loop.cache: token for row, token in tokens.items()})
             for row, number in zip(tokens, at, strict=True):
                 row.loop.set_logits(logits[number])
@@ -185,14 +186,35 @@ class Batch:
             )
         yield from zip(rows, tokens.tolist(), best.tolist(), strict=True)
 
-    @contextmanager
-    def _taking_out(self, *rows: Row) -> Iterator[None]:
-        """An error within the context takes these rows out, and no other."""
-        try:
-            yield
-        except Exception as error:
-            for row in rows:
-                self.remove(row, error)
+    def _taking_out(self, *rows: Row, in_forward: bool = False) -> _TakingOut:
+        """An error within the context takes these rows out, and no other.
+
+        An error that the other processes of a tensor-parallel model may not have ends the batch: they would go on with
+        other rows.
+        """
+        return _TakingOut(self, rows, Exception if in_forward and self._has_peers else JobError)
+
+    def take_out(self, rows: Sequence[Row], error: Exception) -> None:
+        """Take out rows that cannot go on."""
+        drop_frames(error)
+        for row in rows:
+            self.remove(row, error)
+
+
+class _TakingOut:
+    """See `Batch._taking_out`. raised: errors that leave the context."""
+
+    def __init__(self, batch: Batch, rows: Sequence[Row], raised: type[Exception]) -> None:
+        self._batch, self._rows, self._raised = batch, rows, raised
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> bool:
+        if not isinstance(error, Exception) or isinstance(error, self._raised):
+            return False
+        self._batch.take_out(self._rows, error)
+        return True
 
 
 def _stacked(logits: Sequence[Tensor | None]) -> Tensor:

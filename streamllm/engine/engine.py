@@ -121,8 +121,9 @@ class Engine:
                 and type must be those of the engine. Do not use it until the request has ended.
             ahead: the stream pauses while this many pieces wait to be read. None: never where `max_new_tokens` is
                 given, else 256.
-            on_piece: is called with each piece, in the engine's thread; the request then has no pieces to read. An
-                error in it ends this stream alone.
+            on_piece: is called with each piece, in the engine's thread; the request then has no pieces to read. While
+                it runs, all streams stand still. It may submit requests, but not wait for them. An error in it ends
+                this stream alone.
 
         Raises ValueError and TypeError as `Stream.generate`, at the call; RuntimeError for a closed engine.
         """
@@ -173,7 +174,7 @@ class Engine:
         slots.check(stream.cache)  # again: with sinks="system", the first message makes a new cache
         free = _take(stream)
         try:
-            mailbox = Mailbox(ahead, on_piece, self._worker.wake, free)
+            mailbox = Mailbox(ahead, on_piece, self._worker.wake, free, self._worker.check_may_wait)
             row = TextRow(stream, pieces, mailbox)
             self._worker.run_soon(lambda: batch.add(row))
         except BaseException:
@@ -239,10 +240,7 @@ class _Worker:
 
     def call(self, function: Callable[[], Result]) -> Result:
         """Call `function` before the next step, and return its result. Raises RuntimeError for a closed engine."""
-        if threading.current_thread() is self._thread:
-            raise RuntimeError(
-                "call this from another thread: the thread of the engine would wait for itself"
-            )
+        self.check_may_wait()
         answer: Future[Result] = Future()
 
         def job() -> None:
@@ -260,6 +258,13 @@ class _Worker:
         if self._process != os.getpid():
             raise RuntimeError(
                 "the engine's thread is in the process that forked this one: make another engine"
+            )
+
+    def check_may_wait(self) -> None:
+        """Raises RuntimeError in the engine's own thread."""
+        if threading.current_thread() is self._thread:
+            raise RuntimeError(
+                "call this from another thread: the thread of the engine would wait for itself"
             )
 
     def stop(self) -> None:
@@ -288,12 +293,12 @@ class _Worker:
             try:
                 worked = self.batch.step()
             except BaseException as error:  # an error of the batch itself: no row can go on
-                failure = (
-                    error if isinstance(error, Exception) else RuntimeError(f"the engine failed: {error!r}")
-                )
-                for row in self.batch.rows():
-                    self.batch.remove(row, failure)
+                self._fail(error)
                 worked = False
             if worked:
                 with self._changed:
                     self._awake = True
+
+    def _fail(self, error: BaseException) -> None:
+        failure = error if isinstance(error, Exception) else RuntimeError(f"the engine failed: {error!r}")
+        self.batch.take_out(self.batch.rows(), failure)

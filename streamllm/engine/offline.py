@@ -11,10 +11,12 @@ from torch import Tensor, nn
 
 from streamllm.engine.batch import Batch
 from streamllm.engine.row import Row, SlotStream, TextRow, TokenRow
+from streamllm.engine.tracebacks import drop_frames
 from streamllm.generation import check_max_new_tokens, check_seed, make_sampler, token_ids
 from streamllm.generation_config import resolve
 from streamllm.loop import Loop
 from streamllm.sampling import TokenLogProbs, breaker_tokens
+from streamllm.tensor_parallel import JobError
 from streamllm.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -99,7 +101,7 @@ class Completion:
     """What a model wrote after one prompt.
 
     finish_reason: "eos", "stop", "length", or None where an error ended it. tokens: how many were generated.
-    error: the error that ended it, or None.
+    error: the error that ended it, or None. Its traceback is a text, in its notes.
     """
 
     text: str
@@ -171,7 +173,10 @@ def _completions(
         try:
             is_chat = not isinstance(job.prompt, (str, Tensor)) and _are_messages(job.prompt)
             pieces = (stream.chat if is_chat else stream.generate)(job.prompt, **job.options)
+        except JobError:  # no prompt can go on
+            raise
         except Exception as error:
+            drop_frames(error)
             found.append((job.number, Completion("", None, 0, error=error)))
             return None
         return TextRow(stream, pieces, _Collector(job.number, stream, found))

@@ -23,6 +23,7 @@ class Mailbox:
 
     ahead: the stream pauses while this many pieces wait; None: never. on_piece: is called in the engine's thread
     with each piece, instead of keeping it. wake: tells the engine that it may go on. on_end: is called at the end.
+    check_may_wait: raises RuntimeError in the engine's thread, which would wait for itself.
     """
 
     def __init__(
@@ -31,7 +32,9 @@ class Mailbox:
         on_piece: Callable[[str], object] | None,
         wake: Callable[[], None],
         on_end: Callable[[], None],
+        check_may_wait: Callable[[], None],
     ) -> None:
+        self._check_may_wait = check_may_wait
         self._ahead, self._on_piece, self._wake, self._on_end = ahead, on_piece, wake, on_end
         self._changed = threading.Condition()
         self._pieces: deque[str] = deque()
@@ -83,12 +86,16 @@ class Mailbox:
             while not self._pieces:
                 if self.has_ended:
                     error, self._error = self._error, None
-                    if error is not None:
+                    if error is None:
+                        return None
+                    try:
                         raise error
-                    return None
+                    finally:
+                        del error  # its traceback refers to this function
                 if call_later is not None:
                     self._readers.append(call_later)
                     raise BlockingIOError
+                self._check_may_wait()
                 self._changed.wait()
             was_full = self.is_full
             piece = self._pieces.popleft()
@@ -101,12 +108,6 @@ class Mailbox:
         with self._changed:
             if call_later in self._readers:
                 self._readers.remove(call_later)
-
-    def wait(self) -> None:
-        """Wait until the stream has ended."""
-        with self._changed:
-            while not self.has_ended:
-                self._changed.wait()
 
     def cancel(self) -> None:
         self.is_cancelled = True
@@ -186,7 +187,10 @@ class Request:
             return piece
 
     def text(self) -> str:
-        """Wait for the end, and return the rest of the text. Raises the error that ended the stream."""
+        """Wait for the end, and return the rest of the text.
+
+        Raises the error that ended the stream; RuntimeError in the engine's thread, for example within `on_piece`.
+        """
         return "".join(self)
 
     def cancel(self) -> None:

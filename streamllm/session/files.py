@@ -7,17 +7,19 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from streamllm.models.quantized import format_of
 from streamllm.models.step import geometry_of
+from streamllm.session.tensor_file import TensorFile, raw_bytes, write_tensors
 from streamllm.tokenizer import Tokenizer
 from streamllm.weights.errors import shorten
 
@@ -39,8 +41,6 @@ def write(path: Path, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -
 
     Raises OSError where the folder cannot be written, or the disk is full.
     """
-    from safetensors.torch import save
-
     text = json.dumps(state, ensure_ascii=False)
     on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     metadata = {
@@ -49,9 +49,8 @@ def write(path: Path, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -
         "state": text,
         "checksum": checksum(text, on_cpu),
     }
-    data = save(on_cpu, metadata=metadata)
     try:
-        _write_whole(path, data)
+        _write_whole(path, lambda file: write_tensors(file, metadata, on_cpu))
     except OSError as error:
         reason = error.strerror or str(error)
         raise OSError(
@@ -60,12 +59,12 @@ def write(path: Path, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -
     _sync_folder(path.parent)
 
 
-def _write_whole(path: Path, data: bytes) -> None:
+def _write_whole(path: Path, write_to: Callable[[BinaryIO], None]) -> None:
     """Write beside `path`, and rename."""
     number, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=PARTIAL, dir=path.parent)
     try:
         with os.fdopen(number, "wb") as file:
-            file.write(data)
+            write_to(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(name, path)
@@ -97,15 +96,11 @@ def _sync_folder(folder: Path) -> None:
 
 def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """What `write` wrote. Raises SessionError for a damaged file and for one of another kind or version."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load
-
-    data = path.read_bytes()
     try:
-        size = int.from_bytes(data[:8], "little")
-        metadata = json.loads(data[8 : 8 + size])["__metadata__"]
+        file = TensorFile(path)
+        metadata = file.metadata
         kind, version = metadata["format"], metadata["version"]
-    except (ValueError, KeyError, TypeError, UnicodeDecodeError):
+    except (ValueError, KeyError):
         raise SessionError(f"{path} is not a saved session, or it is damaged") from None
     if kind != FORMAT:
         raise SessionError(f"{path} is not a saved session, but a file of the format {shorten(repr(kind))}")
@@ -115,11 +110,11 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             f"{VERSION}: load it with the version that saved it"
         )
     try:
-        tensors = load(data)
+        tensors = file.tensors()
         text = metadata["state"]
         whole = metadata["checksum"] == checksum(text, tensors)
         state = json.loads(text) if whole else None
-    except (SafetensorError, ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError):
         whole, state = False, None
     if not whole or not isinstance(state, dict):
         raise SessionError(f"{path} is damaged: its checksum is wrong, so nothing of it can be used")
@@ -132,7 +127,7 @@ def checksum(text: str, tensors: Mapping[str, Tensor]) -> str:
     for name in sorted(tensors):
         tensor = tensors[name]
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+        digest.update(raw_bytes(tensor))
     return digest.hexdigest()
 
 
@@ -210,15 +205,12 @@ def _sample(weight: Tensor, scale: Tensor | None) -> dict[str, Any]:
         weight = weight.to_dense()
     shape = weight.shape if format is None else torch.Size(format.shape(weight))
     count = shape.numel()
-    places = torch.tensor(
-        [count * step // SAMPLES for step in range(min(count, SAMPLES))], dtype=torch.int64, device="cpu"
-    )
-    index = torch.unravel_index(places, shape)
+    numbers = np.array([count * step // SAMPLES for step in range(min(count, SAMPLES))], np.int64)
+    places = np.unravel_index(numbers, shape)  # torch's imports sympy, which takes 37 MB
     if format is None or scale is None:
-        values = weight[tuple(axis.to(weight.device) for axis in index)].double().tolist()
+        values = weight[tuple(torch.from_numpy(axis).to(weight.device) for axis in places)].double().tolist()
         return {"shape": list(shape), "values": [_short(value) for value in values]}
-    outputs, inputs = (axis.tolist() for axis in index)
-    sampled = [format.sample(weight, scale, *place) for place in zip(outputs, inputs, strict=True)]
+    sampled = [format.sample(weight, scale, *map(int, place)) for place in zip(*places, strict=True)]
     return {
         "shape": list(shape),
         "values": [_short(value) for value, _ in sampled],

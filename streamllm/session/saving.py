@@ -103,8 +103,9 @@ def _state_to_json(state: State) -> dict[str, Any]:
 
 def _state_from_json(saved: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> State:
     cache = {name[len(CACHE) :]: tensor for name, tensor in tensors.items() if name.startswith(CACHE)}
+    logits = tensors.get(LOGITS)
     loop = LoopState(
-        tensors.get(LOGITS),
+        None if logits is None else logits.clone(),  # a part of the file's memory would keep all of it
         saved["first"],
         tuple(saved["tokens"]),
         tuple(saved["history"]),

@@ -5,13 +5,17 @@ The logits are compared in tests/laws/test_tensor_parallel.py.
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
 import subprocess
 import sys
+import time
+from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -19,6 +23,7 @@ from click.testing import CliRunner
 
 import streamllm
 from streamllm.cli import cli
+from streamllm.engine.batch import Batch
 from streamllm.models import falcon
 from streamllm.models.alibi import Alibi
 from streamllm.models.rotary import Rope
@@ -262,3 +267,71 @@ def test_an_error_of_all_processes_is_printed_by_one():
     assert [code for _, code in ended] == [2, 2]
     assert ended[0][0][1].decode().startswith("Error: there is no folder '/nowhere'")
     assert ended[1][0] == (b"", b"")
+
+
+def batch_of(folder, count):
+    lines = [{"prompt": f"def f{number}(", "temperature": 1.0 * (number % 2)} for number in range(count)]
+    path = folder / "prompts.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in [*lines, {"prompt": "x", "top_p": -1.0}]))
+    return ["batch", str(path), "--slots", "3", "--device", "cpu", "--dtype", "float64", "--seed", "1"]
+
+
+def results_of(path):
+    found = [json.loads(line) for line in path.read_text().splitlines()]
+    return sorted(found, key=lambda result: result["line"])
+
+
+def test_two_processes_run_a_list_of_prompts(tmp_path):
+    command = [*batch_of(tmp_path, 7), "-n", "12"]
+    started = start_processes(*command, "-o", str(tmp_path / "two"), "--tensor-parallel", prompts=(b"", b""))
+    ended = [(process.communicate(timeout=120), process.returncode) for process in started]
+    assert [code for _, code in ended] == [1, 0]  # a line failed
+    assert "8 of 8 lines have a result, 1 of them an error" in ended[0][0][1].decode()
+    assert ended[1][0] == (b"", b"")
+    assert (
+        CliRunner().invoke(cli, [*command, "-o", str(tmp_path / "one")], standalone_mode=False).return_value
+        == 1
+    )
+    assert results_of(tmp_path / "two") == results_of(tmp_path / "one")
+
+
+def test_a_list_of_prompts_ends_when_a_process_dies(tmp_path):
+    """The lines that are left have no result: the same command continues."""
+    output = tmp_path / "results"
+    command = [*batch_of(tmp_path, 400), "-n", "40", "-o", str(output), "--tensor-parallel"]
+    first, second = start_processes(*command, prompts=(b"", b""))
+    end = time.monotonic() + 90
+    while not (output.exists() and output.read_bytes()) and time.monotonic() < end:
+        time.sleep(0.02)
+    second.send_signal(signal.SIGKILL)
+    _, err = first.communicate(timeout=END_SECONDS)
+    second.communicate(timeout=END_SECONDS)
+    assert first.returncode == 2
+    assert err.decode().count("Error: another process of this job has ended") == 1
+    assert "run the same command again to continue" in err.decode()
+    failed = [result for result in results_of(output) if "error" in result]
+    assert [result["line"] for result in failed] in ([], [401])
+    assert len(results_of(output)) < 401
+
+
+def test_an_error_of_one_process_in_a_forward_ends_its_batch(monkeypatch):
+    """It would go on with other rows than the others, which would not be noticed or wait for ever."""
+    config = CONFIGS["falcon 7b"]
+    for ranks, raised in ((1, True), (None, False)):
+        part = None if ranks is None else Share(config, 0, 1)
+        model = (
+            MODELS[type(config)].Model(config)
+            if part is None
+            else part.build(lambda own: falcon.Model(own), config)
+        )
+        monkeypatch.setattr(model, "forward", mock.Mock(side_effect=torch.OutOfMemoryError("on purpose")))
+        batch = Batch(model, 2, window=8)
+        row = mock.Mock(
+            is_paused=False,
+            is_cancelled=False,
+            **{"loop.cache": batch.slots.new_cache(), "loop.waiting.return_value": [1, 2, 3]},
+        )
+        batch.add(row)
+        with pytest.raises(torch.OutOfMemoryError) if raised else nullcontext():
+            batch.step()
+        assert row.end.called is not raised

@@ -13,46 +13,10 @@ import time
 
 import pytest
 import torch
-from tokenizers import Tokenizer as Library
 
 import streamllm
 from streamllm import Engine, Stream
-from tests.unit.chat.samples import STYLES
-from tests.unit.conftest import write_llama, write_tokenizer
-
-SIZES = {"sinks": 4, "window": 40}
-TEXTS = ["Once upon a time", "def ", "x", "one two three four five six seven " * 6, "for name in", "naïve ☕"]
-
-
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory):
-    """A model in float64 with a ChatML template, so that rounding does not decide about tokens."""
-    folder = tmp_path_factory.mktemp("engine")
-    write_tokenizer(folder, bos=True)
-    library = Library.from_file(str(folder / "tokenizer.json"))
-    library.add_special_tokens(["<|im_start|>", "<|im_end|>"])
-    library.save(str(folder / "tokenizer.json"))
-    (folder / "chat_template.jinja").write_text(STYLES["chatml"])
-    return streamllm.load(write_llama(folder, library.get_vocab_size()), device="cpu", dtype="float64")
-
-
-@pytest.fixture
-def engine(pair):
-    with Engine(*pair, slots=3, **SIZES) as engine:
-        yield engine
-    assert not any(thread.name == "streamllm engine" for thread in threading.enumerate())
-
-
-def alone(pair, text, **options):
-    return list(Stream(*pair, **SIZES).generate(text, **options))
-
-
-def until(condition, seconds=20.0):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not happen"
-        time.sleep(0.002)
-
+from tests.unit.engine.conftest import SIZES, TEXTS, alone, until
 
 SETTINGS = [
     {"temperature": 1.0, "seed": 3, "max_new_tokens": 50},
@@ -370,7 +334,8 @@ def test_an_engine_that_is_dropped_ends_its_thread(pair):
 
 
 PROGRAM = """
-import streamllm
+import signal, streamllm
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it for what runs in its background
 engine = streamllm.Engine(*streamllm.load(device="cpu"), slots=2, window=60)
 requests = [engine.submit("def ", eos=[], seed=n, temperature=1.0) for n in range(3)]
 print("running", flush=True)
@@ -384,9 +349,12 @@ def test_ctrl_c_ends_a_program(tmp_path):
         [sys.executable, "-c", PROGRAM], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
-    assert child.stdout.readline() == "running\n"
-    time.sleep(0.2)
-    child.send_signal(signal.SIGINT)
-    _, errors = child.communicate(timeout=120)
+    try:
+        assert child.stdout.readline() == "running\n"
+        time.sleep(0.2)
+        child.send_signal(signal.SIGINT)
+        _, errors = child.communicate(timeout=120)
+    finally:
+        child.kill()
     assert child.returncode in (-signal.SIGINT, 130)
     assert errors.strip().endswith("KeyboardInterrupt")

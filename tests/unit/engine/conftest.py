@@ -1,0 +1,47 @@
+"""A model in float64 with a chat template, and an engine of it."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+from tokenizers import Tokenizer as Library
+
+import streamllm
+from streamllm import Engine, Stream
+from tests.unit.chat.samples import STYLES
+from tests.unit.conftest import write_llama, write_tokenizer
+
+SIZES = {"sinks": 4, "window": 40}
+TEXTS = ["Once upon a time", "def ", "x", "one two three four five six seven " * 6, "for name in", "naïve ☕"]
+
+
+@pytest.fixture(scope="package")
+def pair(tmp_path_factory):
+    """A model in float64 with a ChatML template, so that rounding does not decide about tokens."""
+    folder = tmp_path_factory.mktemp("engine")
+    write_tokenizer(folder, bos=True)
+    library = Library.from_file(str(folder / "tokenizer.json"))
+    library.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    library.save(str(folder / "tokenizer.json"))
+    (folder / "chat_template.jinja").write_text(STYLES["chatml"])
+    return streamllm.load(write_llama(folder, library.get_vocab_size()), device="cpu", dtype="float64")
+
+
+@pytest.fixture
+def engine(pair):
+    with Engine(*pair, slots=3, **SIZES) as engine:
+        yield engine
+    assert not any(thread.name == "streamllm engine" for thread in threading.enumerate())
+
+
+def alone(pair, text, **options):
+    return list(Stream(*pair, **SIZES).generate(text, **options))
+
+
+def until(condition, seconds=20.0):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.002)
