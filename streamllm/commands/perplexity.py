@@ -20,7 +20,7 @@ from streamllm.commands.options import (
     texts_argument,
 )
 from streamllm.commands.resumable import ResumableRuns, combinations, fingerprint
-from streamllm.commands.types import TOKENS, ChoicesParamType, NumbersParamType
+from streamllm.commands.types import ChoicesParamType, CountParamType, NumbersParamType
 
 MODES = ("sinks", "window", "dense", "recompute")  # streamllm.evaluate.MODES, which imports torch
 
@@ -37,27 +37,25 @@ MODES = ("sinks", "window", "dense", "recompute")  # streamllm.evaluate.MODES, w
 )
 @click.option("--window", "windows", type=NumbersParamType(1), help=WINDOW_HELP)
 @quantize_cache_option
-@click.option(
-    "--tokens", type=click.IntRange(2, TOKENS.max), help="Read at most so many tokens.  [default: all]"
-)
+@click.option("--tokens", type=CountParamType(2), help="Read only the first N tokens.  [default: all]")
 @click.option("--reset-between-texts", is_flag=True, help="Start every text with an empty cache.")
 @chunk_option(256)
 @click.option(
-    "--dense-tokens", type=click.IntRange(2, TOKENS.max), default=16384, show_default=True,
-    help="Read at most so many tokens in dense mode, whose memory grows with them.",
+    "--dense-tokens", type=CountParamType(2), default=16384, show_default=True,
+    help="In dense mode, read only the first N tokens: its memory grows with each.",
 )  # fmt: skip
 @click.option(
-    "--positions", type=click.IntRange(0, TOKENS.max), default=2000, show_default=True,
-    help="Score so many random predictions in recompute mode; 0: all.",
+    "--positions", type=CountParamType(0), default=2000, show_default=True,
+    help="In recompute mode, score N random predictions; 0: all.",
 )  # fmt: skip
 @click.option(
-    "--batch", type=click.IntRange(1, 2**16), default=32, show_default=True,
-    help="Compute so many of them at a time.",
+    "--batch", type=CountParamType(1, 2**16), default=32, show_default=True,
+    help="In recompute mode, compute N predictions at a time.",
 )  # fmt: skip
 @seed_option
 @click.option(
     "--resume", type=OUTPUT_FILE,
-    help="Keep the state of the run in this file, and continue from it where it exists.",
+    help="Save the run to this file, and continue from the file if it exists.",
 )  # fmt: skip
 @output_options
 def perplexity(
@@ -66,7 +64,7 @@ def perplexity(
     chunk: int, dense_tokens: int, positions: int, batch: int, seed: int, resume: Path | None,
     json_file: Path | None, plot: Path | None,
 ) -> None:  # fmt: skip
-    """Score a long text: dense, window, sinks or recomputed.
+    """Measure how well a model predicts a long text.
 
     \b
     sinks      each token sees the first --sinks tokens and the last --window
