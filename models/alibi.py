@@ -7,12 +7,12 @@ token of distance from the query. Nothing is rotated; a key is cached as it is.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from streamllm.models.step import Step
-from streamllm.models.tensor_cache import tensor_cache
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,9 @@ def position_bias(alibi: Alibi, step: Step, dtype: torch.dtype, scale: float = 1
     dtype: the model's.
     """
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    slopes = _slopes(alibi, step.query_place.device)[:, None, None]  # [H, 1, 1]
+    # As in rotary.py, nothing is kept while a model is traced.
+    kept_slopes = _slopes.__wrapped__ if torch.compiler.is_compiling() else _slopes
+    slopes = kept_slopes(alibi, step.query_place.device)[:, None, None]  # [H, 1, 1]
     distance = step.distance()[:, None]  # [R, 1, T, K]
     if not alibi.bfloat16_ranks:
         return distance.to(wide) * (slopes.to(wide) * -scale)
@@ -48,7 +50,7 @@ def position_bias(alibi: Alibi, step: Step, dtype: torch.dtype, scale: float = 1
     return ((slopes.bfloat16() * ranks.bfloat16()).to(dtype) * scale).to(wide)
 
 
-@tensor_cache(64)
+@lru_cache(64)
 def _slopes(alibi: Alibi, device: torch.device) -> Tensor:
     with torch.inference_mode(False):  # or autograd could not use it
         return alibi.slopes().to(device)

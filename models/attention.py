@@ -36,7 +36,6 @@ from torch import Tensor
 
 from streamllm.models.processor import IS_INTEL
 from streamllm.models.step import Step, is_visible
-from streamllm.models.tensor_cache import tensor_cache
 from streamllm.models.torch_private import flash_attention_cpu, flash_attention_cuda
 
 Read = tuple[Tensor, Tensor]  # out [B, H, T, D] and lse [B, H, T]
@@ -139,6 +138,9 @@ def tiles(
         )
         return _by_matmul(sink_query[:, :, start:stop].to(wide), *sinks, scale, added)
 
+    # As in rotary.py, nothing is kept while a model is traced.
+    run_bias = _run_bias.__wrapped__ if torch.compiler.is_compiling() else _run_bias
+
     def read_run(start: int, stop: int) -> Read:
         low, high = band.run(start, stop)
         in_front = band.start + start - (band.first + low - columns)  # keys of the run before the first query
@@ -146,7 +148,7 @@ def tiles(
         fuse = fusable and band.start + start >= band.sinks
         added = _joined_bias(
             None if bias is None else bias[:, :, start:stop, low:high],
-            _run_bias(
+            run_bias(
                 stop - start, high - low, in_front, band.window, query.dtype if fuse else wide, query.device
             ),
         )
@@ -262,7 +264,7 @@ def _has_flash(device: torch.device) -> bool:
     return torch.version.cuda is not None and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-@tensor_cache(4)  # all layers, and nearly all tiles of a long text, have the same
+@lru_cache(4)  # all layers, and nearly all tiles of a long text, have the same
 def _run_bias(
     queries: int, keys: int, in_front: int, window: int, dtype: torch.dtype, device: torch.device
 ) -> Tensor | None:

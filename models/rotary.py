@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from streamllm.models.step import Step
-from streamllm.models.tensor_cache import tensor_cache
 
 
 @dataclass(frozen=True)
@@ -187,7 +187,9 @@ def _table(rope: Rope, places: Tensor, rope_length: int, dtype: torch.dtype) -> 
     device = places.device
     if device.type == "mps":  # it has no float64
         places = places.cpu()
-    inverse = _frequencies(rope, rope_length, places.device)
+    # While torch.export or torch.compile traces a model, nothing is kept: its tensors have no values.
+    frequencies = _frequencies.__wrapped__ if torch.compiler.is_compiling() else _frequencies
+    inverse = frequencies(rope, rope_length, places.device)
     if rope.float32_angles:
         angles = places.float()[..., None] * inverse.float()
         cos, sin = angles.cos(), angles.sin()
@@ -206,7 +208,7 @@ def _table(rope: Rope, places: Tensor, rope_length: int, dtype: torch.dtype) -> 
     return cos.to(device, dtype), sin.to(device, dtype)
 
 
-@tensor_cache(64)
+@lru_cache(64)
 def _frequencies(rope: Rope, rope_length: int, device: torch.device) -> Tensor:
     with torch.inference_mode(False):  # or autograd could not use it
         return rope.frequencies(rope_length).to(device, torch.float64)

@@ -168,6 +168,8 @@ def _user_error(error: Exception) -> str | None:
         if isinstance(error, JobError):
             return sentence
     if _out_of_memory(error):
+        if isinstance(error, MemoryError) and sentence:  # our own; Python's says nothing
+            return sentence
         return (
             "there is not enough memory: give a smaller --window or --chunk, --dtype bfloat16, "
             "or take a smaller model"

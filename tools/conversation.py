@@ -59,7 +59,7 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=500)
     parser.add_argument("--message", type=int, default=100, help="tokens of a message, of the embedded model")
     parser.add_argument("--answer", type=int, default=300, help="the longest answer, in tokens")
-    parser.add_argument("--window", type=int, help="default: what the model was trained for, at most 1,020")
+    parser.add_argument("--window", type=int, help="default: what the model was trained for, at most 4,092")
     parser.add_argument("--evict", choices=("turn", "token"), default="turn")
     parser.add_argument("--backend", choices=("flat", "inductor"), help="compile the step of one token")
     parser.add_argument("--temperature", type=float, default=1.0)

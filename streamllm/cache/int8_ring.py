@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from streamllm.cache.memory import zeros
 from streamllm.cache.ring import Layout, Move, Shape, put
 
 
@@ -20,13 +21,21 @@ class Int8Ring:
     def __init__(self, shape: Shape, layout: Layout, dtype: torch.dtype, device: torch.device) -> None:
         batch, heads, dim = shape
         self.dtype = dtype
-        self.sinks = torch.zeros(2, batch, heads, layout.sinks, dim, dtype=dtype, device=device)
-        self.scales = torch.zeros(2, batch, heads, layout.window, 1, dtype=dtype, device=device)
-        self.numbers = torch.zeros(2, batch, heads, layout.window, dim, dtype=torch.int8, device=device)
+        self.sinks = zeros((2, batch, heads, layout.sinks, dim), dtype, device)
+        self.scales = zeros((2, batch, heads, layout.window, 1), dtype, device)
+        self.numbers = zeros((2, batch, heads, layout.window, dim), torch.int8, device)
 
     @property
     def tensors(self) -> dict[str, Tensor]:
         return {"sinks": self.sinks, "scales": self.scales, "numbers": self.numbers}
+
+    def first(self, slots: int) -> dict[str, Tensor]:
+        recent = max(0, slots - self.sinks.shape[3])
+        return {
+            "sinks": self.sinks,
+            "scales": self.scales[:, :, :, :recent],
+            "numbers": self.numbers[:, :, :, :recent],
+        }
 
     def encode(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         both = torch.stack((k, v))

@@ -16,11 +16,16 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 from torch import Tensor
 
-from streamllm.cache.token_kinds import TokenKind
-from streamllm.models.step import Band, Step, is_visible
+from streamllm.cache.memory import zeros
+from streamllm.models.step import Step
 
 if TYPE_CHECKING:
     from streamllm.cache.int8_ring import Int8Ring
+
+# A ring that fills is read in steps of so many slots, because CPU kernels are prepared anew for each size.
+READ_STEP_SLOTS = 256
+# The steps of what is recorded or compiled are wider, so that few recordings serve a window that fills.
+RECORDED_STEP_FACTOR = 4
 
 Index = TypeVar("Index", int, Tensor)
 Shape = tuple[int, int, int]  # B, G, D
@@ -81,6 +86,51 @@ class Writes:
     on_commit: Move | None  # not None for a chunk: its keys are met behind the slots
 
 
+@dataclass(frozen=True)
+class TokenKind:
+    """What the kernels of a one-token forward depend on, for one ring: the rest is in numbers on the device."""
+
+    rows: int  # R: 1 where all rows of the batch stand at the same place, else B
+    reads: int  # slots that are read
+    full: bool  # each row sees all of them: no mask
+    gap: bool  # the first place behind the sinks is a number on the device, too
+    apart: bool  # the sinks meet a query of their own
+    to_sinks: bool  # some row may take the slot of a sink …
+    to_ring: bool  # … or one in the ring
+
+
+def token_kind(
+    layout: Layout,
+    origin: int,
+    seen: Sequence[int],
+    starts: Sequence[int] | None,
+    lockstep: bool,
+    recorded: bool,
+    for_any_place: bool,
+) -> TokenKind:
+    """The kind of the next token of rows at the places `seen`; see `SinkCache.token_kinds`.
+
+    starts: by row; None where no row has a gap. lockstep: whether all rows have the same places and starts.
+    """
+    most, least, slots = max(seen) + 1, min(seen) + 1, layout.slots
+    reads = READ_STEP_SLOTS
+    while reads < most or (recorded and reads <= layout.sinks):
+        reads = reads * RECORDED_STEP_FACTOR if recorded else reads + READ_STEP_SLOTS
+    reads = min(reads, slots)
+    full = not for_any_place and least >= (slots if recorded else reads)
+    if starts is not None:  # a row that sees W recent tokens sees all slots
+        full = full and all(t + 1 - start >= layout.window for t, start in zip(seen, starts, strict=True))
+    return TokenKind(
+        rows=1 if lockstep else len(seen),
+        reads=reads,
+        full=full,
+        gap=not full and (recorded or starts is not None),
+        apart=layout.sinks > 0 and (recorded or origin > 0 or most > slots or starts is not None),
+        to_sinks=layout.sinks > 0 and (not full if recorded else min(seen) < layout.sinks),
+        to_ring=recorded or max(seen) >= layout.sinks,
+    )
+
+
 def plan_token(
     layout: Layout, origin: int | Tensor, kind: TokenKind, t: Tensor, start: Tensor
 ) -> tuple[Step, Writes]:
@@ -118,153 +168,28 @@ def plan_token(
     return step, Writes(((0, kind.reads),), move, None)
 
 
-def plan_chunk(
-    layout: Layout,
-    origin: int,
-    seen: int,
-    start: int,
-    length: int,
-    device: torch.device,
-    sinks_differ: bool = False,
-) -> tuple[Step, Writes]:
-    """T tokens, all rows in lockstep. They meet the sinks, the tokens held behind them in order, and each other.
-
-    New sinks are written at once and hidden among the chunk's own keys. While nothing has left a text that began
-    in this cache, the keys are the whole text in order, and each query sees all before it.
-    sinks_differ: the ring stores sinks with other numbers than a chunk's own keys.
-
-    S = 2, W = 3, 4 tokens after 7: the slots hold 0 1 5 6 4, of which the first query, 7, sees 0 1 and 5 6. So
-    the keys are 0 1, then the run 5 6 7 8 9 10. Tokens 8 9 10 are written on commit.
-    """
-    sinks, window = layout.sinks, layout.window
-    end = seen + length
-    columns = min(sinks, end)
-    held = max(0, min(seen - start, window - 1))  # tokens behind the sinks that the first query sees
-    first = seen - held
-    slot = layout.slot_of(max(first, sinks))
-    ahead = min(held, layout.slots - slot)  # of them, those up to the end of the ring
-    ranges = (0, columns), (slot, slot + ahead), (sinks, sinks + held - ahead)
-    reads = tuple(part for part in ranges if part[0] < part[1])
-
-    places = torch.arange(seen, end, device=device, dtype=torch.int64)[None]
-    slots = layout.slot_of(places)
-    whole = origin == 0 and end <= layout.slots and start == sinks
-    apart = sinks > 0 and not whole
-    band = Band(seen, first, columns, sinks, window)
-    if whole and (seen >= sinks or (seen == 0 and not sinks_differ)):
-        band = Band(seen, 0, 0, 0, layout.slots)
-        if seen == 0:
-            columns, reads = 0, ()
-    run = torch.arange(origin + first, origin + end, device=device, dtype=torch.int64)
-    step = Step(
-        slots=slots,
-        query_place=places + origin,
-        sink_query_place=layout.sink_query_place(places, start),
-        new_key_place=_key_place(layout, origin, places),
-        key_place=torch.cat((torch.arange(columns, device=device, dtype=torch.int64), run))[None],
-        visible=None,
-        sinks=columns if apart else 0,
-        rope_length=layout.slots,
-        band=band,
-    )
-    tokens = torch.arange(length, device=device, dtype=torch.int64)
-    new_sinks = max(0, min(sinks, end) - seen)
-    kept = max(0, sinks - seen, length - window)  # earlier tokens are sinks, or gone before the chunk ends
-    free = layout.slot_of(seen + kept)
-    to_end = min(
-        length - kept, layout.slots - free
-    )  # of the tokens that stay, those up to the end of the ring
-    moved = (kept, free, to_end), (kept + to_end, sinks, length - kept - to_end)
-    return step, Writes(
-        reads=reads,
-        now=Move(None, tokens[:new_sinks], slots[0, :new_sinks], True, False) if new_sinks else None,
-        on_commit=Move(None, tokens[kept:] if kept else None, slots[0, kept:], False, True, moved),
-    )
-
-
-def plan_ragged_chunk(
-    layout: Layout,
-    origin: int,
-    seen: Sequence[int],
-    starts: Sequence[int],
-    counts: Sequence[int],
-    length: int,
-    device: torch.device,
-) -> tuple[Step, Writes]:
-    """T tokens per row, of which `counts` are real. They meet the slots in their order, and behind them each other.
-
-    S = 2, W = 3, 4 tokens on an empty row: 2 slots are read, so the keys are the slots 0 1 and the tokens
-    0 1 2 3. Tokens 0 and 1 are written first and hidden behind: token 3 sees keys at the places 0 1 - - 2 3.
-    """
-    sinks, window = layout.sinks, layout.window
-    first, start = (
-        torch.tensor(given, dtype=torch.int64, device="cpu")[:, None] for given in (seen, starts)
-    )  # [R, 1]
-    end = first + torch.tensor(counts, dtype=torch.int64, device="cpu")[:, None]
-    reads = max(min(max(seen), layout.slots), min(int(end.max()), sinks))
-    column = torch.arange(length, dtype=torch.int64, device="cpu")
-    places = first + column  # [R, T]
-    real = column < end - first
-    is_sink = places < sinks
-    slots = layout.slot_of(places)
-    slot = torch.arange(reads, dtype=torch.int64, device="cpu")
-    # A slot holds what it held before the chunk, or a sink that the chunk brings.
-    held = torch.where((slot < sinks) & (slot < end), slot, layout.token_in(slot, first))
-    held = torch.where((slot < sinks) | (held >= start), held, -1)
-    keys = torch.cat((held, torch.where(real & is_sink, -1, places)), 1)  # [R, reads + T]
-    apart = sinks > 0 and (origin > 0 or int(places.max()) >= layout.slots or max(starts) > sinks)
-    columns = min(sinks, reads) if apart else 0
-    shifted = torch.arange(keys.shape[1], dtype=torch.int64, device="cpu") >= columns
-    step = Step(
-        slots=slots.to(device),
-        query_place=(places + origin).to(device),
-        sink_query_place=layout.sink_query_place(places, start).to(device),
-        new_key_place=_key_place(layout, origin, places).to(device),
-        key_place=torch.where(shifted, keys + origin, keys).to(device),
-        visible=is_visible(keys[:, None, :], places[:, :, None], sinks, window).to(device),
-        sinks=columns,
-        rope_length=layout.slots,
-    )
-    recent = real & ~is_sink & (places >= end - window)
-    new_sinks = real & is_sink
-    return step, Writes(
-        reads=((0, reads),),
-        now=_move(new_sinks, slots, device, to_sinks=True) if bool(new_sinks.any()) else None,
-        on_commit=_move(recent, slots, device, to_sinks=False),
-    )
-
-
-def _key_place(layout: Layout, origin: int, t: Tensor) -> Tensor:
-    """The place where the key of token t is rotated, once."""
-    return torch.where(t < layout.sinks, t, t + origin) if origin else t
-
-
-def _move(chosen: Tensor, slots: Tensor, device: torch.device, to_sinks: bool) -> Move:
-    """The chosen [R, T] tokens and their slots."""
-    rows, tokens = chosen.nonzero(as_tuple=True)
-    taken = slots[rows, tokens].to(device)
-    return Move(rows.to(device), tokens.to(device), taken, to_sinks, not to_sinks)
-
-
 class Ring:
     """Keys and values [B, G, S + W, D]: the sinks, then W slots that are taken in turn."""
 
     def __init__(self, shape: Shape, layout: Layout, dtype: torch.dtype, device: torch.device) -> None:
         batch, heads, dim = shape
         self.dtype = dtype
-        self.keys = torch.zeros(batch, heads, layout.slots, dim, dtype=dtype, device=device)
+        self.keys = zeros((batch, heads, layout.slots, dim), dtype, device)
         if dtype == torch.float32 and device.type == "cpu":
             # Stored [B, G, D, S + W]: one query reads them 1.1 to 1.5 times as fast.
             # tools/bench.py decode, AMD EPYC, 2026-11.
-            values = torch.zeros(batch, heads, dim, layout.slots, dtype=dtype, device=device)
-            self.values = values.transpose(2, 3)
+            self.values = zeros((batch, heads, dim, layout.slots), dtype, device).transpose(2, 3)
         else:
-            self.values = torch.zeros_like(self.keys)
+            self.values = zeros((batch, heads, layout.slots, dim), dtype, device)
 
     @property
     def tensors(self) -> dict[str, Tensor]:
         """All that is stored, each [(2,) B, G, slots, …]."""
         return {"keys": self.keys, "values": self.values}
+
+    def first(self, slots: int) -> dict[str, Tensor]:
+        """The part of `tensors` that the first so many slots take."""
+        return {name: tensor[:, :, :slots] for name, tensor in self.tensors.items()}
 
     def encode(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """New keys and values [B, G, T, D] as the ring stores recent ones."""

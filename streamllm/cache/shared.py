@@ -11,15 +11,16 @@ import torch
 from torch import Tensor
 
 from streamllm.cache.entries import Row, Rows
-from streamllm.cache.guard import ForwardGuard
 from streamllm.cache.int8_ring import Int8Ring
 from streamllm.cache.ring import Ring
+from streamllm.cache.rolling_cache import ForwardGuard
 from streamllm.cache.sink_cache import SinkCache
+from streamllm.cache.state import slots_written
 
 AnyRing = Ring | Int8Ring
 Cache = TypeVar("Cache", bound=SinkCache)
 Rings = list[tuple["int | None", AnyRing]]  # of each layer: its own window, and its ring
-BATCH_AXIS, SLOT_AXIS = -4, -2  # of every tensor of a ring: [(2,) B, G, slots, D or 1]
+BATCH_AXIS = -4  # of every tensor of a ring: [(2,) B, G, slots, D or 1]
 
 
 class RowsApart(SinkCache):
@@ -71,17 +72,14 @@ def row_without_memory(memory: SinkCache) -> SinkCache:
 def place_row(row: SinkCache, memory: SinkCache, number: int, used: int) -> None:
     """Move the stream of `row` to row `number` of the memory, with the entries that it holds.
 
-    used: how many slots of that row were written by other streams. They are zeroed for a stream that holds nothing.
+    used: how many slots of that row were written by other streams.
     """
     rings = [(own, _part(ring, number, number + 1)) for own, ring in memory._rings]
-    if row._rings:
-        move_row(row, rings)
-        return
     with torch.inference_mode():  # NaN or infinity must not stay: a masked value is multiplied by 0
         for _, ring in rings:
-            for tensor in ring.tensors.values():
-                tensor.narrow(SLOT_AXIS, 0, min(used, tensor.shape[SLOT_AXIS])).zero_()
-    row._rings = rings
+            for tensor in ring.first(used).values():
+                tensor.zero_()
+    move_row(row, rings)
 
 
 def move_row(row: SinkCache, rings: Rings) -> None:
@@ -90,9 +88,10 @@ def move_row(row: SinkCache, rings: Rings) -> None:
     if not row._rings:
         row._rings = rings
         return
+    slots = slots_written(row._written_rows().rows, row._t)
     with torch.inference_mode():
         for (_, new), (_, old) in zip(rings, row._rings, strict=True):
-            for target, source in zip(new.tensors.values(), old.tensors.values(), strict=True):
+            for target, source in zip(new.first(slots).values(), old.first(slots).values(), strict=True):
                 target.copy_(source)
     row._rings = rings
 
@@ -110,7 +109,7 @@ def rings_of(row: SinkCache) -> Rings:
 def new_rings(memory: SinkCache) -> Rings:
     """Memory for one stream by itself, filled with zeros."""
     with torch.inference_mode(False):
-        return [(own, _changed(_part(ring, 0, 1), torch.zeros_like)) for own, ring in memory._rings]
+        return memory._new_rings(1)
 
 
 def _without_memory(kind: type[Cache], memory: SinkCache, rows: int) -> Cache:

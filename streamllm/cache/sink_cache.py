@@ -9,47 +9,56 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from copy import deepcopy
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from streamllm.cache.checks import check_same_sizes
-from streamllm.cache.ring import (
-    LayerStore,
-    Layout,
-    Writes,
-    plan_chunk,
-    plan_ragged_chunk,
-    plan_token,
+from streamllm.cache.checks import (
+    check_at_least,
+    check_range,
+    check_rewind,
+    check_room,
+    check_up_to,
+    row_numbers,
 )
-from streamllm.cache.streams import RINGS, Streams
-from streamllm.cache.token_kinds import TokenKind, token_kind
-from streamllm.malloc import trim_heap
+from streamllm.cache.entries import MovedEntries, Row, Rows
+from streamllm.cache.rolling_cache import RINGS, RollingCache
+from streamllm.cache.state import (
+    SLOT_AXIS,
+    STATE_VERSION,
+    check_state,
+    check_stored,
+    rows_of_state,
+    slots_written,
+    state_of_rows,
+)
 from streamllm.models.checks import whole_number
-from streamllm.models.step import Geometry, Plan, Step, geometry_of
+from streamllm.models.rotary import moved_keys
+from streamllm.models.step import geometry_of
 
-DEFAULT_WINDOW = 1020
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+DEFAULT_WINDOW = 4092
 CHUNK, CUDA_CHUNK = 512, 4096  # tokens per forward, by default
 MAX_ORIGIN = 1 << 48  # rotary angles are exact up to place 2^49, so a stream can run 2^48 tokens from here
-TRIM_AFTER_TOKENS = 64  # a chunk of so many leaves freed memory with the allocator that is worth trimming
-
-TokenKinds = Mapping["int | None", TokenKind]  # by the layers' own window
 
 
-class SinkCache(Streams):
+class SinkCache(RollingCache):
     """A rolling cache of `batch_size` streams: a token sees the first `sinks` tokens and the last `window`.
 
     The window counts the token itself. `sinks=0` is plain window attention; a window as long as the text is
-    dense attention. `window=None` takes 1020, or what fits into the model's trained length beside the sinks.
+    dense attention. `window=None` takes 4092, or what fits into the model's trained length beside the sinks.
     A forward of many tokens is computed in chunks of at most `chunk`, with the same result as one by one. None: 512,
     on CUDA 4096 divided by the batch where that is more.
     `origin` is the place of the first token in the text; no result depends on it.
 
     Hand the cache to the model's forward, which advances it: `model(tokens, cache)`. Its tensors have the
     model's type and device: keys and values [B, G, S + W, D] for each layer (S + w where the layer's own
-    sliding window w is shorter than W).
+    sliding window w is shorter than W). On a CPU they take memory as they fill.
 
     quantize="int8" stores recent keys and values in 8 bits. Each key and each value [D] is rounded once, when it
     arrives (a key after its rotation), to int8 numbers times a scale of its own. The sinks stay exact. The
@@ -66,7 +75,8 @@ class SinkCache(Streams):
     each list then fills again with new tokens. Entries that a short list has pushed out do not come back.
 
     Raises ValueError for sinks < 0, window < 1, batch_size < 1, chunk < 1, origin outside 0 … 2^48 or an unknown
-    quantize. Warns when sinks + window is longer than the model's trained length.
+    quantize, and MemoryError where the device cannot hold the cache when it is full. Warns when sinks + window is
+    longer than the model's trained length.
     """
 
     def __init__(
@@ -108,27 +118,10 @@ class SinkCache(Streams):
                 f"give window={max(1, trained - sinks)} or less",
                 stacklevel=2,
             )
-        self.chunk = chunk
         weight = next(model.parameters())
-        self.dtype, self.device, self.geometry = weight.dtype, weight.device, geometry
-        self._has_autocast = torch.amp.is_autocast_available(weight.device.type)
-        self._trim = False  # whether a chunk of many tokens has come since the heap was trimmed
-        # A layer whose own window w is shorter keeps min(W, w). One plan per distinct window.
-        layouts = {
-            own: Layout(sinks, window if own is None else min(window, own))
-            for own in dict.fromkeys(geometry.windows)
-        }
-        shape = batch_size, geometry.kv_heads, geometry.head_dim
-        with torch.inference_mode(False):  # or only forwards in inference mode could write to them
-            self._starts = torch.full(
-                (len(layouts), batch_size), sinks, dtype=torch.int64, device=self.device
-            )
-            rings = [
-                (own, RINGS[quantize](shape, layouts[own], self.dtype, self.device))
-                for own in geometry.windows
-            ]
-        super().__init__(layouts, rings, sinks, window, batch_size, origin, quantize, geometry.rope)
-        self._written = self._rows.starts  # what `starts` holds
+        super().__init__(
+            geometry, weight.dtype, weight.device, sinks, window, batch_size, chunk, origin, quantize
+        )
 
     def __repr__(self) -> str:
         counts = self.seen_counts
@@ -150,186 +143,212 @@ class SinkCache(Streams):
                     if isinstance(tensor, Tensor) and tensor.is_inference():
                         setattr(ring, name, tensor.clone())
 
-    # The contract of a forward (models/step.py: Cache)
+    @property
+    def seen(self) -> Tensor:
+        """How many tokens each stream has taken in: int64 [B], on the CPU."""
+        return torch.tensor(self.seen_counts, dtype=torch.int64, device="cpu")
 
-    def check_model(self, geometry: Geometry, device: torch.device) -> None:
-        """Raises ValueError where the cache was made for another model, or autocast would change its type."""
-        if geometry is not self.geometry:
-            check_same_sizes(self.geometry, geometry)
-        if device != self.device:
-            raise ValueError(
-                f"the cache is on {self.device} and the model on {device}: make a SinkCache for the model as it is"
-            )
-        if self._has_autocast and torch.is_autocast_enabled(self.device.type):
-            raise ValueError(
-                "autocast is on, and a stream computes in the type of its cache: leave autocast off, and load the "
-                "model with dtype=torch.bfloat16 for that type"
-            )
+    @property
+    def seen_counts(self) -> list[int]:
+        """`seen` as a list, which takes less time: a loop asks several times for each token."""
+        return self._rows.seen(self._t)
 
-    def plan(self, length: int, lengths: Sequence[int] | None = None) -> SinkPlan:
-        """Where `length` new tokens per row stand; `lengths` [B] of them are real. No row advances."""
+    @property
+    def held(self) -> Tensor:
+        """How many entries each stream holds, sinks included: int64 [B], on the CPU. At most sinks + window.
+
+        A single token that failed, or was undone, has already pushed out the entry that it pushes out.
+        """
+        return torch.tensor(self._written_rows().held(self._t), dtype=torch.int64, device="cpu")
+
+    @property
+    def rewindable(self) -> Tensor:
+        """How many of its newest tokens each stream can `rewind`: int64 [B], on the CPU."""
+        return torch.tensor(self._written_rows().rewindable(self._t), dtype=torch.int64, device="cpu")
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys and values when the window is full. On a CPU a shorter stream takes less."""
+        return sum(tensor.nbytes for tensor in self.tensors())
+
+    def tensors(self) -> list[Tensor]:
+        """All keys and values as they are stored, layer by layer."""
+        return [tensor for _, ring in self._rings for tensor in ring.tensors.values()]
+
+    def reset(self, rows: Sequence[int] | Tensor | None = None) -> None:
+        """Forget the streams in `rows` (None: all). They start again from nothing.
+
+        Raises ValueError for anything but row numbers; a mask of True and False is not a list of rows.
+        """
+        chosen = row_numbers(rows, self.batch_size)
+        with self.guard:
+            if len(chosen) < self.batch_size:
+                self.finish_commit()
+            t = [0 if row in chosen else t for row, t in enumerate(self._t)]
+            fresh = Row.fresh(self._rows.layouts)
+            self._state = t, (), self._written_rows().changed(dict.fromkeys(chosen, fresh))
+            for tensor in self.tensors():
+                tensor[..., chosen, :, :, :] = 0
+
+    def step_back(self) -> object:
+        """Undo the last token of each stream, once, so that it can be fed again.
+
+        For a forward whose result was lost after its commit, or that ran ahead. Exact, because the token
+        overwrote a key that was out of its own window; but not after another single token that failed, because
+        that one has overwritten one key more. `rewindable` tells which it is. `step_on` takes what is returned,
+        and undoes this.
+        """
+        before = self._state
+        t, unfinished, rows = before
+        self._state = [max(0, count - 1) for count in t], unfinished, rows.written(t, 0)
+        return before, self._state
+
+    def step_on(self, back: object) -> bool:
+        """Undo the `step_back` that returned `back`, if the cache was not used since. Returns whether it did."""
+        assert isinstance(back, tuple)
+        before, after = back
+        if self._state is not after:
+            return False
+        self._state = before
+        return True
+
+    # Taking entries out
+
+    def evict_range(self, start: int, stop: int, rows: Sequence[int] | Tensor | None = None) -> None:
+        """Take the entries `start` … `stop` - 1 out of the streams in `rows` (None: all), and close up the rest.
+
+        Entries count from 0, the first sink; `held` tells how many there are. `seen` does not change.
+
+        Nothing stored is touched where the range begins right behind the sinks, or ends with the newest entry.
+        Otherwise the entries on the shorter side of the gap move: their keys are rotated by the length of the gap,
+        and rounded once more, by an int8 cache to 8 bits. Until this returns, it needs memory for a copy of them.
+
+        Raises ValueError, and changes nothing, for a range that touches the sinks or ends behind the newest entry
+        of one of these rows.
+        """
+        numbers = row_numbers(rows, self.batch_size)
+        check_range(start, stop, self.sinks)
         self.finish_commit()
-        if length == 1 and (lengths is None or all(lengths)):
-            self._begin_token()
-            return self.plan_token(self._places(), self.token_kinds())
-        return self._plan_chunk(length, lengths)
+        held = self.held.tolist()
+        check_up_to(stop, {number: held[number] for number in numbers})
+        self._evict(dict.fromkeys(numbers, (start, stop)))
 
-    def _plan_chunk(self, length: int, lengths: Sequence[int] | None) -> SinkPlan:
-        origin, t, device = self.origin, self._t, self.device
-        lists = zip(self._layouts.items(), self._rows.starts, strict=True)
-        sinks_differ = self.quantize is not None
-        if lengths is None and self._in_lockstep:
-            planned = {
-                own: plan_chunk(layout, origin, t[0], starts[0], length, device, sinks_differ)
-                for (own, layout), starts in lists
-            }
-        else:
-            counts = [length] * self.batch_size if lengths is None else list(lengths)
-            planned = {
-                own: plan_ragged_chunk(layout, origin, t, starts, counts, length, device)
-                for (own, layout), starts in lists
-            }
-        return self._plan(planned, [length] * self.batch_size if lengths is None else list(lengths))
+    def evict_for_space(self, n: int, rows: Sequence[int] | Tensor | None = None) -> None:
+        """Take the oldest recent entries out until `n` more fit beside what is left, in `rows` (None: all).
 
-    def commit(self, plan: Plan) -> None:
-        """Store what the forward computed, and advance.
-
-        The chunk counts as seen before it is stored. Where an interrupt or a lack of memory cuts the storing
-        off, the next use of the cache completes it.
+        At most S + W - n entries stay, where W is the longest window of a layer. Nothing stored is touched. Raises
+        ValueError for n outside 0 … W.
         """
-        assert isinstance(plan, SinkPlan)
-        chunked = any(store.writes.on_commit is not None for store in plan.stores)
-        t, _, rows = self._state
-        advanced = [t + count for t, count in zip(t, plan.advance, strict=True)]
-        if 0 in plan.advance:  # such a row keeps what a single token that failed has overwritten
-            rows = self._written_rows()
-        self._state = advanced, plan.stores if chunked else (), rows
-        self.finish_commit()
-        self._trim_after(max(plan.advance) if chunked else 1)
-
-    def _trim_after(self, tokens: int) -> None:
-        """Trim the heap at the first single token after a long chunk, not after each chunk."""
-        if tokens > 1:
-            self._trim |= tokens >= TRIM_AFTER_TOKENS
-        elif self._trim and self.device.type == "cpu":
-            self._trim = False
-            trim_heap()  # a stream may run for days beside what its prompt needed once
-
-    # One token from its place: what a compiled step records (compiled/)
-
-    @property
-    def recording_key(self) -> object:
-        """What distinguishes caches of one model whose steps cannot share a recording. Hashable."""
-        sizes = self.sinks, self.window, self.batch_size  # rope may depend on S + W where layers keep less
-        return (*self._layouts.items(), *sizes, self.quantize, self.dtype, self.device)
-
-    def _slots_of(self, window: int | None) -> int:
-        """How many slots the rings of layers with this window of their own have."""
-        return self._layouts[window].slots
-
-    def _list_of(self, ring: object) -> int:
-        """The number of a layer's list of entries: its row in `starts`."""
-        own = next(own for own, other in self._rings if other is ring)
-        return list(self._layouts).index(own)
-
-    def write_places(self, places: Tensor) -> None:
-        """Write t of the next token of each row to `places`, int64 [R] on the cache's device, and begin it."""
-        self._begin_token()
-        if len(places) == 1:
-            places.fill_(self._t[0])
-        else:
-            places.copy_(self._places(), non_blocking=True)
-
-    def commit_token(self) -> None:
-        """Advance each row by the token that a recorded step has stored."""
-        t, _, rows = self._state
-        self._state = [t + 1 for t in t], (), rows
-        self._trim_after(1)
-
-    @property
-    def starts(self) -> Tensor:
-        """int64 [distinct windows, B] on the device: the first place behind the sinks in each list of each row.
-
-        The tensor stays the same; `write_places` writes it anew after an eviction.
-        """
-        return self._starts
-
-    @property
-    def has_gap(self) -> bool:
-        """Whether the next token of some row finds room behind its sinks: entries were taken out, and are not yet
-        replaced. Without a gap, what a token sees depends on its place alone.
-        """
-        rows = self._rows
-        return rows.with_gap and any(
-            start > self.sinks and t + 1 - start < layout.window
-            for layout, starts in zip(rows.layouts, rows.starts, strict=True)
-            for start, t in zip(starts, self._t, strict=True)
+        numbers, window = (
+            row_numbers(rows, self.batch_size),
+            max(layout.window for layout in self._rows.layouts),
         )
+        check_room(n, window)
+        self.finish_commit()
+        held = self.held.tolist()
+        self._evict({number: (self.sinks, held[number] + n - window) for number in numbers})
 
-    def _begin_token(self) -> None:
-        self._begun = self._t
-        if self._written is not self._rows.starts:
-            if self._written != self._rows.starts:
-                self._starts.copy_(torch.tensor(self._rows.starts, dtype=torch.int64, device="cpu"))
-            self._written = self._rows.starts
+    def rewind(self, n: int, rows: Sequence[int] | Tensor | None = None) -> None:
+        """Take the newest `n` tokens of the streams in `rows` (None: all) back, as if they had not been fed.
 
-    @property
-    def _in_lockstep(self) -> bool:
-        """Whether all rows stand at the same place and have the same starts."""
-        return len(set(self._t)) == 1 and self._rows.agree
+        `rewindable` tells how many can be taken back: all while nothing was pushed out of the window, and then only
+        the last one, because the others have overwritten what they pushed out. `evict_range(held - n, held)` takes
+        any number of the newest entries out; what they pushed out stays out.
 
-    def _places(self) -> Tensor:
-        """t of the next token of each row, on the cache's device: int64 [1] where all rows agree, else [B]."""
-        t = self._t[:1] if self._in_lockstep else self._t
-        on_cuda = self.device.type == "cuda"  # pinned, or the copy would wait for all queued work
-        places = torch.tensor(t, dtype=torch.int64, device="cpu", pin_memory=on_cuda)
-        return places.to(self.device, non_blocking=True)
-
-    def token_kinds(self, recorded: bool = False, for_any_place: bool = False) -> TokenKinds:
-        """All that the next token's kernels depend on, besides its places and the cache's sizes.
-
-        recorded: in few kinds. for_any_place: in fewer, each of which serves a full window, too.
+        Raises ValueError, and changes nothing, where one of the rows cannot go back so far.
         """
-        rows, lockstep = self._rows, self._in_lockstep
+        numbers = row_numbers(rows, self.batch_size)
+        check_at_least(0, n=n)
+        self.finish_commit()
+        limits = self.rewindable.tolist()
+        check_rewind(n, {number: limits[number] for number in numbers})
+        t, changed = self._written_rows().rewound(self._t, numbers, n)
+        self._state = t, (), changed
+
+    def _evict(self, ranges: Mapping[int, tuple[int, int]]) -> None:
+        t, rows, moves = self._written_rows().evicted(self._t, ranges)
+        moved = []
+        for shifts, numbers in moves.items():
+            of_list = dict(zip(self._layouts, shifts, strict=True))
+            for own, ring in self._rings:
+                if of_list[own].first < of_list[own].stop:
+                    turn = partial(self._turned, of_list[own].by)
+                    moved.append(MovedEntries(ring, self._layouts[own], numbers, of_list[own], turn))
+        self._state = t, moved, rows
+        self.finish_commit()
+
+    def _turned(self, by: int, keys: Tensor) -> Tensor:
+        rope = self.geometry.rope
+        return keys if rope is None else moved_keys(rope, keys, by, self.sinks + self.window)
+
+    # Copies
+
+    def copy(self) -> Self:
+        """A cache of its own that goes on from the same state."""
+        self.finish_commit()
+        rings = [ring for _, ring in self._rings]
+        with torch.inference_mode(False):
+            new = self._new_rings(self.batch_size)
+        made = deepcopy(self, dict(zip(map(id, rings), (ring for _, ring in new), strict=True)))
+        made.load_state_dict(self.state_dict())
+        return made
+
+    def snapshot(self) -> dict[str, Tensor]:
+        """A copy of `state_dict`, for `restore`: as large as the cache, on its device."""
+        return {name: tensor.clone() for name, tensor in self.state_dict().items()}
+
+    def restore(self, snapshot: Mapping[str, Tensor]) -> None:
+        """Return to a `snapshot`, which can be used again. Raises ValueError as `load_state_dict`."""
+        self.load_state_dict(snapshot)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The state of the streams, and the keys and values of each layer as they are stored, not copied.
+
+        Of keys and values it has the slots that the streams have used so far, so a short stream has a short state.
+        It is the state of a cache, not of a `Stream`: that one also keeps the tokens that the cache has not taken in,
+        and what was shown of them. A new Stream around a loaded cache would begin with another BOS and without them.
+
+        "version" int64 [1]; "sizes" int64 [3] (sinks, window, origin); "seen" int64 [B]; "rows" int64 [B, …], what
+        was taken out of each row (see state.py).
+        """
+        self.finish_commit()
+        sizes = torch.tensor([self.sinks, self.window, self.origin], dtype=torch.int64, device="cpu")
+        rows = self._written_rows().rows
+        state = {
+            "version": torch.tensor([STATE_VERSION], dtype=torch.int64, device="cpu"),
+            "sizes": sizes,
+            "seen": self.seen,
+            "rows": state_of_rows(rows),
+        }
+        return state | self._stored(slots_written(rows, self._t))
+
+    def _stored(self, slots: int | None = None) -> dict[str, Tensor]:
+        """The tensors of all rings by name: all, or what the first so many slots take."""
         return {
-            own: token_kind(
-                layout,
-                self.origin,
-                self._t,
-                starts if rows.with_gap else None,
-                lockstep,
-                recorded,
-                for_any_place,
-            )
-            for (own, layout), starts in zip(self._layouts.items(), rows.starts, strict=True)
+            f"layers.{layer}.{name}": tensor
+            for layer, (_, ring) in enumerate(self._rings)
+            for name, tensor in (ring.tensors if slots is None else ring.first(slots)).items()
         }
 
-    def plan_token(self, places: Tensor, kinds: TokenKinds, origin: Tensor | None = None) -> SinkPlan:
-        """The plan of one token per row from its places int64 [R], whose values are not read here.
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take the state of another cache with the same model, sizes, batch, origin and quantize; copies.
 
-        origin int64 [1]: the cache's origin as a tensor; then the plan serves caches of any origin.
+        Raises ValueError, and changes nothing, where the state does not fit. A state without "version" is of a
+        cache from which nothing was taken out.
         """
-        start = self.origin if origin is None else origin
-        planned = {
-            own: plan_token(self._layouts[own], start, kind, places, starts[: len(places)])
-            for (own, kind), starts in zip(kinds.items(), self._starts, strict=True)
-        }
-        return self._plan(planned, [1] * self.batch_size)
-
-    def _plan(self, planned: Mapping[int | None, tuple[Step, Writes]], advance: list[int]) -> SinkPlan:
-        stores = [LayerStore(ring, planned[own][1]) for own, ring in self._rings]
-        # Frequencies that depend on a length depend on the cache's, also where a layer's window is shorter.
-        slots = self.sinks + self.window
-        steps = {
-            own: step if step.rope_length == slots else replace(step, rope_length=slots)
-            for own, (step, _) in planned.items()
-        }
-        return SinkPlan(steps, stores, advance)
-
-
-@dataclass(frozen=True, eq=False)
-class SinkPlan(Plan):
-    """The plan of a forward with a SinkCache."""
-
-    stores: Sequence[LayerStore]
-    advance: list[int]  # how many tokens each row takes in
+        with self.guard:
+            own, stored = self.state_dict(), self._stored()
+            check_state(own | stored, state, self.quantize)
+            layouts = self._rows.layouts
+            t, rows = rows_of_state(state, layouts)
+            used = self._stored(slots_written(rows, t))
+            check_stored(used, state)
+            fresh = Rows.fresh(self.batch_size, layouts)
+            self._state = [0] * self.batch_size, (), fresh  # an interrupted copy leaves empty streams
+            for name, tensor in stored.items():
+                given, before = state[name], own[name].shape[SLOT_AXIS]
+                count = given.shape[SLOT_AXIS]
+                tensor.narrow(SLOT_AXIS, 0, count).copy_(given)
+                if before > count:  # NaN or infinity must not stay: a masked value is multiplied by 0
+                    tensor.narrow(SLOT_AXIS, count, before - count).zero_()
+            self._state = t, (), Rows(rows, layouts)

@@ -11,6 +11,7 @@ from streamllm.cache.entries import Row
 from streamllm.cache.ring import Layout
 
 STATE_VERSION = 1
+SLOT_AXIS = -2  # of every tensor of a ring: [(2,) B, G, slots, D or 1]
 FIRST_KEYS = {"version", "rows"}  # those that a state without a version lacks
 
 
@@ -28,6 +29,9 @@ def check_state(own: Mapping[str, Tensor], state: Mapping[str, Tensor], quantize
         raise ValueError("the state does not belong to a cache of this model: it has other layers")
     for name, given in state.items():
         tensor = own[name]
+        if name.startswith("layers.") and given.dim() == tensor.dim():  # the state may have fewer slots
+            fits = given.shape[SLOT_AXIS] <= tensor.shape[SLOT_AXIS]
+            tensor = tensor.narrow(SLOT_AXIS, 0, given.shape[SLOT_AXIS]) if fits else tensor
         if given.shape != tensor.shape or given.dtype != tensor.dtype:
             raise ValueError(
                 f"the state belongs to another cache: {name} is {given.dtype} {list(given.shape)}, "
@@ -38,6 +42,19 @@ def check_state(own: Mapping[str, Tensor], state: Mapping[str, Tensor], quantize
             f"the state belongs to a cache of other sinks, window and origin: {state['sizes'].tolist()}, "
             f"here {own['sizes'].tolist()}"
         )
+
+
+def check_stored(used: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
+    """Raises ValueError where `state` has fewer slots than its streams have used."""
+    for name, tensor in used.items():
+        needed, given = tensor.shape[SLOT_AXIS], state[name].shape[SLOT_AXIS]
+        if given < needed:
+            raise ValueError(f"the state is damaged: {name} has {given} slots, and its streams used {needed}")
+
+
+def slots_written(rows: Sequence[Row], t: Sequence[int]) -> int:
+    """How many of the first slots of a ring some row may have written, at most all."""
+    return max(max(row.highest, at) for row, at in zip(rows, t, strict=True))
 
 
 def state_of_rows(rows: Sequence[Row]) -> Tensor:

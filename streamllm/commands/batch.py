@@ -10,7 +10,6 @@ import click
 
 from streamllm.commands.batch_lines import Line, Results, read_lines
 from streamllm.commands.loading import ModelChoice
-from streamllm.commands.memory import check_cache_fits
 from streamllm.commands.options import (
     OUTPUT_FILE,
     compile_option,
@@ -132,7 +131,6 @@ def _results(
 
     model, tokenizer = chosen.load()
     slots = min(slots, len(good))
-    check_cache_fits(model, sinks, window, quantize, slots)
     model = compiled(model, backend)
     each = [{**({} if seed is None else {"seed": seed + line.number}), **line.settings} for line in good]
     found = completions(

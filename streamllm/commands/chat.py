@@ -10,7 +10,6 @@ import click
 from click.core import ParameterSource
 
 from streamllm.commands.loading import ModelChoice
-from streamllm.commands.memory import check_cache_fits
 from streamllm.commands.options import (
     OUTPUT_FILE,
     chunk_option,
@@ -161,7 +160,6 @@ def chat(
         given = {"sinks": sinks, "window": window, "chunk": chunk, "quantize": quantize_cache, "evict": evict}
         _check_same(stream, session, given, system)
     else:
-        check_cache_fits(loaded, 4 if isinstance(sinks, str) else sinks, window, quantize_cache)
         stream = Stream(
             loaded, tokenizer, sinks=sinks, window=window, chunk=chunk, quantize=quantize_cache, evict=evict
         )

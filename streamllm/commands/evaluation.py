@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from streamllm.commands.loading import ModelChoice
     from streamllm.evaluate.result import Result
@@ -50,6 +51,15 @@ def progress_bar(name: str, total: int | None = None) -> Any:
     from tqdm import tqdm
 
     return tqdm(total=total, desc=name, unit="tok" if total is None else "", disable=None, leave=False)
+
+
+def check_memory(model: nn.Module, sinks: int, window: int | None, quantize: str | None = None) -> None:
+    """Raises MemoryError before the long work, where the cache that it will need does not fit."""
+    from streamllm import SinkCache
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the work itself warns
+        SinkCache(model, sinks, window, quantize=quantize)
 
 
 def show_scores(bar: Any) -> Callable[[Result], None]:

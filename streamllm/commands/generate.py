@@ -11,7 +11,6 @@ import click
 
 from streamllm.commands.job import join_quietly
 from streamllm.commands.loading import ModelChoice
-from streamllm.commands.memory import check_cache_fits
 from streamllm.commands.options import (
     chunk_option,
     compile_option,
@@ -90,7 +89,6 @@ def generate(
 
     with job.all_or_none() if job else nullcontext():
         loaded, tokenizer = chosen.load(tensor_parallel)
-        check_cache_fits(loaded, sinks, window, quantize_cache)
         eos = [] if ignore_eos else tokenizer.eos_token_ids(loaded) if tokenizer_eos else None
         loaded = compiled(loaded, backend)
         stream = Stream(loaded, tokenizer, sinks=sinks, window=window, chunk=chunk, quantize=quantize_cache)

@@ -6,9 +6,8 @@ from pathlib import Path
 
 import click
 
-from streamllm.commands.evaluation import progress_bar, read_texts, show_scores, write_json
+from streamllm.commands.evaluation import check_memory, progress_bar, read_texts, show_scores, write_json
 from streamllm.commands.loading import ModelChoice
-from streamllm.commands.memory import check_cache_fits
 from streamllm.commands.options import (
     chunk_option,
     model_options,
@@ -61,10 +60,10 @@ def inspect(
 
     plots.check_path(plot)
     loaded, tokenizer = chosen.load()
-    check_cache_fits(loaded, 0, span)
     check_sweep(loaded, tokens, sinks, span)
     stream = read_texts(tokenizer, files)[0]
     span = check_sweep(loaded, len(stream[:tokens]), sinks, span)
+    check_memory(loaded, 0, span)
     with progress_bar("attention", count) as bar:
         seen = attention(
             loaded, samples(tokenizer, stream, count, length, seed), progress=lambda done, _: bar.update(1)

@@ -94,7 +94,7 @@ sinks_option = click.option(
     "--sinks", type=CountParamType(0), default=4, show_default=True,
     help="First tokens that are kept.",
 )  # fmt: skip
-WINDOW_HELP = "Recent tokens that are kept.  [default: 1020, or less where the model was trained for less]"
+WINDOW_HELP = "Recent tokens that are kept.  [default: 4092, or less where the model was trained for less]"
 window_option = click.option("--window", type=CountParamType(1), help=WINDOW_HELP)
 quantize_cache_option = click.option(
     "--quantize-cache", type=click.Choice(CACHE_FORMATS), help="Store recent keys and values in 8 bits."

@@ -6,9 +6,8 @@ from pathlib import Path
 
 import click
 
-from streamllm.commands.evaluation import read_texts, write_json
+from streamllm.commands.evaluation import check_memory, read_texts, write_json
 from streamllm.commands.loading import ModelChoice
-from streamllm.commands.memory import check_cache_fits
 from streamllm.commands.options import (
     OUTPUT_FILE,
     WINDOW_HELP,
@@ -87,7 +86,7 @@ def perplexity(
     loaded, tokenizer = chosen.load()
     settings = combinations(modes, sinks, windows, quantize_cache)
     for setting in settings:
-        check_cache_fits(loaded, setting.sinks, setting.window, setting.quantize)
+        check_memory(loaded, setting.sinks, setting.window, setting.quantize)
     texts = read_texts(tokenizer, files, separate=reset_between_texts, limit=tokens)
     runs = ResumableRuns(
         loaded,

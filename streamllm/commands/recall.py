@@ -12,7 +12,6 @@ import click
 
 from streamllm.commands.evaluation import progress_bar, write_json
 from streamllm.commands.loading import ModelChoice
-from streamllm.commands.memory import check_cache_fits
 from streamllm.commands.options import (
     chunk_option,
     model_options,
@@ -95,7 +94,6 @@ def recall(
 
     plots.check_path(plot)
     loaded, tokenizer = chosen.load()
-    check_cache_fits(loaded, sinks, window)
     wording = wording or ("code" if chosen.name is None else "lines")
     # The same distances in every mode: those of the window, which dense mode does not have.
     window = new_cache(loaded, modes[0], 0 if modes[0] == "window" else sinks, window, chunk).window

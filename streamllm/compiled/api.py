@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from streamllm.cache import SinkCache
-from streamllm.cache.sink_cache import TokenKinds
+from streamllm.cache.rolling_cache import TokenKinds
 from streamllm.compiled import cpu_loops, cuda, fusion, library, triton_support
 from streamllm.compiled.recorder import record
 from streamllm.compiled.takeover import Takeover, can_pay

@@ -45,7 +45,7 @@ def perplexity(
     """Negative log-likelihood of a text, int64 [N], or of several texts, each from an empty cache.
 
     `mode` is one of MODES; `sinks` and `window` are as for SinkCache (window=None: what the model was trained
-    for, at most 1020). "window" takes 0 for the sinks, "dense" the longest text for the window. The value
+    for, at most 4092). "window" takes 0 for the sinks, "dense" the longest text for the window. The value
     does not depend on `chunk`, because a chunk of tokens is exact. Logits exist for one chunk at a time, so
     memory does not depend on the length of the text (except in dense mode, whose cache holds it).
     "recompute" costs S + W tokens for each prediction, computed `batch` at a time. `quantize` is as for

@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from streamllm.cache import SinkCache, token_kinds
+from streamllm.cache import SinkCache, ring
 from tests.laws.scenarios import (
     ROPES,
     TOLERANCE,
@@ -57,7 +57,7 @@ def test_a_long_prompt_equals_the_definition_for_any_chunk(sinks, window, chunk)
 @pytest.mark.parametrize("step_slots", [1, 3, 8])
 def test_empty_slots_of_a_filling_ring_are_not_seen(monkeypatch, step_slots):
     """The ring is read in steps of slots, and the last step that is read may have empty slots."""
-    monkeypatch.setattr(token_kinds, "READ_STEP_SLOTS", step_slots)
+    monkeypatch.setattr(ring, "READ_STEP_SLOTS", step_slots)
     model, tokens = tiny_llama(), random_tokens(60)
     for sinks, window in [(0, 30), (4, 16), (8, 500)]:
         cache = SinkCache(model, sinks, window, origin=10**9 * (step_slots % 2))

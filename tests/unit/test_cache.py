@@ -6,12 +6,14 @@ import copy
 import pickle
 import warnings
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
 from streamllm.cache import SinkCache
 from streamllm.models import llama
+from streamllm.status import resident_bytes
 from tests.laws import reference
 from tests.laws.scenarios import (
     TOLERANCE,
@@ -74,10 +76,10 @@ def test_only_the_given_rows_are_reset(rows):
     assert cache.seen.tolist() == [0, 0, 0]
 
 
-def test_the_default_window_fits_the_trained_length_and_is_at_most_1020():
+def test_the_default_window_fits_the_trained_length_and_is_at_most_4092():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert SinkCache(tiny_llama(trained_length=4096)).window == 1020
+        assert SinkCache(tiny_llama(trained_length=8192)).window == 4092
         assert SinkCache(tiny_llama(trained_length=100)).window == 96
         assert SinkCache(tiny_llama(trained_length=100), sinks=99).window == 1
         assert SinkCache(tiny_llama(trained_length=100), sinks=4, window=96).window == 96
@@ -117,7 +119,7 @@ def test_an_int8_cache_holds_one_byte_per_number_and_one_scale_per_vector(dtype)
 
 
 def layer_tensors(cache):
-    return [tensor for name, tensor in cache.state_dict().items() if name.startswith("layers")]
+    return cache.tensors()
 
 
 def test_changing_the_returned_seen_does_not_change_the_cache():
@@ -323,12 +325,13 @@ def test_held_counts_entries_and_seen_counts_tokens():
 
 @pytest.mark.parametrize("before", [0, 5, 40])
 def test_a_state_without_a_version_is_loaded(before):
-    """As it was saved before entries could be taken out."""
+    """As it was saved before entries could be taken out: with all slots."""
     model, tokens = tiny_llama(), random_tokens(before + 30)
     cache, other = SinkCache(model, 2, 6), SinkCache(model, 2, 6)
     if before:
         model(tokens[:, :before], cache)
     state = {name: tensor for name, tensor in cache.state_dict().items() if name not in ("version", "rows")}
+    state |= cache._stored()
     model(random_tokens(20), other)
     other.evict_range(3, 5)
     other.load_state_dict(state)
@@ -365,6 +368,59 @@ def test_a_state_of_another_version_or_with_impossible_numbers_is_refused(change
     with pytest.raises(ValueError, match=message):
         other.load_state_dict(cache.state_dict() | changes)
     assert other.seen.tolist() == [0]
+
+
+@quantized_or_not
+def test_a_short_stream_has_a_short_state(quantize):
+    """It holds the used slots alone, and loads into a cache that was used before, whatever that one holds."""
+    model, tokens = tiny_llama(), random_tokens(40)
+    cache, other = (SinkCache(model, 2, 30, quantize=quantize) for _ in range(2))
+    model(tokens[:, :10], cache)
+    state = cache.snapshot()
+    slots = {name.rpartition(".")[2]: tensor.shape[-2] for name, tensor in state.items() if "layers" in name}
+    assert slots == (
+        {"keys": 10, "values": 10} if quantize is None else {"sinks": 2, "scales": 8, "numbers": 8}
+    )
+    model(random_tokens(40, seed=1), other)
+    for tensor in other.tensors():
+        if tensor.is_floating_point():
+            tensor.fill_(torch.nan)
+    other.load_state_dict(state)
+    wanted = reference_logits(model, tokens, 2, 30, quantize == "int8")[:, 10:]
+    for stream in (other, cache.copy(), cache):
+        assert error(feed(model, stream, tokens[:, 10:], [1, 4, 1, 24]), wanted) <= TOLERANCE
+
+
+def test_a_state_with_fewer_slots_than_its_streams_have_used_is_refused():
+    model = tiny_llama()
+    cache, other = SinkCache(model, 2, 30), SinkCache(model, 2, 30)
+    model(random_tokens(10), cache)
+    state = cache.snapshot()
+    state["layers.1.values"] = state["layers.1.values"][:, :, :9]
+    with pytest.raises(ValueError, match=r"damaged: layers.1.values has 9 slots, and its streams used 10"):
+        other.load_state_dict(state)
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the system does not tell resident memory")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_short_stream_takes_little_memory_of_a_long_window(dtype):
+    model = tiny_llama(dtype=dtype)
+    model(random_tokens(60), SinkCache(model, 2, 60))
+    before = resident_bytes()
+    cache = SinkCache(model, 4, 900_000)
+    model(random_tokens(60), cache)
+    model(random_tokens(1), cache)
+    copied = cache.copy()
+    assert cache.nbytes == copied.nbytes > 150e6
+    assert resident_bytes() - before < 20e6
+
+
+def test_a_cache_that_cannot_fit_is_refused():
+    with pytest.warns(UserWarning, match="longer than"), pytest.raises(MemoryError) as caught:
+        SinkCache(tiny_llama(), window=10**12, batch_size=3)
+    wanted = "not enough memory for caches of 3 streams with 4 sinks and a window of 1,000,000,000,000: when it is full"
+    assert wanted in str(caught.value)
+    assert 'on cpu; give a smaller window, fewer streams or quantize="int8"' in str(caught.value)
 
 
 # A model whose layers have different sliding windows

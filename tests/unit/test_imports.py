@@ -78,7 +78,7 @@ def test_imports_of_all_kinds_are_found() -> None:
     found = dict(imports(ROOT / "streamllm" / "loading.py"))
     assert found["streamllm.weights.checkpoint"] is True
     assert found["tqdm"] is False
-    assert "streamllm.cache.ring" in dict(imports(ROOT / "streamllm" / "cache" / "sink_cache.py"))
+    assert "streamllm.cache.ring" in dict(imports(ROOT / "streamllm" / "cache" / "rolling_cache.py"))
     assert dict(imports(ROOT / "streamllm" / "__init__.py"))["streamllm.cache"] is False
     assert len(FILES) > 20
 

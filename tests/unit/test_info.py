@@ -90,7 +90,7 @@ def test_a_llama_is_described_from_its_config_alone(tmp_path: Path) -> None:
     assert found["files"] == "no weights here"
     assert found["cache"] == (
         "131,072 bytes per token in bfloat16; "
-        "4 sinks and 1,020 recent tokens: 134.2 MB, however long the stream"
+        "4 sinks and 4,092 recent tokens: 536.9 MB, however long the stream"
     )
     assert found["no effect"] == "architectures, use_cache"
     assert "window" not in found
