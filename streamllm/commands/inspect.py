@@ -6,7 +6,14 @@ from pathlib import Path
 
 import click
 
-from streamllm.commands.evaluation import check_memory, progress_bar, read_texts, show_scores, write_json
+from streamllm.commands.evaluation import (
+    check_memory,
+    picture_title,
+    progress_bar,
+    read_texts,
+    show_scores,
+    write_json,
+)
 from streamllm.commands.loading import ModelChoice
 from streamllm.commands.options import (
     chunk_option,
@@ -93,4 +100,5 @@ def inspect(
         chosen,
     )
     if plot is not None:
-        plots.save_figure(plots.attention_map(seen), plot)
+        title = picture_title(chosen, f"{count} samples of {length} tokens", files)
+        plots.save_figure(plots.attention_map(seen, title=title), plot)

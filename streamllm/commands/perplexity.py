@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from streamllm.commands.evaluation import check_memory, read_texts, write_json
+from streamllm.commands.evaluation import check_memory, picture_title, read_texts, write_json
 from streamllm.commands.loading import ModelChoice
 from streamllm.commands.options import (
     OUTPUT_FILE,
@@ -103,4 +103,5 @@ def perplexity(
     write_json(json_file, {"results": [result.to_dict() for result in results]}, chosen)
     if plot is not None:
         trained = geometry_of(loaded).trained_length
-        plots.save_figure(plots.perplexity_curves(results, trained_length=trained), plot)
+        title = picture_title(chosen, f"{sum(map(len, texts)):,} tokens", files)
+        plots.save_figure(plots.perplexity_curves(results, trained_length=trained, title=title), plot)

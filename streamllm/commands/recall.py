@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from streamllm.commands.evaluation import progress_bar, write_json
+from streamllm.commands.evaluation import picture_title, progress_bar, write_json
 from streamllm.commands.loading import ModelChoice
 from streamllm.commands.options import (
     chunk_option,
@@ -130,7 +130,7 @@ def recall(
     write_json(json_file, numbers | worded | settings, chosen)
     if plot is not None:
         end = None if set(modes) == {"dense"} else window
-        title = f"{chosen.name or 'the embedded checkpoint'} · {count} texts for each distance"
+        title = picture_title(chosen, f"{count} texts for each distance")
         plots.save_figure(plots.recall_curves(curves, window=end, title=title), plot)
 
 
