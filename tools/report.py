@@ -157,7 +157,7 @@ def main(
             report,
             subject,
             text,
-            subject.text if not texts else f"{subject.text}, {titles(texts)}",
+            subject.text if not texts or long_tokens <= len(stream) else f"{subject.text}, {titles(texts)}",
             long_tokens,
         )
 
