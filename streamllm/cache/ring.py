@@ -22,7 +22,8 @@ from streamllm.models.step import Step
 if TYPE_CHECKING:
     from streamllm.cache.int8_ring import Int8Ring
 
-# A ring that fills is read in steps of so many slots, because CPU kernels are prepared anew for each size.
+# A ring that fills is read in steps of so many slots, because CPU kernels are prepared anew for each size. While few
+# slots are held, the steps are a quarter of it: a batch of short streams then reads half as much.
 READ_STEP_SLOTS = 256
 # The steps of what is recorded or compiled are wider, so that few recordings serve a window that fills.
 RECORDED_STEP_FACTOR = 4
@@ -113,9 +114,13 @@ def token_kind(
     starts: by row; None where no row has a gap. lockstep: whether all rows have the same places and starts.
     """
     most, least, slots = max(seen) + 1, min(seen) + 1, layout.slots
-    reads = READ_STEP_SLOTS
-    while reads < most or (recorded and reads <= layout.sinks):
-        reads = reads * RECORDED_STEP_FACTOR if recorded else reads + READ_STEP_SLOTS
+    if recorded:
+        reads = READ_STEP_SLOTS
+        while reads < most or reads <= layout.sinks:
+            reads *= RECORDED_STEP_FACTOR
+    else:
+        step = max(1, READ_STEP_SLOTS // 4) if most <= 2 * READ_STEP_SLOTS else READ_STEP_SLOTS
+        reads = -(-most // step) * step
     reads = min(reads, slots)
     full = not for_any_place and least >= (slots if recorded else reads)
     if starts is not None:  # a row that sees W recent tokens sees all slots

@@ -38,7 +38,7 @@ def test_twenty_thousand_tokens_take_no_more_memory_than_two_thousand():
 
 def test_the_heap_is_trimmed_at_the_first_single_token_after_a_prompt(monkeypatch):
     trimmed = []
-    monkeypatch.setattr("streamllm.cache.sink_cache.trim_heap", lambda: trimmed.append(cache.seen.item()))
+    monkeypatch.setattr("streamllm.cache.rolling_cache.trim_heap", lambda: trimmed.append(cache.seen.item()))
     model = tiny_llama(dtype=torch.float32)
     cache = SinkCache(model, sinks=2, window=10)
     for length in (100, 104, 4, 1, 1, 5, 1, 64, 1, 100):
