@@ -188,7 +188,7 @@ def main(folder: Path, packages: Path | None) -> None:
         install_packages(installed)
         write_checkpoint(installed, folder)
     click.echo(f"{folder}: {NOTE}.")
-    click.echo(f"Try: streamllm parity {folder} --streaming")
+    click.echo(f"Try: streamllm chat --model {folder}")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,8 @@
 
 Writes report.md (tables with their settings, and pictures), report.json (the numbers) and the pictures, each
 for light and for dark pages. Without text files, the text is the standard library's. --part makes one part of
-the report and keeps the others that were made before. The same command continues an interrupted part.
+the report and keeps the others that were made before, also where --tokens, --scale, --long, --write or --seeds
+were other ones: each part names its sizes. The same command continues an interrupted part.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ from pathlib import Path
 
 import click
 import torch
-from report_endless import reading, speed, writing
+from report_endless import WRITERS, reading, speed, writing
 from report_page import Report, Subject, fingerprint
-from report_quality import ablations, against_recomputation, modes, where_attention_goes
+from report_quality import ablations, against_recomputation, budgets, modes, where_attention_goes
 from report_recall import recall_by_distance, ruler_by_distance
 
 import streamllm
@@ -27,7 +28,18 @@ from streamllm.evaluate.corpus import held_out_texts, training_texts
 from streamllm.evaluate.texts import as_stream
 from streamllm.models.step import geometry_of
 
-PARTS = ("reading", "speed", "modes", "against", "ablations", "attention", "recall", "ruler", "writing")
+PARTS = (
+    "reading",
+    "speed",
+    "modes",
+    "budgets",
+    "against",
+    "ablations",
+    "attention",
+    "recall",
+    "ruler",
+    "writing",
+)
 READABLE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
 
@@ -37,6 +49,16 @@ def read_texts(files: tuple[Path, ...]) -> list[str]:
 
 def titles(files: tuple[Path, ...]) -> str:
     return ", ".join(path.stem.replace("_", " ").title() for path in files)
+
+
+def processor() -> str:
+    """The name of the processor, as far as Python knows it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.machine())
 
 
 @click.command()
@@ -59,6 +81,11 @@ def titles(files: tuple[Path, ...]) -> str:
 @click.option("--write", "write_tokens", type=click.IntRange(0), default=0, show_default=True,
               help="Tokens of the streams that write; 0: no such part.")  # fmt: skip
 @click.option("--seeds", type=click.IntRange(1), default=3, show_default=True, help="Streams that write.")
+@click.option("--writer", "writers", multiple=True, type=click.Choice(tuple(WRITERS)),
+              help="Settings of the streams that write; may be repeated.  [default: all]")  # fmt: skip
+@click.option("--compile", "backend", type=click.Choice(("off", "flat", "inductor")), default="off",
+              show_default=True, help="Compile the model for the streams that write.")  # fmt: skip
+@click.option("--note", type=READABLE, help="A Markdown file that is copied to the top of the report.")
 @click.option(
     "--tokens", type=click.IntRange(2), help="Read at most this many held-out tokens.  [default: all]"
 )
@@ -83,6 +110,9 @@ def main(
     long_tokens: int,
     write_tokens: int,
     seeds: int,
+    writers: tuple[str, ...],
+    backend: str,
+    note: Path | None,
     tokens: int | None,
     threads: int,
     scale: float,
@@ -94,7 +124,8 @@ def main(
     out.mkdir(parents=True, exist_ok=True)
     loaded, tokenizer = streamllm.load(model, device="cpu", dtype=dtype)
     trained = geometry_of(loaded).trained_length
-    stream = as_stream(tokenizer, read_texts(held_out) or held_out_texts())[:tokens]
+    whole = as_stream(tokenizer, read_texts(held_out) or held_out_texts())
+    stream = whole[:tokens]
     choosing = as_stream(tokenizer, read_texts(texts)) if texts else stream
     library = f"the standard library of Python {platform.python_version()}"
     span = span or min(1024, trained or 1024)
@@ -107,14 +138,16 @@ def main(
     )  # fmt: skip
     weights = next(loaded.parameters())
     report = Report(
-        out, fingerprint(name, weights, stream, choosing, span, spans, sinks, scale, long_tokens, seeds)
+        out, fingerprint(name, weights, whole, as_stream(tokenizer, read_texts(texts)), span, sinks)
     )
     parameters = sum(parameter.numel() for parameter in loaded.parameters())
     head = (
         f"{name}: {parameters:,} parameters, {weights.dtype}, trained for {trained or 'any number of'} tokens. "
-        f"Held out: {len(stream):,} tokens of {subject.text}. torch {torch.__version__}. Made by tools/report.py, "
-        f"--scale {scale:g}, on {threads} thread(s)."
+        f"Held out: {subject.text}, on which nothing is chosen. torch {torch.__version__}, {processor()}, {threads} "
+        f"thread(s). Made by tools/report.py."
     )
+    if note is not None:
+        head = f"{note.read_text(encoding='utf-8').strip()}\n\n{head}"
     click.echo(head + "\n")
 
     def read_forever() -> None:
@@ -124,7 +157,7 @@ def main(
             report,
             subject,
             text,
-            subject.text if not texts else f"{subject.text}, {titles(texts)}",
+            subject.text if not texts or long_tokens <= len(stream) else f"{subject.text}, {titles(texts)}",
             long_tokens,
         )
 
@@ -132,12 +165,13 @@ def main(
         "reading": read_forever,  # first, before anything else has used memory
         "speed": lambda: speed(report, subject, open_source(model).file("config.json").parent),
         "modes": lambda: modes(report, subject),
+        "budgets": lambda: budgets(report, subject),
         "against": lambda: against_recomputation(report, subject),
         "ablations": lambda: ablations(report, subject),
         "attention": lambda: where_attention_goes(report, subject),
         "recall": lambda: recall_by_distance(report, subject),
         "ruler": lambda: ruler_by_distance(report, subject),
-        "writing": lambda: writing(report, subject, write_tokens, seeds),
+        "writing": lambda: writing(report, subject, write_tokens, seeds, writers or tuple(WRITERS), backend),
     }
     # The embedded checkpoint knows code only: it answers none of RULER's questions.
     wanted = {"reading": long_tokens, "writing": write_tokens, "ruler": subject.wording == "lines"}

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from report_page import Report, Subject
-from torch import Tensor
+from torch import Tensor, nn
 
 import streamllm
 from streamllm.evaluate import Result, load, perplexity, save
@@ -32,13 +32,9 @@ def reading(report: Report, subject: Subject, text: Tensor, name: str, tokens: i
     """Memory of this process, and speed, along a text of `tokens` tokens."""
     read = text.repeat(-(-tokens // len(text)))[:tokens]
     marks = [tokens // 100, tokens // 10, tokens]
-    unfinished = report.folder / "reading.safetensors"
-    start = (
-        load(subject.model, unfinished)
-        if unfinished.exists() and "reading: marks" in report.measured
-        else None
-    )
-    found: list[dict[str, float]] = report.measured["reading: marks"] if start is not None else []
+    unfinished, key = report.folder / "reading.safetensors", f"reading: {tokens} tokens"
+    start = load(subject.model, unfinished) if unfinished.exists() and key in report.measured else None
+    found: list[dict[str, float]] = report.measured[key] if start is not None else []
     saved = started = time.perf_counter()
     before = 0 if start is None else start.tokens
 
@@ -51,7 +47,7 @@ def reading(report: Report, subject: Subject, text: Tensor, name: str, tokens: i
             before, started = result.tokens, now
         if now - saved > SAVE_EVERY and not result.done:
             save(result, unfinished)
-            report.measured["reading: marks"] = found
+            report.measured[key] = found
             report.save()
             saved = now
 
@@ -59,7 +55,7 @@ def reading(report: Report, subject: Subject, text: Tensor, name: str, tokens: i
         subject.model, read, sinks=subject.sinks, window=subject.window, chunk=512, resume=start, progress=progress
     )  # fmt: skip
     unfinished.unlink(missing_ok=True)
-    ratio = report.measure("reading", "ratio", lambda: late_over_early(subject, read, tokens))
+    ratio = report.measure("reading", f"ratio {tokens}", lambda: late_over_early(subject, read, tokens))
     report.table(
         f"One stream of {tokens:,} tokens of {name} ({subject.sinks} sinks, window {subject.window}): resident memory "
         f"of the process at that place, and speed since the place before. Perplexity {result.perplexity:.4g}. "
@@ -97,25 +93,33 @@ def late_over_early(subject: Subject, text: Tensor, place: int, rounds: int = 15
     return late / early
 
 
-def writing(report: Report, subject: Subject, tokens: int, seeds: int) -> None:
+def writing(
+    report: Report, subject: Subject, tokens: int, seeds: int, writers: tuple[str, ...], backend: str
+) -> None:
     """Streams that write `tokens` tokens: loops, distinct n-grams, how likely the text is, memory and time."""
+    decoder = subject.model if backend == "off" else streamllm.compile(subject.model, backend)
     short = report.measure(
-        "writing", f"short {seeds}", lambda: write(subject, LOOP_TOKENS, seeds, True, PLAIN)
+        "writing", f"short {seeds}", lambda: write(subject, decoder, LOOP_TOKENS, seeds, True, PLAIN)
     )
     rows = {f"the model's own texts of {LOOP_TOKENS} tokens": short}
-    for name, (sinks, settings) in WRITERS.items():
+    for name in writers:
+        sinks, settings = WRITERS[name]
         rows[f"{tokens:,} tokens, {name}"] = report.measure(
             "writing",
-            f"{name} {tokens} {seeds}",
-            lambda s=sinks, g=settings: write(subject, tokens, seeds, s, g),
+            f"{name} {tokens} {seeds} {backend}",
+            lambda s=sinks, g=settings: write(subject, decoder, tokens, seeds, s, g),
         )
     report.table(
-        f"Streams of {seeds} seeds each, temperature {PLAIN['temperature']}, top-p {PLAIN['top_p']}, a cache of "
-        f"{subject.span} tokens, begun with the first {PROMPT_TOKENS} tokens of {subject.text}. Loop share: which part "
+        f"Streams of {seeds} seed{'s' if seeds > 1 else ''} each, temperature {PLAIN['temperature']}, top-p "
+        f"{PLAIN['top_p']}, a cache of {subject.span} tokens, begun with the first {PROMPT_TOKENS} tokens of "
+        f"{subject.text}. Loop share: which part "
         f"of the 4-grams of {LOOP_TOKENS} tokens occurred in them before, read every {READ_EVERY} tokens; in a loop: "
         f"readings above {IN_A_LOOP}. Likelihood: the text read again in pieces of {subject.span} tokens from an empty "
-        f"cache, in nats per token; far above the first row is gibberish, far below are loops.",
-        ["", "loop share", "in a loop", "distinct 4-grams of 512", "nats per token", "by seed", "ms, last / first"],
+        f"cache, in nats per token; far above the first row is gibberish, far below are loops. Time: the median of "
+        f"the last tokens over that of the first ones after the cache was full. Memory: resident, of the process, at "
+        f"these two places, in MiB.",
+        ["", "loop share", "in a loop", "distinct 4-grams of 512", "nats per token", "by seed", "time, last / first",
+         "memory"],
         [
             [
                 name,
@@ -125,33 +129,36 @@ def writing(report: Report, subject: Subject, tokens: int, seeds: int) -> None:
                 f"{row['nats']:.2f}",
                 " ".join(f"{nats:.2f}" for nats in row["nats_by_seed"]),
                 "–" if row["slower"] is None else f"{row['slower']:.3f}",
+                " → ".join(f"{bytes / 2**20:,.1f}" for bytes in (row["memory_full"], row["memory"])),
             ]
             for name, row in rows.items()
         ],
     )  # fmt: skip
-    report.add(
-        "Resident memory at the end of each, MiB: "
-        + ", ".join(f"{row['memory'] / 2**20:,.0f}" for row in rows.values())
-        + "."
-    )
     report.numbers["writing"] = rows
 
 
-def write(subject: Subject, tokens: int, seeds: int, sinks: bool, settings: dict[str, Any]) -> dict[str, Any]:
+def write(
+    subject: Subject, decoder: nn.Module, tokens: int, seeds: int, sinks: bool, settings: dict[str, Any]
+) -> dict[str, Any]:
     """The scores of texts that one batch of streams writes."""
     texts: list[list[int]] = [[] for _ in range(seeds)]
     readings: list[list[float]] = [[] for _ in range(seeds)]
     seconds = []
+    part = min(1000, (tokens - subject.span) // 2)  # timed when the cache is full
+    memory_full = 0
     started = time.perf_counter()
-    for step, (drawn, histories) in zip(range(tokens), stream(subject, seeds, sinks, settings), strict=False):
+    for step, (drawn, histories) in zip(
+        range(tokens), stream(subject, decoder, seeds, sinks, settings), strict=False
+    ):
         seconds.append(time.perf_counter() - started)
         for row, token in enumerate(drawn):
             texts[row].append(token)
             if step >= LOOP_TOKENS - 1 and (step + 1) % READ_EVERY == 0:
                 readings[row].append(histories[row].loop_share(LOOP_TOKENS))
+        if step == subject.span + part:
+            memory_full = resident_bytes() or 0
         started = time.perf_counter()
     every = [reading for row in readings for reading in row]
-    part = min(1000, (tokens - subject.span) // 2)  # timed when the cache is full
     first = seconds[subject.span : subject.span + part]
     nats = [likelihood(subject, text) for text in texts]
     return {
@@ -161,6 +168,7 @@ def write(subject: Subject, tokens: int, seeds: int, sinks: bool, settings: dict
         "nats": statistics.mean(nats),
         "nats_by_seed": nats,
         "slower": statistics.median(seconds[-part:]) / statistics.median(first) if part >= 500 else None,
+        "memory_full": memory_full,
         "memory": resident_bytes() or 0,
         "begins": subject.tokenizer.decode(texts[0][:60]),
         "ends": subject.tokenizer.decode(texts[0][-60:]),
@@ -178,14 +186,14 @@ def likelihood(subject: Subject, text: list[int]) -> float:
 
 @torch.inference_mode()
 def stream(
-    subject: Subject, seeds: int, sinks: bool, settings: dict[str, Any]
+    subject: Subject, decoder: nn.Module, seeds: int, sinks: bool, settings: dict[str, Any]
 ) -> Iterator[tuple[list[int], list[History]]]:
     """Endless tokens of a batch of streams, one seed each, with their histories."""
     config = streamllm.GenerationConfig(**settings)
     prompt = subject.stream[:PROMPT_TOKENS].tolist()
     kept = subject.sinks if sinks else 0
     cache = streamllm.SinkCache(subject.model, kept, subject.span - kept, batch_size=seeds)
-    logits = subject.model(torch.tensor([prompt] * seeds), cache, logits_to_keep=1)[:, -1]
+    logits = decoder(torch.tensor([prompt] * seeds), cache, logits_to_keep=1)[:, -1]
     breakers = (
         breaker_tokens(subject.tokenizer, config.dry_sequence_breakers) if config.dry_multiplier else ()
     )
@@ -206,7 +214,7 @@ def stream(
             history.push(token)
         place += 1
         yield tokens, histories
-        logits = subject.model(drawn[:, None], cache, logits_to_keep=1)[:, -1]
+        logits = decoder(drawn[:, None], cache, logits_to_keep=1)[:, -1]
 
 
 def speed(report: Report, subject: Subject, folder: Path) -> None:

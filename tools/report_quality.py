@@ -36,7 +36,9 @@ def modes(report: Report, subject: Subject) -> None:
         for start in range(1, len(dense) - span, span)
     ]
     fresh = Result.from_dict(
-        report.measure("modes", "pieces", lambda: subject.score(pieces, mode="dense").to_dict())
+        report.measure(
+            "modes", f"{len(pieces)} pieces", lambda: subject.score(pieces, mode="dense").to_dict()
+        )
     )
     starts = [span * times for times in (1, 4, 16, 64, 256)]
 
@@ -79,6 +81,33 @@ def modes(report: Report, subject: Subject) -> None:
     report.numbers["modes"] = [result.to_dict() for result in results]
 
 
+def budgets(report: Report, subject: Subject) -> None:
+    """A window without sinks against sinks and window of the same size, at the same predictions."""
+    S, stream = subject.sinks, subject.stream
+    spans = [span for span in subject.spans if S < span <= len(stream) // 4]
+    # Each budget is scored at the same positions, beyond twice the largest of them.
+    beyond = 1 << math.ceil(math.log2(2 * max(spans)))
+    rows, found = [], {}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "sinks . window = ")  # a budget may exceed the trained length
+        for span in spans:
+            window, both = (
+                report.result("budgets", subject, mode="window", window=span).beyond(beyond),
+                report.result("budgets", subject, mode="sinks", sinks=S, window=span - S).beyond(beyond),
+            )
+            ratio = math.exp(window.mean - both.mean)
+            rows.append([f"{span:,}", f"{window.perplexity:.4g}", f"{both.perplexity:.4g}", f"{ratio:.2f}"])
+            found[span] = {"window": window.perplexity, "sinks": both.perplexity, "ratio": ratio}
+    report.table(
+        f"A window without sinks, and {S} sinks and a window that hold as many tokens: perplexity of the "
+        f"{len(stream) - beyond:,} predictions from position {beyond:,} on, of {len(stream):,} tokens of "
+        f"{subject.text}.",
+        ["tokens held", "window", f"{S} sinks + window", "ratio"],
+        rows,
+    )
+    report.numbers["budgets"] = found
+
+
 def against_recomputation(report: Report, subject: Subject) -> None:
     """How much worse streaming is than re-computation, prediction by prediction."""
     positions = subject.scaled(5000, 50)
@@ -89,7 +118,7 @@ def against_recomputation(report: Report, subject: Subject) -> None:
         )
         return asdict(found) | {"error": found.error, "ratio": found.ratio}
 
-    found = report.measure("against", str(positions), computed)
+    found = report.measure("against", f"{positions} of {len(subject.stream)}", computed)
     drift = ", ".join("–" if value != value else f"{value:+.3f}" for value in found["eighths"])
     report.add(
         f"Streaming against re-computation with the same {found['sinks']} sinks and window {found['window']}, at "

@@ -29,7 +29,9 @@ def recall_by_distance(report: Report, subject: Subject) -> None:
         name: [
             Recall(**plain)
             for plain in report.measure(
-                "recall", name, lambda name=name: [asdict(score) for score in computed(name)]
+                "recall",
+                f"{name} {lines} {count}",
+                lambda name=name: [asdict(score) for score in computed(name)],
             )
         ]
         for name in ("StreamEval", "passkey")
@@ -72,7 +74,7 @@ def ruler_by_distance(report: Report, subject: Subject) -> None:
             )  # fmt: skip
             return [asdict(score) for score in scores]
 
-        found = report.measure("ruler", f"{task}, {mode}", computed)
+        found = report.measure("ruler", f"{task}, {mode}, {count} texts", computed)
         curves[f"{task}, {mode}"] = [Recall(**plain) for plain in found]
     report.table(
         f"Tasks after RULER's rules, {subject.sinks} sinks + window {window}, {count} texts for each distance: answers "

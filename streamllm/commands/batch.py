@@ -28,7 +28,7 @@ from streamllm.commands.options import (
     top_p_option,
     window_option,
 )
-from streamllm.commands.types import TOKENS
+from streamllm.commands.types import CountParamType
 
 if TYPE_CHECKING:
     from streamllm.engine import Completion
@@ -42,7 +42,7 @@ MAX_SLOTS = 4096
 @click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--output", "-o", type=OUTPUT_FILE, help="The results.  [default: FILE.results.jsonl]")
 @click.option(
-    "--slots", type=click.IntRange(1, MAX_SLOTS), default=32, show_default=True,
+    "--slots", type=CountParamType(1, MAX_SLOTS), default=32, show_default=True,
     help="Prompts that run at once; each takes the memory of a cache.",
 )  # fmt: skip
 @click.option("--retry-failed", is_flag=True, help="Try lines again that failed before.")
@@ -51,7 +51,14 @@ MAX_SLOTS = 4096
 @window_option
 @quantize_cache_option
 @compile_option
-@click.option("--max-new-tokens", "-n", type=TOKENS, default=200, show_default=True, help="The longest text.")
+@click.option(
+    "--max-new-tokens",
+    "-n",
+    type=CountParamType(1),
+    default=200,
+    show_default=True,
+    help="The longest text, in tokens.",
+)
 @temperature_option
 @top_p_option
 @repetition_penalty_option

@@ -25,6 +25,7 @@ from streamllm.commands.options import (
     top_p_option,
     window_option,
 )
+from streamllm.commands.types import CountParamType
 
 if TYPE_CHECKING:
     from streamllm.stream import Stream
@@ -87,10 +88,10 @@ def _check_same(stream: Stream, session: Path, given: Mapping[str, object], syst
     help="First tokens that are kept; system: the whole system prompt.",
 )  # fmt: skip
 @window_option
-@click.option("--start-size", type=click.IntRange(0), help="--sinks, as the authors' code calls it.")
+@click.option("--start-size", type=CountParamType(0), help="The same as --sinks N, in streaming-llm's words.")
 @click.option(
-    "--recent-size", type=click.IntRange(0),
-    help="--window minus 1: the authors' code evicts after the forward.",
+    "--recent-size", type=CountParamType(0),
+    help="The same as --window N+1: streaming-llm evicts after the forward.",
 )  # fmt: skip
 @click.option("--dense", is_flag=True, help="Evict nothing until the model's trained length is reached.")
 @click.option(
@@ -101,7 +102,7 @@ def _check_same(stream: Stream, session: Path, given: Mapping[str, object], syst
 @compile_option
 @chunk_option(None)
 @click.option("--system", help="The system prompt.")
-@max_new_tokens_option(1000, "The longest answer.")
+@max_new_tokens_option(1000, "The longest answer, in tokens.")
 @temperature_option
 @top_p_option
 @repetition_penalty_option
@@ -109,7 +110,7 @@ def _check_same(stream: Stream, session: Path, given: Mapping[str, object], syst
 @sampling_seed_option
 @click.option(
     "--prompts", type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="Answer a JSON-lines file: `turns` or `prompt` in each line.",
+    help="Answer the `turns`, or the `prompt`, of each line of a JSON-lines file.",
 )  # fmt: skip
 @click.option("--session", type=OUTPUT_FILE, help="Save the session to this file after each turn.")
 @click.option("--resume", is_flag=True, help="Go on with the session in --session.")
@@ -120,7 +121,7 @@ def chat(
     repetition_penalty: float | None, dry: float | None, seed: int | None, prompts: Path | None,
     session: Path | None, resume: bool,
 ) -> None:  # fmt: skip
-    """Chat with a model, without an end.
+    """Chat with a model, for as long as you like.
 
     Type a message, or /help. Ctrl-C interrupts an answer, Ctrl-D ends. A model without a chat template continues
     the text that you type.

@@ -46,6 +46,17 @@ def _read_text(file: Path) -> str:
         raise click.UsageError(f"{file} is not UTF-8: {error}") from None
 
 
+def picture_title(chosen: ModelChoice, samples: str, files: Sequence[Path] | None = None) -> str:
+    """The title of a picture: model, samples, and the names of the texts, [] being the standard library."""
+    name = chosen.name or "the embedded checkpoint"
+    name = Path(name).resolve().name if Path(name).is_dir() else name
+    if files is None:
+        return f"{name} · {samples}"
+    texts = ", ".join(file.name for file in files[:3]) or "Python's standard library"
+    more = f" and {len(files) - 3} more" if len(files) > 3 else ""
+    return f"{name} · {samples} of {texts}{more}"
+
+
 def progress_bar(name: str, total: int | None = None) -> Any:
     """A tqdm bar on standard error, where that is a terminal. Without `total` it counts tokens."""
     from tqdm import tqdm

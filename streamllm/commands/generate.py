@@ -27,7 +27,7 @@ from streamllm.commands.options import (
     top_p_option,
     window_option,
 )
-from streamllm.commands.types import NumberParamType
+from streamllm.commands.types import CountParamType, NumberParamType
 
 
 @click.command()
@@ -42,10 +42,10 @@ from streamllm.commands.types import NumberParamType
 @quantize_cache_option
 @compile_option
 @chunk_option(None)
-@max_new_tokens_option(200, "Stop after so many tokens.")
+@max_new_tokens_option(200, "The longest text, in tokens.")
 @temperature_option
 @click.option(
-    "--top-k", type=click.IntRange(0, 2**31 - 1), help="Sample from the k most likely tokens; 0: from all."
+    "--top-k", type=CountParamType(0, 2**31 - 1), help="Sample from the k most likely tokens; 0: from all."
 )
 @top_p_option
 @click.option(

@@ -12,6 +12,7 @@ from streamllm.commands.options import (
     sinks_option,
     window_option,
 )
+from streamllm.commands.types import CountParamType
 
 
 @click.command()
@@ -22,7 +23,7 @@ from streamllm.commands.options import (
 @dtype_option
 @quantize_option
 @click.option(
-    "--tensor-parallel", "processes", type=click.IntRange(1), default=1, metavar="N",
+    "--tensor-parallel", "processes", type=CountParamType(1), default=1, metavar="N",
     help="Say what each of N processes would hold.",
 )  # fmt: skip
 def info(

@@ -6,7 +6,14 @@ from pathlib import Path
 
 import click
 
-from streamllm.commands.evaluation import check_memory, progress_bar, read_texts, show_scores, write_json
+from streamllm.commands.evaluation import (
+    check_memory,
+    picture_title,
+    progress_bar,
+    read_texts,
+    show_scores,
+    write_json,
+)
 from streamllm.commands.loading import ModelChoice
 from streamllm.commands.options import (
     chunk_option,
@@ -15,30 +22,30 @@ from streamllm.commands.options import (
     seed_option,
     texts_argument,
 )
-from streamllm.commands.types import TOKENS, NumbersParamType
+from streamllm.commands.types import CountParamType, NumbersParamType
 
 
 @click.command()
 @texts_argument
 @model_options
 @click.option(
-    "--samples", "count", type=click.IntRange(1, 2**20), default=32, show_default=True,
-    help="Read the attention on so many random parts of the text.",
+    "--samples", "count", type=CountParamType(1, 2**20), default=32, show_default=True,
+    help="How many random parts of the text the attention is read on.",
 )  # fmt: skip
 @click.option(
-    "--length", type=click.IntRange(16, 2**20), default=64, show_default=True, help="Tokens of each part."
+    "--length", type=CountParamType(16, 2**20), default=64, show_default=True, help="Tokens of each part."
 )
 @click.option(
     "--sinks", type=NumbersParamType(0), default="0,1,2,4,8", show_default=True,
     help="Numbers of sinks to try.",
 )  # fmt: skip
 @click.option(
-    "--span", type=click.IntRange(2, TOKENS.max),
+    "--span", type=CountParamType(2),
     help="Sinks + window.  [default: what the model was trained for, at most 1024]",
 )  # fmt: skip
 @click.option(
-    "--tokens", type=click.IntRange(2, TOKENS.max), default=50_000, show_default=True,
-    help="Read so many tokens for each number of sinks.",
+    "--tokens", type=CountParamType(2), default=50_000, show_default=True,
+    help="How many tokens are read for each number of sinks.",
 )  # fmt: skip
 @chunk_option(256)
 @seed_option
@@ -93,4 +100,5 @@ def inspect(
         chosen,
     )
     if plot is not None:
-        plots.save_figure(plots.attention_map(seen), plot)
+        title = picture_title(chosen, f"{count} samples of {length} tokens", files)
+        plots.save_figure(plots.attention_map(seen, title=title), plot)

@@ -12,7 +12,7 @@ import click
 from streamllm.commands.loading import ModelChoice
 from streamllm.commands.types import (
     MAX_THREADS,
-    TOKENS,
+    CountParamType,
     DeviceParamType,
     DtypeParamType,
     ForeverParamType,
@@ -62,8 +62,8 @@ tensor_parallel_option = click.option(
     "torchrun --nproc-per-node 2 -m streamllm … --tensor-parallel.",
 )  # fmt: skip
 threads_option = click.option(
-    "--threads", type=click.IntRange(1, MAX_THREADS),
-    help="CPU threads.  [default: 1 for small models, else all cores]",
+    "--threads", type=CountParamType(1, MAX_THREADS),
+    help="CPU threads. On a busy machine, 1 is often the fastest.  [default: 1 for small models, else all cores]",
 )  # fmt: skip
 
 
@@ -91,11 +91,11 @@ def model_options(command: Command) -> Command:
 # The stream
 
 sinks_option = click.option(
-    "--sinks", type=click.IntRange(0, TOKENS.max), default=4, show_default=True,
+    "--sinks", type=CountParamType(0), default=4, show_default=True,
     help="First tokens that are kept.",
 )  # fmt: skip
-WINDOW_HELP = "Recent tokens that are kept.  [default: 4092, or what the model was trained for]"
-window_option = click.option("--window", type=TOKENS, help=WINDOW_HELP)
+WINDOW_HELP = "Recent tokens that are kept.  [default: 4092, or less where the model was trained for less]"
+window_option = click.option("--window", type=CountParamType(1), help=WINDOW_HELP)
 quantize_cache_option = click.option(
     "--quantize-cache", type=click.Choice(CACHE_FORMATS), help="Store recent keys and values in 8 bits."
 )
@@ -121,7 +121,7 @@ def chunk_option(default: int | None) -> Callable[[Command], Command]:
     """--chunk, with the default of one command. None: the cache's."""
     text = "Tokens read at once: more are faster and take more memory."
     text += "" if default else "  [default: 512; on CUDA 2048]"
-    return click.option("--chunk", type=TOKENS, default=default, show_default=True, help=text)
+    return click.option("--chunk", type=CountParamType(1), default=default, show_default=True, help=text)
 
 
 # Which token comes next

@@ -7,7 +7,7 @@ from typing import IO, Any
 import click
 
 from streamllm.commands.options import allow_pickle_option, checkpoint_argument, revision_option
-from streamllm.commands.types import TOKENS, DeviceParamType
+from streamllm.commands.types import CountParamType, DeviceParamType
 
 DTYPES = ("float32", "bfloat16", "float16")  # streamllm.parity.DTYPES, which imports torch
 
@@ -20,7 +20,7 @@ DTYPES = ("float32", "bfloat16", "float16")  # streamllm.parity.DTYPES, which im
 )
 @click.option(
     "--tokens",
-    type=click.IntRange(2, TOKENS.max),
+    type=CountParamType(2),
     default=600,
     show_default=True,
     help="How many tokens to compare.",

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from streamllm.commands.evaluation import check_memory, read_texts, write_json
+from streamllm.commands.evaluation import check_memory, picture_title, read_texts, write_json
 from streamllm.commands.loading import ModelChoice
 from streamllm.commands.options import (
     OUTPUT_FILE,
@@ -19,7 +19,7 @@ from streamllm.commands.options import (
     texts_argument,
 )
 from streamllm.commands.resumable import ResumableRuns, combinations, fingerprint
-from streamllm.commands.types import TOKENS, ChoicesParamType, NumbersParamType
+from streamllm.commands.types import ChoicesParamType, CountParamType, NumbersParamType
 
 MODES = ("sinks", "window", "dense", "recompute")  # streamllm.evaluate.MODES, which imports torch
 
@@ -36,27 +36,25 @@ MODES = ("sinks", "window", "dense", "recompute")  # streamllm.evaluate.MODES, w
 )
 @click.option("--window", "windows", type=NumbersParamType(1), help=WINDOW_HELP)
 @quantize_cache_option
-@click.option(
-    "--tokens", type=click.IntRange(2, TOKENS.max), help="Read at most so many tokens.  [default: all]"
-)
+@click.option("--tokens", type=CountParamType(2), help="Read only the first N tokens.  [default: all]")
 @click.option("--reset-between-texts", is_flag=True, help="Start every text with an empty cache.")
 @chunk_option(256)
 @click.option(
-    "--dense-tokens", type=click.IntRange(2, TOKENS.max), default=16384, show_default=True,
-    help="Read at most so many tokens in dense mode, whose memory grows with them.",
+    "--dense-tokens", type=CountParamType(2), default=16384, show_default=True,
+    help="In dense mode, read only the first N tokens: its memory grows with each.",
 )  # fmt: skip
 @click.option(
-    "--positions", type=click.IntRange(0, TOKENS.max), default=2000, show_default=True,
-    help="Score so many random predictions in recompute mode; 0: all.",
+    "--positions", type=CountParamType(0), default=2000, show_default=True,
+    help="In recompute mode, score N random predictions; 0: all.",
 )  # fmt: skip
 @click.option(
-    "--batch", type=click.IntRange(1, 2**16), default=32, show_default=True,
-    help="Compute so many of them at a time.",
+    "--batch", type=CountParamType(1, 2**16), default=32, show_default=True,
+    help="In recompute mode, compute N predictions at a time.",
 )  # fmt: skip
 @seed_option
 @click.option(
     "--resume", type=OUTPUT_FILE,
-    help="Keep the state of the run in this file, and continue from it where it exists.",
+    help="Save the run to this file, and continue from the file if it exists.",
 )  # fmt: skip
 @output_options
 def perplexity(
@@ -65,7 +63,7 @@ def perplexity(
     chunk: int, dense_tokens: int, positions: int, batch: int, seed: int, resume: Path | None,
     json_file: Path | None, plot: Path | None,
 ) -> None:  # fmt: skip
-    """Score a long text: dense, window, sinks or recomputed.
+    """Measure how well a model predicts a long text.
 
     \b
     sinks      each token sees the first --sinks tokens and the last --window
@@ -105,4 +103,5 @@ def perplexity(
     write_json(json_file, {"results": [result.to_dict() for result in results]}, chosen)
     if plot is not None:
         trained = geometry_of(loaded).trained_length
-        plots.save_figure(plots.perplexity_curves(results, trained_length=trained), plot)
+        title = picture_title(chosen, f"{sum(map(len, texts)):,} tokens", files)
+        plots.save_figure(plots.perplexity_curves(results, trained_length=trained, title=title), plot)

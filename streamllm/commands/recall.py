@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from streamllm.commands.evaluation import progress_bar, write_json
+from streamllm.commands.evaluation import picture_title, progress_bar, write_json
 from streamllm.commands.loading import ModelChoice
 from streamllm.commands.options import (
     chunk_option,
@@ -20,7 +20,7 @@ from streamllm.commands.options import (
     sinks_option,
     window_option,
 )
-from streamllm.commands.types import ChoicesParamType, NumbersParamType
+from streamllm.commands.types import ChoicesParamType, CountParamType, NumbersParamType
 
 if TYPE_CHECKING:
     from streamllm.evaluate import Recall
@@ -45,21 +45,29 @@ WORDINGS = ("lines", "code")  # streamllm.evaluate.WORDINGS, which imports torch
 @window_option
 @click.option("--back", type=NumbersParamType(1), help="StreamEval: lines back.  [default: ¼ to 2 windows]")
 @click.option(
-    "--lines", type=click.IntRange(2, 1600), default=500, show_default=True, help="StreamEval: facts stated."
+    "--lines",
+    type=CountParamType(2, 1600),
+    default=500,
+    show_default=True,
+    help="StreamEval: how many facts are stated.",
 )
 @click.option(
-    "--every", type=click.IntRange(1, 1600), default=10, show_default=True,
+    "--every", type=CountParamType(1, 1600), default=10, show_default=True,
     help="StreamEval: lines between questions.",
 )  # fmt: skip
 @click.option(
-    "--distances", type=NumbersParamType(1), help="Passkey: tokens back.  [default: ¼ to 2 windows]"
+    "--distances", type=NumbersParamType(1), help="All other tasks: tokens back.  [default: ¼ to 2 windows]"
 )
 @click.option(
-    "--samples", "count", type=click.IntRange(1, 2**20), default=20, show_default=True,
-    help="Passkey: texts for each distance.",
+    "--samples", "count", type=CountParamType(1, 2**20), default=20, show_default=True,
+    help="All other tasks: texts for each distance.",
 )  # fmt: skip
 @click.option(
-    "--digits", type=click.IntRange(1, 18), default=5, show_default=True, help="Digits of an answer."
+    "--digits",
+    type=CountParamType(1, 18),
+    default=5,
+    show_default=True,
+    help="StreamEval and passkey: digits of an answer.",
 )
 @click.option(
     "--wording",
@@ -122,7 +130,7 @@ def recall(
     write_json(json_file, numbers | worded | settings, chosen)
     if plot is not None:
         end = None if set(modes) == {"dense"} else window
-        title = f"{chosen.name or 'the embedded checkpoint'} · {count} texts for each distance"
+        title = picture_title(chosen, f"{count} texts for each distance")
         plots.save_figure(plots.recall_curves(curves, window=end, title=title), plot)
 
 

@@ -20,7 +20,26 @@ DTYPES = (
 MAX_THREADS = max(64, 4 * (os.cpu_count() or 1))  # with very many, the OpenMP library ends the process
 MAX_TOKENS = 2**48  # far beyond any memory; larger numbers do not fit into a tensor's size
 LEAST_TEMPERATURE = 1e-6  # with a smaller one, float32 logits divided by it are not finite
-TOKENS = click.IntRange(1, MAX_TOKENS)
+
+
+class CountParamType(click.ParamType):  # type: ignore[type-arg]  # generic in newer versions only
+    """A whole number of at least `minimum`. The help names no upper limit: `most` only keeps numbers in 64 bits."""
+
+    name = "n"
+
+    def __init__(self, minimum: int, most: int = MAX_TOKENS) -> None:
+        self.minimum, self.most = minimum, most
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        try:
+            number = int(value)
+        except ValueError:
+            self.fail(f"{value!r} is not a whole number", param, ctx)
+        if number < self.minimum:
+            self.fail(f"{number} is too small: give {self.minimum} or more", param, ctx)
+        if number > self.most:
+            self.fail(f"{number} is too large: give at most {self.most:,}", param, ctx)
+        return number
 
 
 class SeedParamType(click.ParamType):  # type: ignore[type-arg]  # generic in newer versions only
@@ -100,6 +119,8 @@ class ChoicesParamType(click.ParamType):  # type: ignore[type-arg]
 
 class NumberParamType(click.FloatRange):
     """A finite number in a range. click's own type lets NaN pass."""
+
+    name = "number"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
         number: float = super().convert(value, param, ctx)

@@ -54,9 +54,10 @@ class Chat:
 
     def _read_lines(self, read: Callable[[str], str]) -> None:
         cache = self.stream.cache
+        turns = f"{len(self.stream.turns)} turns so far. " if self.stream.turns else ""
         self._tell(
-            f"{len(self.stream.turns)} turns; sinks={cache.sinks}, window={cache.window}, {cache.nbytes / 1e6:.1f} MB. "
-            f"/help lists the commands."
+            f"{turns}The model sees sinks={cache.sinks}, window={cache.window} tokens; cache "
+            f"{cache.nbytes / 1e6:.1f} MB. Type a message, or /help."
         )
         if not self.has_template:
             self._tell("The model has no chat template: it continues the text that you type.")

@@ -51,6 +51,8 @@ def test_help_lists_every_command_and_every_command_has_a_help_text(run) -> None
         result = run(name, "-h")
         assert result.code == 0
         assert result.out.startswith("Usage:")
+        assert "RANGE" not in result.out  # click's word for a number between two limits
+        assert not re.search(r"[0-9]{7}", result.out)  # nor a limit that nobody reaches
     assert run("--version").out.strip().endswith(streamllm.__version__)
     assert run("unknown").code == 2
 

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import re
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
@@ -28,7 +29,10 @@ def text(tmp_path):
 @pytest.fixture
 def run(checkpoint):
     def run(command, *arguments, code=0):
-        result = CliRunner().invoke(command, [*arguments, "--model", str(checkpoint), "--device", "cpu"])
+        result = CliRunner().invoke(
+            command, [*arguments, "--model", str(checkpoint), "--device", "cpu"],
+            help_option_names=["-h", "--help"],  # click keeps the names of a command's first call
+        )  # fmt: skip
         assert result.exit_code == code, result.output
         return result.output
 
@@ -148,6 +152,23 @@ def test_inspect_recommends_a_number_of_sinks(run, text, tmp_path):
     assert re.search(r"This model needs (no|1|2) sinks?: ", output)
     assert [result["window"] for result in found["sweep"]] == [16, 15, 14]
     assert not MATPLOTLIB or picture.stat().st_size > 10_000
+
+
+@pytest.mark.skipif(not MATPLOTLIB, reason="matplotlib is not installed")
+def test_a_picture_names_model_text_and_samples(run, text, checkpoint, tmp_path, monkeypatch):
+    from streamllm.evaluate import plots
+
+    titles = []
+
+    def keep(figure, path):
+        titles.append(figure.get_suptitle() or figure.axes[0].get_title())
+
+    monkeypatch.setattr(plots, "save_figure", keep)
+    run(perplexity, text, text, "--window", "30", "--tokens", "100", "--plot", str(tmp_path / "out.png"))
+    run(inspect, text, "--samples", "3", "--length", "20", "--span", "16", "--sinks", "0,1",
+        "--plot", str(tmp_path / "out.png"))  # fmt: skip
+    name, file = Path(checkpoint).name, Path(text).name
+    assert titles == [f"{name} · 100 tokens of {file}, {file}", f"{name} · 3 samples of 20 tokens of {file}"]
 
 
 def test_recall_reports_scores_by_distance(run, tmp_path):

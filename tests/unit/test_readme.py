@@ -1,5 +1,6 @@
 """README.md: its Python blocks run in order, its commands parse, its files exist, and it stays short."""
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -93,6 +94,20 @@ def test_every_file_that_it_names_exists():
     assert len(programs) >= 5
     for name in {*links, *programs, *tests}:
         assert (ROOT / name).exists(), name
+
+
+def test_the_caption_of_the_picture_says_what_the_reports_print():
+    caption = TEXT.partition("*The embedded checkpoint on")[2].partition(".*\n")[0]
+    printed = (ROOT / "tools/report/report.md").read_text(encoding="utf-8")
+    tokens, memory = re.findall(r"^ ([0-9,]+) held-out|: ([0-9.]+) MiB", caption)
+    assert f"{tokens[0]} tokens of" in printed
+    assert printed.count(f"{memory[1]} |") >= 1
+    budgets = json.loads((ROOT / "tools/report/smollm2/report.json").read_text(encoding="utf-8"))["budgets"]
+    held = re.findall(r"holding ([0-9,]+)[^0-9]+([0-9.]+)[^0-9]+([0-9.]+[0-9])", caption)
+    assert len(held) == 3
+    for budget, window, sinks in held:
+        found = budgets[budget.replace(",", "")]
+        assert (f"{found['window']:.1f}", f"{found['sinks']:.1f}") == (window, sinks)
 
 
 def test_it_has_at_most_250_lines():

@@ -72,7 +72,7 @@ def _no_weights(source: Source) -> CheckpointError:
         if source.has(name):
             return UnsupportedConfig(
                 f"{source.name} has its weights only as {name}, a pickle, which could run code; if you trust "
-                f"its author, load it with allow_pickle=True, or convert it to safetensors with "
-                f"'streamllm convert --allow-pickle'"
+                f"its author, load it with allow_pickle=True (--allow-pickle), or convert it to safetensors with "
+                f"'streamllm convert {source.name} NEW_FOLDER --allow-pickle'"
             )
     return CheckpointNotFound(f"{source.name} has no weights: neither {SINGLE} nor {INDEX}")

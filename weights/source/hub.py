@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import logging
 import re
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -206,7 +207,8 @@ class HubSource(Source):
         """The result of `request`, which is repeated after errors that may be temporary."""
         for seconds in (*RETRY_SECONDS, None):
             try:
-                return request()
+                with _one_warning(self._endpoint):
+                    return request()
             except Exception as error:
                 missing = missing_file(error, revision)
                 if missing is not None:
@@ -227,8 +229,9 @@ class HubSource(Source):
         revision = "" if self._revision == "main" else f" --revision {self._revision}"
         command = f"hf download {self.name} {relative}".strip() + revision
         return CheckpointNotFound(
-            f"{what} not in the cache {self._cache}, and {self._offline_by} forbids to download it: load "
-            f"once without that and with a network, or run '{command}'"
+            f"{what} not in the cache {self._cache}, and {self._offline_by} forbids to download it: if you meant a "
+            f"folder, there is no {self.name!r} here; else load once without that and with a network, or run "
+            f"'{command}'"
         )
 
     def __repr__(self) -> str:
@@ -250,6 +253,28 @@ def _checked_revision(revision: str | None) -> str:
             f"refs/pr/1"
         )
     return revision
+
+
+@contextlib.contextmanager
+def _one_warning(endpoint: str) -> Iterator[None]:
+    """One sentence in place of the two lines that huggingface_hub logs before each repetition of a request."""
+    logger = logging.getLogger("huggingface_hub.utils._http")
+    told = False
+
+    def shorter(record: logging.LogRecord) -> bool:
+        nonlocal told
+        message = record.getMessage()
+        if "thrown while requesting" not in message and not message.startswith("Retrying in "):
+            return True
+        first, told = not told, True
+        record.msg, record.args = f"{endpoint} does not answer: trying again for up to half a minute", ()
+        return first
+
+    logger.addFilter(shorter)
+    try:
+        yield
+    finally:
+        logger.removeFilter(shorter)
 
 
 def _progress_bar(enabled: bool) -> type:

@@ -156,8 +156,8 @@ def _explain_local(cause: BaseException, download: Download) -> str:
             f"{download.endpoint} does not answer as a hub does: check HF_ENDPOINT and the proxy ({reason})"
         )
     return (
-        f"cannot download {what} from {download.endpoint} ({reason}): check the network; what is in the cache "
-        f"already loads with HF_HUB_OFFLINE=1"
+        f"cannot download {what} from {download.endpoint} ({reason}): check the network; if you meant a "
+        f"folder, there is no {download.name!r} here; what is in the cache already loads with HF_HUB_OFFLINE=1"
     )
 
 

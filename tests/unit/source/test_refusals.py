@@ -109,7 +109,8 @@ def test_url(hub):
     error_message("is a URL: give only the model's name", "https://huggingface.co/org/name")
 
 
-def test_no_network(tmp_path):
+def test_no_network(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{closed.getsockname()[1]}"
@@ -117,7 +118,9 @@ def test_no_network(tmp_path):
         error_message(
             (
                 rf"^cannot download config.json of {NAME} from {url} \(ConnectError: .*check the network;"
-                r" .*HF_HUB_OFFLINE=1$"
+                rf" if you meant a folder, there is no {NAME!r} here; .*HF_HUB_OFFLINE=1$"
             ),
             NAME,
         )
+    told = f"{url} does not answer: trying again for up to half a minute"
+    assert [record.getMessage() for record in caplog.records] == [told]
