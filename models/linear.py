@@ -59,7 +59,7 @@ class Linear(nn.Linear):
         if format_of(self.weight) is not None:
             return  # loops read rounded weights as they are
         unpack(self.weight)
-        with torch.inference_mode(False):  # else the weight could not be trained afterwards
+        with torch.inference_mode(self.weight.is_inference()):  # else it could not be trained afterwards
             self.weight.data = self.weight.data.contiguous()
         self.__dict__.pop("kernel", None)
         if self.weight.device.type == "cpu" and self.weight.dtype in KERNELS_BY_ROWS:
@@ -195,7 +195,7 @@ def _arrange_float32(linear: Linear) -> None:
     if not _columns_are_faster(weight.shape):
         linear.arrange_by_rows()
     elif weight.stride() != (1, weight.shape[0]):
-        with torch.inference_mode(False):  # else the weight could not be trained afterwards
+        with torch.inference_mode(weight.is_inference()):  # else it could not be trained afterwards
             weight.data = weight.data.t().contiguous().t()  # same shape and values, other strides
     linear.kernel = float32_kernel
 

@@ -88,10 +88,14 @@ def _share_rolls(graph: fx.Graph) -> None:
             graph.erase_node(node)
 
 
-@torch.inference_mode(False)  # else the weights could not be trained afterwards
-@torch.no_grad()
 def join(weights: Sequence[Tensor], by_columns: bool) -> Tensor:
     """[out, in] each -> [sum of out, in], or biases [out] each -> [sum]; each becomes a view of it."""
+    # As the weights were made: else they could not be trained afterwards.
+    with torch.inference_mode(any(weight.is_inference() for weight in weights)), torch.no_grad():
+        return _joined(weights, by_columns)
+
+
+def _joined(weights: Sequence[Tensor], by_columns: bool) -> Tensor:
     sizes = [len(weight) for weight in weights]
     shape, stride = (sum(sizes), *weights[0].shape[1:]), weights[0].stride()
     if all(

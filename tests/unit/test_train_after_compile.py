@@ -28,3 +28,17 @@ def test_training_after_generating(checkpoint, dtype, generates_first):
     assert after != before
     if dtype == "float64":
         assert after == list(streamllm.generate(model, [5], max_new_tokens=20))
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
+def test_weights_that_were_loaded_in_inference_mode(checkpoint, dtype):
+    wanted = list(
+        streamllm.generate(
+            streamllm.load_model(checkpoint, device="cpu", dtype="float64"), [5], max_new_tokens=9
+        )
+    )
+    with torch.inference_mode():
+        model = streamllm.compile(streamllm.load_model(checkpoint, device="cpu", dtype=dtype), "flat")
+        got = list(streamllm.generate(model, [5], max_new_tokens=9))
+    assert got == wanted or dtype == "bfloat16"
+    assert model.recordings
