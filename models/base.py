@@ -104,7 +104,7 @@ class CausalLM(nn.Module):
 
 def check_tokens(model: CausalLM, tokens: Tensor, logits_to_keep: int | None) -> int | None:
     """`logits_to_keep`, at most T. Raises ValueError, see `CausalLM.forward`."""
-    device, vocab_size = model.embed.weight.device, model.geometry.vocab_size
+    device, vocab_size = next(model.parameters()).device, model.geometry.vocab_size
     if not isinstance(tokens, Tensor) or tokens.dim() != 2 or 0 in tokens.shape:
         raise wrong_tokens(tokens, device)
     if tokens.dtype not in (torch.int64, torch.int32) or tokens.device != device:
