@@ -228,7 +228,8 @@ def test_errors_leave_no_files(tmp_path):
 def test_pickles_need_permission(tmp_path):
     folder = tiny.write(tmp_path / "in", OLD)
     pattern = (
-        r"only as pytorch_model.bin, a pickle, .* allow_pickle=True, .*'streamllm convert --allow-pickle'"
+        r"only as pytorch_model.bin, a pickle, .* allow_pickle=True \(--allow-pickle\), "
+        r".*'streamllm convert .* NEW_FOLDER --allow-pickle'"
     )
     for refuse in (streamllm.load, streamllm.load_model, lambda folder: convert(folder, tmp_path / "out")):
         with pytest.raises(streamllm.UnsupportedConfig, match=pattern):
