@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import mmap
-import os
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from streamllm.malloc import anonymous_memory
 
 LAZY_BYTES = 1 << 16  # smaller tensors come from torch's allocator
 
@@ -20,16 +21,10 @@ def zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Ten
     So a short stream with a long window takes the memory of its own tokens. An accelerator gives all at once, because
     recorded steps keep addresses.
     """
-    count = dtype.itemsize
-    for size in shape:
-        count *= size
+    count = math.prod(shape) * dtype.itemsize
     if device.type != "cpu" or count < LAZY_BYTES:
         return torch.zeros(*shape, dtype=dtype, device=device)
-    if os.name == "posix":
-        memory = mmap.mmap(-1, count, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    else:
-        memory = mmap.mmap(-1, count)
-    return torch.frombuffer(memory, dtype=dtype).view(*shape)
+    return torch.frombuffer(anonymous_memory(count), dtype=dtype).view(*shape)
 
 
 def check_fits(sinks: int, window: int, batch_size: int, nbytes: int, device: torch.device) -> None:

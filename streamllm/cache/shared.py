@@ -88,7 +88,7 @@ def move_row(row: SinkCache, rings: Rings) -> None:
     if not row._rings:
         row._rings = rings
         return
-    slots = slots_written(row._written_rows().rows, row._t)
+    slots = slots_used(row)
     with torch.inference_mode():
         for (_, new), (_, old) in zip(rings, row._rings, strict=True):
             for target, source in zip(new.first(slots).values(), old.first(slots).values(), strict=True):
@@ -98,7 +98,7 @@ def move_row(row: SinkCache, rings: Rings) -> None:
 
 def slots_used(row: SinkCache) -> int:
     """How many slots of its memory the stream may have written."""
-    return min(row._t[0] + 1, row.sinks + row.window)
+    return slots_written(row._written_rows().rows, row._t)
 
 
 def rings_of(row: SinkCache) -> Rings:

@@ -23,9 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 DEFAULT_SLOTS = 32
-PREFILL_TOKENS = (
-    4096  # of prompts in one step: nobody waits for single tokens, and full steps are the fastest
-)
+PREFILL_TOKENS = 4096  # of prompts in one step: nobody waits for a single token, and full steps are faster
 CHECKED_TOKEN = 0  # a prompt that every model takes
 OF_CHATS = ("tools", "continue_final_message", "template_variables")  # options of `Stream.chat` alone
 

@@ -135,8 +135,6 @@ class Slots:
         return size
 
     def _move(self, row: SinkCache, number: int) -> None:
-        if rings_of(row):  # all of its memory is copied, used or not
-            self._used[number] = row.sinks + row.window
         place_row(row, self.memory, number, self._used[number])
         self._rows[number] = row
 

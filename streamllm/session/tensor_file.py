@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import mmap
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -17,8 +16,11 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from streamllm.malloc import anonymous_memory
+from streamllm.weights.checkpoint import SAFETENSORS_DTYPES
+
 DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    **SAFETENSORS_DTYPES,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
     "BOOL": torch.bool,
 }  # fmt: skip
@@ -64,7 +66,7 @@ class TensorFile:
             size = os.fstat(file.fileno()).st_size
             if size < LENGTH_BYTES:
                 raise ValueError("the file is too short")
-            self._data = mmap.mmap(-1, size)  # not in the heap: the thread's heap would keep it
+            self._data = anonymous_memory(size)  # the heap of the thread would keep it
             file.readinto(self._data)
         self._start = LENGTH_BYTES + int.from_bytes(self._data[:LENGTH_BYTES], "little")
         header = json.loads(self._data[LENGTH_BYTES : self._start])

@@ -14,15 +14,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Tokenizer as Library
 
 import streamllm
 from streamllm import Stream
 from tests.laws.evicting import EvictingStream
 from tests.laws.families import CONFIGS, tiny_model
 from tests.laws.scenarios import TOLERANCE, error
-from tests.unit.chat.samples import STYLES
-from tests.unit.conftest import write_tokenizer
+from tests.unit.conftest import write_chat_tokenizer
 
 SINKS, WINDOW = 4, 70
 
@@ -30,11 +28,7 @@ SINKS, WINDOW = 4, 70
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tokenizer")
-    write_tokenizer(folder, bos=True)
-    library = Library.from_file(str(folder / "tokenizer.json"))
-    library.add_special_tokens(["<|im_start|>", "<|im_end|>"])
-    library.save(str(folder / "tokenizer.json"))
-    (folder / "chat_template.jinja").write_text(STYLES["chatml"])
+    write_chat_tokenizer(folder)
     return folder
 
 

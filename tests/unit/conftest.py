@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 import streamllm
+from tests.unit.chat.samples import STYLES
 
 CORPUS = [
     "def once(upon, a_time):\n    return [there + was for there, was in enumerate(a_time) if upon]\n",
@@ -43,6 +44,16 @@ def write_tokenizer(folder: Path, bos: bool) -> int:
     named = {"bos_token": BOS, "eos_token": EOS}
     (folder / "tokenizer_config.json").write_text(json.dumps(named))
     return tokenizer.get_vocab_size()
+
+
+def write_chat_tokenizer(folder: Path) -> int:
+    """As `write_tokenizer`, with BOS, the ChatML template and its special tokens."""
+    write_tokenizer(folder, bos=True)
+    library = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    library.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    library.save(str(folder / "tokenizer.json"))
+    (folder / "chat_template.jinja").write_text(STYLES["chatml"])
+    return library.get_vocab_size()
 
 
 def write_llama(folder: Path, vocab_size: int, **changes: object) -> Path:

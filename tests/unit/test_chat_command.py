@@ -10,22 +10,16 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from tokenizers import Tokenizer as Library
 
 from streamllm.cli import cli
-from tests.unit.chat.samples import STYLES
-from tests.unit.conftest import write_llama, write_tokenizer
+from tests.unit.conftest import write_chat_tokenizer, write_llama
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("chat")
-    write_tokenizer(folder, bos=True)
-    library = Library.from_file(str(folder / "tokenizer.json"))
-    library.add_special_tokens(["<|im_start|>", "<|im_end|>"])
-    library.save(str(folder / "tokenizer.json"))
-    (folder / "chat_template.jinja").write_text(STYLES["chatml"])
-    return write_llama(folder, library.get_vocab_size())
+    ids = write_chat_tokenizer(folder)
+    return write_llama(folder, ids)
 
 
 def run(*arguments: object, lines: str = "") -> str:

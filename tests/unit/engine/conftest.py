@@ -6,12 +6,10 @@ import threading
 import time
 
 import pytest
-from tokenizers import Tokenizer as Library
 
 import streamllm
 from streamllm import Engine, Stream
-from tests.unit.chat.samples import STYLES
-from tests.unit.conftest import write_llama, write_tokenizer
+from tests.unit.conftest import write_chat_tokenizer, write_llama
 
 SIZES = {"sinks": 4, "window": 40}
 TEXTS = ["Once upon a time", "def ", "x", "one two three four five six seven " * 6, "for name in", "naïve ☕"]
@@ -21,12 +19,8 @@ TEXTS = ["Once upon a time", "def ", "x", "one two three four five six seven " *
 def pair(tmp_path_factory):
     """A model in float64 with a ChatML template, so that rounding does not decide about tokens."""
     folder = tmp_path_factory.mktemp("engine")
-    write_tokenizer(folder, bos=True)
-    library = Library.from_file(str(folder / "tokenizer.json"))
-    library.add_special_tokens(["<|im_start|>", "<|im_end|>"])
-    library.save(str(folder / "tokenizer.json"))
-    (folder / "chat_template.jinja").write_text(STYLES["chatml"])
-    return streamllm.load(write_llama(folder, library.get_vocab_size()), device="cpu", dtype="float64")
+    ids = write_chat_tokenizer(folder)
+    return streamllm.load(write_llama(folder, ids), device="cpu", dtype="float64")
 
 
 @pytest.fixture
