@@ -95,7 +95,8 @@ class Conversation:
         self.shown = sorted({5, *(last * part // 5 for part in range(1, 5)), last})
 
     def _count(self, module: torch.nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
-        self.fed.extend(arguments[0][0].tolist())
+        if len(arguments) > 1:  # with a cache: not what is read again to measure it
+            self.fed.extend(arguments[0][0].tolist())
 
     def run(self) -> None:
         stream, given = self.stream, self.given
